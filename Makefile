@@ -1,0 +1,101 @@
+# PYTHON chooses the interpreter. Each Python version has an environment of its own under .venv/,
+# so that several can be used side by side; nothing that is up to date is done again.
+PYTHON ?= python3
+
+VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+ifeq ($(VERSION),)
+  $(error $(PYTHON) does not run; make PYTHON=... chooses an interpreter)
+endif
+VENV := .venv/$(VERSION)
+HEADERS := .venv/headers-$(VERSION)
+VENV_PYTHON := $(VENV)/bin/python
+
+BUILD_PACKAGES := bazel-bootstrap bazel-platforms bazel-rules-java bazel-rules-proto \
+  bazel-skylib g++ libgtest-dev
+LINT_PACKAGES := clang-format clang-tidy
+# Other Pythons (pyenv, conda, ...) bring their headers and venv along.
+ifeq ($(shell $(PYTHON) -c 'import sys; print(sys.base_prefix)'),/usr)
+  BUILD_PACKAGES += python3-dev python3-venv
+endif
+
+BAZEL_FLAGS := --repo_env=JAX_SM_FREE_PYTHON=$(CURDIR)/$(VENV_PYTHON) \
+  --repo_env=JAX_SM_FREE_HEADERS=$(CURDIR)/$(HEADERS)
+BAZEL_TEST := bazel test $(BAZEL_FLAGS) --test_tag_filters=-python --build_tests_only
+PYTEST_FLAGS ?= -n 2
+
+.PHONY: help setup debian build demo bench test test-cc test-python test-sanitizers lint wheel clean
+.DELETE_ON_ERROR:
+
+help:
+	@echo "make build            the extension, importable from $(VENV_PYTHON)"
+	@echo "make demo             train a small mixture-of-experts model on CPU devices"
+	@echo "make test             C++ tests, then Python tests"
+	@echo "make test-sanitizers  C++ tests under address, thread and undefined-behaviour sanitizers"
+	@echo "make bench            benchmarks on this machine's CPU"
+	@echo "make lint             ruff, mypy, clang-format, clang-tidy"
+	@echo "make wheel            a wheel in dist/"
+	@echo "make clean            remove what make made"
+	@echo "PYTHON=python3.12 chooses another interpreter (now $(PYTHON), $(VERSION))"
+
+# Set-up.
+
+.venv/debian-$(VERSION): tools/install_debian.sh Makefile
+	@tools/install_debian.sh $(BUILD_PACKAGES)
+	@mkdir -p $(@D) && touch $@
+
+.venv/debian-lint: tools/install_debian.sh Makefile
+	@tools/install_debian.sh $(LINT_PACKAGES)
+	@mkdir -p $(@D) && touch $@
+
+$(VENV)/ready: tools/setup_venv.sh requirements/dev.txt requirements/lint.txt pyproject.toml \
+  | .venv/debian-$(VERSION)
+	tools/setup_venv.sh $(PYTHON) $(VENV) $(HEADERS)
+	@touch $@
+
+debian: .venv/debian-$(VERSION)
+
+# For a `bazel` called by hand: it uses the Python of the last set-up.
+setup: $(VENV)/ready
+	@echo 'build $(BAZEL_FLAGS)' > .venv/bazelrc
+
+# Build. Bazel itself knows what is up to date.
+
+build: setup
+	bazel build $(BAZEL_FLAGS) //jax_sm_free:_cpu.so
+	@$(VENV_PYTHON) tools/place_extension.py "$$(bazel info $(BAZEL_FLAGS) bazel-bin)"
+
+wheel: setup
+	$(VENV_PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
+	@ls dist/*.whl
+
+# Run.
+
+demo: build
+	$(VENV_PYTHON) examples/train_moe_lm.py
+
+bench: build
+	$(VENV_PYTHON) -m benchmarks.cpu
+
+test: test-cc test-python
+
+test-cc: setup
+	$(BAZEL_TEST) //...
+
+test-python: build
+	$(VENV_PYTHON) -m pytest $(PYTEST_FLAGS)
+
+test-sanitizers: setup
+	$(BAZEL_TEST) --config=asan //...
+	$(BAZEL_TEST) --config=ubsan //...
+	$(BAZEL_TEST) --config=tsan //...
+
+lint: setup .venv/debian-lint
+	$(VENV_PYTHON) -m ruff check
+	$(VENV_PYTHON) -m ruff format --check
+	$(VENV_PYTHON) -m mypy
+	tools/lint_cc.sh $(VENV_PYTHON) $(HEADERS)
+
+clean:
+	if command -v bazel > /dev/null; then bazel clean; fi
+	rm -rf .venv build dist *.egg-info jax_sm_free/*.so
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,40 @@
+"""Builds the extension with Bazel; all else is in pyproject.toml."""
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import nanobind
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = pathlib.Path(__file__).parent
+
+
+class BazelBuildExt(build_ext):
+    """Asks Bazel for //<package>:<module>.so and puts it where setuptools wants it."""
+
+    def build_extension(self, ext: Extension) -> None:
+        if shutil.which("bazel") is None:
+            sys.exit("jax_sm_free: no `bazel` on the PATH; `make debian` in the checkout installs it")
+        package, module = ext.name.split(".")
+        flags = [
+            f"--repo_env=JAX_SM_FREE_PYTHON={sys.executable}",
+            # In an isolated build, these lie apart from the interpreter's own packages.
+            f"--repo_env=JAX_SM_FREE_HEADERS={pathlib.Path(nanobind.__file__).parents[1]}",
+        ]
+        build = subprocess.run(["bazel", "build", *flags, f"//{package}:{module}.so"], cwd=ROOT)
+        if build.returncode:
+            sys.exit("jax_sm_free: Bazel could not build the extension; its messages are above")
+        bin_dir = subprocess.check_output(["bazel", "info", *flags, "bazel-bin"], cwd=ROOT, text=True)
+        destination = self.get_ext_fullpath(ext.name)
+        os.makedirs(os.path.dirname(destination), exist_ok=True)
+        shutil.copyfile(pathlib.Path(bin_dir.strip()) / package / f"{module}.so", destination)
+
+
+setup(
+    ext_modules=[Extension("jax_sm_free._cpu", sources=[])],
+    cmdclass={"build_ext": BazelBuildExt},
+)

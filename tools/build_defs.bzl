@@ -1,0 +1,60 @@
+"""The rules of our own code: warnings are errors, a test lies beside each C++ source."""
+
+_COPTS = [
+    "-Wall",
+    "-Wextra",
+    "-Werror",
+]
+
+def smf_cc_library(name, deps = [], **kwargs):
+    """A library of <name>.h and <name>.cc, of which either may be missing."""
+    native.cc_library(
+        name = name,
+        srcs = native.glob([name + ".cc"]),
+        hdrs = native.glob([name + ".h"]),
+        copts = _COPTS,
+        # Extensions and tests contain all they need; shared libraries would export nothing.
+        linkstatic = True,
+        deps = deps,
+        **kwargs
+    )
+
+def smf_cc_unit(name, deps = [], test_deps = [], **kwargs):
+    """A smf_cc_library, and the test <name>_test of <name>_test.cc if that file exists."""
+    smf_cc_library(name, deps, **kwargs)
+    for src in native.glob([name + "_test.cc"]):
+        native.cc_test(
+            name = name + "_test",
+            size = "small",
+            timeout = "moderate",  # Sanitizers slow threads down.
+            srcs = [src],
+            copts = _COPTS,
+            deps = deps + test_deps + [
+                ":" + name,
+                "@googletest//:gtest_main",
+            ],
+        )
+
+def smf_py_extension(name, deps):
+    """The nanobind module <name>.so; deps are libraries with alwayslink."""
+    native.cc_binary(
+        name = name + ".so",
+        linkshared = True,
+        # Symbols of the static libstdc++ parts and of nanobind stay inside.
+        linkopts = ["-Wl,--exclude-libs,ALL"],
+        tags = ["python"],
+        deps = deps,
+    )
+
+def smf_py_test(src, deps, **kwargs):
+    """Runs one file of pytest tests."""
+    native.py_test(
+        name = src[:-len(".py")],
+        srcs = [src] + ["//tools:pytest_main.py"],
+        main = "//tools:pytest_main.py",
+        args = ["$(location %s)" % src],
+        data = ["//:pyproject.toml"],
+        tags = ["python"],
+        deps = deps,
+        **kwargs
+    )

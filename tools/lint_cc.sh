@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# clang-format and clang-tidy over our C++: lint_cc.sh PYTHON HEADERS.
+set -euo pipefail
+python=$1 headers=$2
+
+mapfile -t sources < <(find cc xla_ffi -name '*.cc' | sort)
+find cc xla_ffi -name '*.h' -print0 | xargs -0 clang-format --dry-run -Werror "${sources[@]}"
+
+flags=(
+  -std=c++20 -Wall -Wextra -I.
+  -isystem "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')"
+  -isystem "$headers/jaxlib/include"
+  -isystem "$headers/nanobind/include"
+  -isystem "$headers/nanobind/ext/robin_map/include"
+)
+# Standard error is the count of warnings in headers of others, which are not shown either.
+printf '%s\0' "${sources[@]}" |
+  xargs -0 -P "$(nproc)" -I '{}' clang-tidy --quiet '{}' -- "${flags[@]}" \
+    2> >(grep -v 'warnings\? generated' >&2)
