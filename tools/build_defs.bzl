@@ -4,6 +4,8 @@ _COPTS = [
     "-Wall",
     "-Wextra",
     "-Werror",
+    # gcc 12 finds overlaps in `"text" + string` that are not there.
+    "-Wno-restrict",
 ]
 
 def smf_cc_library(name, deps = [], **kwargs):
