@@ -1,0 +1,28 @@
+// Sizes of one expert-parallel group. Checked in Python (jax_sm_free/config.py) before they get
+// here.
+
+#ifndef JAX_SM_FREE_CC_CONFIG_H_
+#define JAX_SM_FREE_CC_CONFIG_H_
+
+#include <cstdint>
+
+namespace jax_sm_free {
+
+struct Config {
+  int32_t ep_size = 1;           // ranks in the group
+  int32_t num_experts = 1;       // of the whole group; a multiple of ep_size
+  int32_t top_k = 1;             // experts a token names
+  int32_t max_tokens = 1;        // per rank and call
+  int64_t recv_capacity = 0;     // expert rows per rank
+  int32_t num_slots = 1;         // exchanges in flight
+  int64_t expert_alignment = 1;  // a group's size is a multiple of this
+  int64_t row_bytes = 0;         // of the widest row that travels
+  double timeout_s = 100.0;      // how long a receive waits
+
+  int32_t num_local_experts() const { return num_experts / ep_size; }
+  int64_t max_recv_tokens() const { return int64_t{ep_size} * max_tokens; }
+};
+
+}  // namespace jax_sm_free
+
+#endif  // JAX_SM_FREE_CC_CONFIG_H_

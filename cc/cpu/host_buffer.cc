@@ -1,0 +1,53 @@
+#include "cc/cpu/host_buffer.h"
+
+#include <cstddef>
+#include <string>
+#include <utility>
+
+namespace jax_sm_free {
+
+HostBuffer::HostBuffer(int64_t id, const Config& config, std::vector<std::optional<Place>> places)
+    : Buffer(id, config, places) {
+  for (const std::optional<Place>& place : places) {
+    if (!place) continue;
+    if (groups_.size() <= static_cast<size_t>(place->group)) groups_.resize(place->group + 1);
+    std::vector<std::unique_ptr<HostRank>>& ranks = groups_[place->group];
+    ranks.resize(config.ep_size);
+    ranks[place->rank] = std::make_unique<HostRank>(id, *place, config);
+  }
+  for (size_t group = 0; group < groups_.size(); ++group) {
+    auto transport = std::make_shared<InProcess>(
+        config.ep_size, config.timeout_s,
+        [this, group](int64_t run, const Fault& fault) { OnFail(group, run, fault); });
+    for (const std::unique_ptr<HostRank>& rank : groups_[group]) rank->transport = transport;
+  }
+}
+
+HostRank* HostBuffer::RankOf(int32_t device) const {
+  const std::optional<Place> place = PlaceOf(device);
+  return place ? groups_[place->group][place->rank].get() : nullptr;
+}
+
+void HostBuffer::OnFail(size_t group, int64_t run, const Fault& fault) {
+  RecordFault(fault);
+  for (const std::unique_ptr<HostRank>& rank : groups_[group]) rank->ledger.MarkFailed(run);
+}
+
+void HostBuffer::CloseTransports() {
+  for (const auto& ranks : groups_) {
+    const HostRank& first = *ranks.front();  // the group shares one transport
+    first.transport->Close(
+        {.op = "close",
+         .rank = first.rank,
+         .expected = "buffer " + std::to_string(id()) + " to be open until its results are there",
+         .seen = "it was closed",
+         .exchange = {}});
+  }
+}
+
+int64_t HostBuffer::MessageBytes(int32_t device) const {
+  const HostRank* rank = RankOf(device);
+  return rank == nullptr ? 0 : rank->pool.num_blocks() * MaxMessageBytes(config());
+}
+
+}  // namespace jax_sm_free

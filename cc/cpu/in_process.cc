@@ -1,0 +1,179 @@
+#include "cc/cpu/in_process.h"
+
+#include <algorithm>
+#include <cstdio>
+#include <string>
+#include <utility>
+
+#include "cc/cpu/worker_pool.h"
+
+namespace jax_sm_free {
+namespace {
+
+// A wait as long as this is worth a line in the log.
+constexpr double kSlowWaitSeconds = 10.0;
+
+std::string Seconds(double seconds) {
+  char text[32];
+  (void)std::snprintf(text, sizeof(text), "%g s", seconds);
+  return text;
+}
+
+}  // namespace
+
+std::optional<Fault> InProcess::FaultOfRun(int64_t run) const {
+  if (closed_) return closed_;
+  const auto found = failed_runs_.find(run);
+  if (found == failed_runs_.end()) return std::nullopt;
+  return found->second;
+}
+
+InProcess::Inbox& InProcess::FindInbox(const ExchangeKey& key, int32_t dst) {
+  Round& round = rounds_[key];
+  round.inboxes.resize(ep_size_);
+  Inbox& inbox = round.inboxes[dst];
+  inbox.messages.resize(ep_size_);
+  inbox.arrived.resize(ep_size_);
+  return inbox;
+}
+
+std::vector<Message> InProcess::TakeMessages(const ExchangeKey& key, int32_t dst) {
+  Round& round = rounds_[key];
+  round.inboxes[dst].done = true;
+  std::vector<Message> messages = std::move(round.inboxes[dst].messages);
+  if (++round.num_done == ep_size_) rounds_.erase(key);
+  return messages;
+}
+
+std::optional<Fault> InProcess::Send(const ExchangeKey& key, int32_t src, int32_t dst,
+                                     Message message) {
+  Receiver receiver;
+  std::vector<Message> messages;
+  {
+    const std::lock_guard lock(mutex_);
+    if (std::optional<Fault> fault = FaultOfRun(key.run)) return fault;
+    Inbox& inbox = FindInbox(key, dst);
+    inbox.messages[src] = std::move(message);
+    inbox.arrived[src] = true;
+    if (++inbox.num_arrived < ep_size_ || !inbox.receiver) return std::nullopt;
+    Watchdog::Get().Cancel(inbox.timer);
+    receiver = std::move(inbox.receiver);
+    messages = TakeMessages(key, dst);
+  }
+  // std::function wants a copyable task, and messages are not.
+  auto shared = std::make_shared<std::vector<Message>>(std::move(messages));
+  WorkerPool::Get().Run([receiver, shared] { receiver(std::move(*shared)); });
+  return std::nullopt;
+}
+
+void InProcess::Receive(const OpInfo& op, const Exchange& exchange, int32_t dst,
+                        Receiver receiver) {
+  Arrival arrival;
+  {
+    const std::lock_guard lock(mutex_);
+    if (std::optional<Fault> fault = FaultOfRun(exchange.key.run)) {
+      arrival = *fault;
+    } else {
+      Inbox& inbox = FindInbox(exchange.key, dst);
+      if (inbox.num_arrived < ep_size_) {
+        inbox.receiver = std::move(receiver);
+        ArmTimer(inbox, op, exchange, dst, 0.0);
+        return;
+      }
+      arrival = TakeMessages(exchange.key, dst);
+    }
+  }
+  receiver(std::move(arrival));
+}
+
+void InProcess::ArmTimer(Inbox& inbox, const OpInfo& op, const Exchange& exchange, int32_t dst,
+                         double waited) {
+  const double until =
+      waited < kSlowWaitSeconds ? std::min(kSlowWaitSeconds, timeout_s_) : timeout_s_;
+  auto expire = [weak = weak_from_this(), op, exchange, dst, until] {
+    if (const std::shared_ptr<InProcess> self = weak.lock())
+      self->OnTimer(op, exchange, dst, until);
+  };
+  inbox.timer = Watchdog::Get().Start(std::chrono::duration<double>(until - waited), expire);
+}
+
+void InProcess::OnTimer(const OpInfo& op, const Exchange& exchange, int32_t dst, double waited) {
+  Fault fault;
+  {
+    const std::lock_guard lock(mutex_);
+    const auto found = rounds_.find(exchange.key);
+    if (found == rounds_.end() || !found->second.inboxes[dst].receiver) return;
+    Inbox& inbox = found->second.inboxes[dst];
+    fault = MissingFault(inbox, op, exchange, dst, waited);
+    if (waited < timeout_s_) {
+      (void)std::fprintf(stderr, "%s (still waiting)\n", fault.Describe().c_str());
+      ArmTimer(inbox, op, exchange, dst, waited);
+      return;
+    }
+  }
+  Fail(exchange.key.run, fault);
+}
+
+Fault InProcess::MissingFault(const Inbox& inbox, const OpInfo& op, const Exchange& exchange,
+                              int32_t dst, double waited) const {
+  std::string missing;
+  int32_t first = -1;
+  for (int32_t src = 0; src < ep_size_; ++src) {
+    if (inbox.arrived[src]) continue;
+    if (first < 0) first = src;
+    missing += (missing.empty() ? "" : ", ") + std::to_string(src);
+  }
+  return {.op = op.name,
+          .rank = dst,
+          .peer = first,
+          .expected =
+              "messages from " + std::to_string(ep_size_) + " ranks within " + Seconds(timeout_s_),
+          .seen = std::to_string(inbox.num_arrived) + " after " + Seconds(waited) +
+                  ", none from rank " + missing,
+          .exchange = exchange.Describe()};
+}
+
+std::vector<InProcess::Receiver> InProcess::TakeReceivers(
+    const std::function<bool(int64_t run)>& of_run) {
+  std::vector<Receiver> receivers;
+  for (auto it = rounds_.begin(); it != rounds_.end();) {
+    if (!of_run(it->first.run)) {
+      ++it;
+      continue;
+    }
+    for (Inbox& inbox : it->second.inboxes) {
+      if (!inbox.receiver) continue;
+      Watchdog::Get().Cancel(inbox.timer);
+      receivers.push_back(std::move(inbox.receiver));
+    }
+    it = rounds_.erase(it);
+  }
+  return receivers;
+}
+
+void InProcess::Fail(int64_t run, const Fault& fault) {
+  std::vector<Receiver> receivers;
+  {
+    const std::lock_guard lock(mutex_);
+    if (closed_ || !failed_runs_.emplace(run, fault).second) return;
+    receivers = TakeReceivers([run](int64_t r) { return r == run; });
+    on_fail_(run, fault);
+  }
+  for (Receiver& receiver : receivers) {
+    WorkerPool::Get().Run([receiver = std::move(receiver), fault] { receiver(fault); });
+  }
+}
+
+void InProcess::Close(const Fault& fault) {
+  std::vector<Receiver> receivers;
+  {
+    const std::lock_guard lock(mutex_);
+    closed_ = fault;
+    receivers = TakeReceivers([](int64_t) { return true; });
+  }
+  for (Receiver& receiver : receivers) {
+    WorkerPool::Get().Run([receiver = std::move(receiver), fault] { receiver(fault); });
+  }
+}
+
+}  // namespace jax_sm_free

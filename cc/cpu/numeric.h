@@ -1,0 +1,81 @@
+// Element types of rows that are summed, and their exact conversions to and from float32.
+
+#ifndef JAX_SM_FREE_CC_CPU_NUMERIC_H_
+#define JAX_SM_FREE_CC_CPU_NUMERIC_H_
+
+#include <bit>
+#include <cfenv>
+#include <cstdint>
+
+namespace jax_sm_free {
+
+enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+
+struct Float32 {
+  using Storage = float;
+  static float Load(float value) { return value; }
+  static float Store(float value) { return value; }
+};
+
+struct BFloat16 {
+  using Storage = uint16_t;
+  static float Load(uint16_t bits) { return std::bit_cast<float>(uint32_t{bits} << 16); }
+  static uint16_t Store(float value) {  // to nearest, ties to even; NaN stays NaN
+    const auto bits = std::bit_cast<uint32_t>(value);
+    const uint32_t rounded = (bits + 0x7FFFU + ((bits >> 16) & 1U)) >> 16;
+    const uint32_t nan = (bits >> 16) | 0x40U;
+    return static_cast<uint16_t>((bits & 0x7FFFFFFFU) > 0x7F800000U ? nan : rounded);
+  }
+};
+
+struct Float16 {
+  using Storage = uint16_t;
+  static float Load(uint16_t half) {
+    const uint32_t sign = uint32_t{half & 0x8000U} << 16;
+    const uint32_t magnitude = half & 0x7FFFU;
+    const uint32_t normal = (magnitude << 13) + (112U << 23);
+    const uint32_t special = normal + (112U << 23);  // infinity and NaN
+    const auto subnormal = std::bit_cast<uint32_t>(static_cast<float>(magnitude) * 0x1p-24F);
+    const uint32_t bits = magnitude >= 0x7C00U ? special : magnitude < 0x400U ? subnormal : normal;
+    return std::bit_cast<float>(sign | bits);
+  }
+  static uint16_t Store(float value) {  // to nearest, ties to even; NaN stays NaN
+    const auto bits = std::bit_cast<uint32_t>(value);
+    const uint32_t magnitude = bits & 0x7FFFFFFFU;
+    const uint32_t normal = (magnitude - (112U << 23) + 0xFFFU + ((magnitude >> 13) & 1U)) >> 13;
+    // 0.5 has the spacing of half's subnormals, so that the addition rounds to it.
+    const uint32_t subnormal =
+        std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5F) - 0x3F000000U;
+    const uint32_t finite = magnitude < 0x38800000U ? subnormal : normal;
+    const uint32_t infinite = magnitude > 0x7F800000U ? 0x7E00U : 0x7C00U;
+    const uint32_t half = magnitude >= 0x477FF000U ? infinite : finite;
+    return static_cast<uint16_t>(((bits >> 16) & 0x8000U) | half);
+  }
+};
+
+// A thread's floating-point mode: rounding, and whether subnormals are flushed. XLA's threads flush
+// them and ours do not, so that sums would depend on the thread without this.
+class FloatMode {
+ public:
+  FloatMode() { (void)std::fegetenv(&mode_); }
+  void Apply() const { (void)std::fesetenv(&mode_); }
+
+ private:
+  std::fenv_t mode_;
+};
+
+// IEEE arithmetic, subnormals kept, for the scope.
+class IeeeScope {
+ public:
+  IeeeScope() { (void)std::fesetenv(FE_DFL_ENV); }
+  ~IeeeScope() { outer_.Apply(); }
+  IeeeScope(const IeeeScope&) = delete;
+  IeeeScope& operator=(const IeeeScope&) = delete;
+
+ private:
+  const FloatMode outer_;
+};
+
+}  // namespace jax_sm_free
+
+#endif  // JAX_SM_FREE_CC_CPU_NUMERIC_H_

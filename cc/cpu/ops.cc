@@ -1,0 +1,102 @@
+#include "cc/cpu/ops.h"
+
+#include <string>
+#include <utility>
+
+#include "cc/cpu/numeric.h"
+
+namespace jax_sm_free {
+namespace {
+
+Fault Fail(const HostCall& call, int64_t run, Fault fault) {
+  fault.op = call.op.name;
+  fault.rank = call.rank->rank;
+  call.rank->transport->Fail(run, fault);
+  return fault;
+}
+
+// Opens an exchange, sends one message to each rank, and writes the token. `pack(dst)` makes the
+// message for rank dst.
+template <typename Pack>
+std::optional<Fault> SendAll(const HostCall& call, int64_t call_site, Pack pack, float* token) {
+  HostRank& rank = *call.rank;
+  const Result<Exchange> begun = rank.ledger.Begin(call.op, call.run, call_site);
+  if (const Fault* fault = FaultOf(begun)) return Fail(call, call.run, *fault);
+  const Exchange& exchange = std::get<Exchange>(begun);
+  for (int32_t i = 0; i < call.config().ep_size; ++i) {
+    // Starting behind the own rank spreads the senders over the receivers.
+    const int32_t dst = (rank.rank + 1 + i) % call.config().ep_size;
+    if (auto fault = rank.transport->Send(exchange.key, rank.rank, dst, pack(dst))) return fault;
+  }
+  rank.ledger.WriteToken(exchange, token);
+  return std::nullopt;
+}
+
+}  // namespace
+
+std::optional<Fault> DispatchSend(const HostCall& call, int64_t call_site, int32_t position,
+                                  const TopK& topk, const ConstRows& rows, float* token) {
+  if (position != call.rank->position) {
+    return Fail(
+        call, call.run,
+        {.expected = "shard_map over the buffer's own mesh, where this device has position " +
+                     std::to_string(call.rank->position),
+         .seen = "position " + std::to_string(position),
+         .exchange = {}});
+  }
+  const Result<Route> made = Route::Make(call.config(), topk);
+  if (const Fault* fault = FaultOf(made)) return Fail(call, call.run, *fault);
+  const Route& route = std::get<Route>(made);
+  const auto pack = [&](int32_t dst) {
+    return PackDispatch(call.config(), route.tokens(dst), topk, dst, rows, call.rank->pool.Take());
+  };
+  return SendAll(call, call_site, pack, token);
+}
+
+std::optional<Fault> CombineBackwardSend(const HostCall& call, int64_t call_site, const TopK& topk,
+                                         const ConstRows& rows, float* token) {
+  const Result<Route> made = Route::Make(call.config(), topk);
+  if (const Fault* fault = FaultOf(made)) return Fail(call, call.run, *fault);
+  const Route& route = std::get<Route>(made);
+  const auto pack = [&](int32_t dst) {
+    return PackRows(call.config(), call.op.kind, route.tokens(dst), rows, call.rank->pool.Take());
+  };
+  return SendAll(call, call_site, pack, token);
+}
+
+std::optional<Fault> SendSums(const HostCall& call, int64_t call_site, const SumOperands& operands,
+                              float* token) {
+  if (auto fault = Check(call.config(), operands.layout)) return Fail(call, call.run, *fault);
+  std::vector<Message> messages =
+      PackSums(call.config(), call.op.kind, operands.matrix, operands.y, operands.weights,
+               operands.weight_grads, operands.layout, call.rank->pool);
+  const auto pack = [&](int32_t dst) { return std::move(messages[dst]); };
+  return SendAll(call, call_site, pack, token);
+}
+
+void Receive(const HostCall& call, const float* token, Unpack unpack, Done done) {
+  const Result<Exchange> finished = call.rank->ledger.Finish(call.op, token);
+  if (const Fault* fault = FaultOf(finished)) {
+    done(Fail(call, call.run, *fault));
+    return;
+  }
+  const Exchange exchange = std::get<Exchange>(finished);
+  const FloatMode caller_mode;
+  auto receive = [call, exchange, caller_mode, unpack = std::move(unpack),
+                  done = std::move(done)](InProcess::Arrival arrival) {
+    std::optional<Fault> fault;
+    if (const Fault* failed = FaultOf(arrival)) {
+      fault = *failed;
+    } else {
+      fault = unpack(call.config(), std::get<std::vector<Message>>(arrival));
+      if (fault) fault = Fail(call, exchange.key.run, *fault);
+    }
+    arrival = Fault{};  // gives the blocks back before the program goes on
+    call.rank->ledger.Release(exchange);
+    caller_mode.Apply();  // `done` may run the rest of the program on this thread
+    done(fault);
+  };
+  call.rank->transport->Receive(call.op, exchange, call.rank->rank, std::move(receive));
+}
+
+}  // namespace jax_sm_free

@@ -1,0 +1,74 @@
+// The ops on host memory: each one's steps in order, from checked operands to a token or results.
+//
+// A fault ends the run on all ranks of the group, is kept for Buffer::TakeFault, and is returned.
+
+#ifndef JAX_SM_FREE_CC_CPU_OPS_H_
+#define JAX_SM_FREE_CC_CPU_OPS_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "cc/cpu/host_buffer.h"
+#include "cc/cpu/message.h"
+#include "cc/cpu/pack.h"
+#include "cc/cpu/reduce.h"
+#include "cc/exchange.h"
+#include "cc/fault.h"
+
+namespace jax_sm_free {
+
+inline constexpr OpInfo kDispatchSend{"dispatch_send", Kind::kDispatch};
+inline constexpr OpInfo kDispatchRecv{"dispatch_recv", Kind::kDispatch};
+inline constexpr OpInfo kCombineSend{"combine_send", Kind::kCombine};
+inline constexpr OpInfo kCombineRecv{"combine_recv", Kind::kCombine};
+inline constexpr OpInfo kCombineBackwardSend{"combine_backward_send", Kind::kCombineBackward};
+inline constexpr OpInfo kCombineBackwardRecv{"combine_backward_recv", Kind::kCombineBackward};
+inline constexpr OpInfo kDispatchBackwardSend{"dispatch_backward_send", Kind::kDispatchBackward};
+inline constexpr OpInfo kDispatchBackwardRecv{"dispatch_backward_recv", Kind::kDispatchBackward};
+
+// One call of an op by one rank.
+struct HostCall {
+  OpInfo op;
+  std::shared_ptr<HostBuffer> buffer;
+  HostRank* rank = nullptr;
+  int64_t run = 0;
+
+  const Config& config() const { return buffer->config(); }
+};
+
+// Token rows to the ranks of their experts. `call_site` names the send within its program;
+// `position` is where the program believes the rank to be in the mesh.
+std::optional<Fault> DispatchSend(const HostCall& call, int64_t call_site, int32_t position,
+                                  const TopK& topk, const ConstRows& rows, float* token);
+
+// The same rows without routing: the gradient of a combine's result.
+std::optional<Fault> CombineBackwardSend(const HostCall& call, int64_t call_site, const TopK& topk,
+                                         const ConstRows& rows, float* token);
+
+// Operands of a send from experts back to sources; see PackSums.
+struct SumOperands {
+  Matrix matrix;
+  const std::byte* y = nullptr;
+  const float* weights = nullptr;
+  const float* weight_grads = nullptr;
+  LayoutIn layout;
+};
+
+// Sums of expert rows back to the ranks of their tokens: combine_send, dispatch_backward_send.
+std::optional<Fault> SendSums(const HostCall& call, int64_t call_site, const SumOperands& operands,
+                              float* token);
+
+// Waits for the messages of the exchange that `token` names, lets `unpack` read them, and calls
+// `done` once: on this thread if they are all there, else on a worker thread. Blocks on nothing.
+using Unpack =
+    std::function<std::optional<Fault>(const Config& config, const std::vector<Message>& messages)>;
+using Done = std::function<void(const std::optional<Fault>& fault)>;
+void Receive(const HostCall& call, const float* token, Unpack unpack, Done done);
+
+}  // namespace jax_sm_free
+
+#endif  // JAX_SM_FREE_CC_CPU_OPS_H_

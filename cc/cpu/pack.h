@@ -1,0 +1,60 @@
+// Source side of a round: which tokens go where, and packing their rows into messages.
+
+#ifndef JAX_SM_FREE_CC_CPU_PACK_H_
+#define JAX_SM_FREE_CC_CPU_PACK_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "cc/config.h"
+#include "cc/cpu/message.h"
+#include "cc/fault.h"
+
+namespace jax_sm_free {
+
+// Rows in two parts, side by side on the wire: values and, for quantised rows, their scales.
+// scales_bytes is 0 where there are none.
+template <typename Byte>
+struct RowParts {
+  Byte* values = nullptr;
+  int64_t values_bytes = 0;
+  Byte* scales = nullptr;
+  int64_t scales_bytes = 0;
+
+  int64_t row_bytes() const { return values_bytes + scales_bytes; }
+};
+using ConstRows = RowParts<const std::byte>;
+using MutableRows = RowParts<std::byte>;
+
+// i32 [num_tokens, top_k], row-major, and f32 of the same shape.
+struct TopK {
+  const int32_t* idx = nullptr;
+  const float* weights = nullptr;  // null where the exchange does not carry them
+  int64_t num_tokens = 0;
+};
+
+// The tokens that a source rank sends to each rank, ascending. One copy of a token travels to a
+// rank however many of its experts live there.
+class Route {
+ public:
+  // A fault (without op and rank) if an index lies outside [-1, num_experts).
+  static Result<Route> Make(const Config& config, const TopK& topk);
+
+  const std::vector<int32_t>& tokens(int32_t rank) const { return tokens_[rank]; }
+
+ private:
+  std::vector<std::vector<int32_t>> tokens_;
+};
+
+// The rows of `tokens` for one rank, without routing: combine_backward.
+Message PackRows(const Config& config, Kind kind, const std::vector<int32_t>& tokens,
+                 const ConstRows& rows, BlockPool::Block block);
+
+// The same with the routing of those tokens to the experts of rank `dst`: dispatch.
+Message PackDispatch(const Config& config, const std::vector<int32_t>& tokens, const TopK& topk,
+                     int32_t dst, const ConstRows& rows, BlockPool::Block block);
+
+}  // namespace jax_sm_free
+
+#endif  // JAX_SM_FREE_CC_CPU_PACK_H_

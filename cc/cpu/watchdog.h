@@ -1,0 +1,43 @@
+// Calls back when a wait has lasted too long.
+
+#ifndef JAX_SM_FREE_CC_CPU_WATCHDOG_H_
+#define JAX_SM_FREE_CC_CPU_WATCHDOG_H_
+
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <utility>
+
+namespace jax_sm_free {
+
+// One thread for all timers of the process. Thread-safe.
+class Watchdog {
+ public:
+  using Clock = std::chrono::steady_clock;
+  using Timer = std::pair<Clock::time_point, int64_t>;
+
+  // The process's watchdog; never destroyed, like the worker pool.
+  static Watchdog& Get();
+
+  // `expire` runs on the watchdog's thread, so it must be short and must not block.
+  Timer Start(std::chrono::duration<double> delay, std::function<void()> expire);
+
+  // Afterwards `expire` is not called, though a call under way may still be running.
+  void Cancel(const Timer& timer);
+
+ private:
+  Watchdog();
+  void Watch();
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::map<Timer, std::function<void()>> timers_;
+  int64_t next_id_ = 0;
+};
+
+}  // namespace jax_sm_free
+
+#endif  // JAX_SM_FREE_CC_CPU_WATCHDOG_H_

@@ -1,0 +1,132 @@
+#include "cc/exchange.h"
+
+#include <bit>
+#include <cmath>
+#include <utility>
+
+namespace jax_sm_free {
+namespace {
+
+// Token words. Every value stays below 2^24, where float32 is exact.
+enum Word : int { kMagicWord, kLowWord, kHighWord, kSlotWord, kKindWord, kRankWord, kBufferWord };
+constexpr float kMagic = 5439821.0F;
+constexpr int64_t kWordSize = int64_t{1} << 24;
+
+}  // namespace
+
+size_t ExchangeKeyHash::operator()(const ExchangeKey& key) const {
+  constexpr uint64_t kOdd = 0x9E3779B97F4A7C15U;
+  uint64_t hash = 0;
+  for (const int64_t part : {key.run, key.call_site, key.count}) {
+    hash = (std::rotl(hash, 23) ^ static_cast<uint64_t>(part)) * kOdd;
+  }
+  return hash;
+}
+
+std::string Exchange::Describe() const {
+  return std::string(KindName(kind)) + " exchange " + std::to_string(sequence) + ", slot " +
+         std::to_string(slot);
+}
+
+Fault Ledger::Refuse(const OpInfo& op, std::string expected, std::string seen) const {
+  return {.op = op.name,
+          .rank = rank_,
+          .expected = std::move(expected),
+          .seen = std::move(seen),
+          .exchange = {}};
+}
+
+Ledger::Run* Ledger::FindRun(int64_t run) {
+  if (const auto found = runs_.find(run); found != runs_.end()) return &found->second;
+  if (runs_.size() >= kMaxRuns) {
+    auto age = ages_.begin();
+    while (age != ages_.end() && runs_[age->second].slots != 0 && !runs_[age->second].failed) ++age;
+    if (age == ages_.end()) return nullptr;
+    Forget(age);
+  }
+  ages_[next_age_++] = run;
+  return &runs_[run];
+}
+
+void Ledger::Forget(std::map<int64_t, int64_t>::iterator age) {
+  std::erase_if(entries_, [&](const auto& e) { return e.second.exchange.key.run == age->second; });
+  runs_.erase(age->second);
+  ages_.erase(age);
+}
+
+Result<Exchange> Ledger::Begin(const OpInfo& op, int64_t run, int64_t call_site) {
+  const std::lock_guard lock(mutex_);
+  Run* state = FindRun(run);
+  if (state == nullptr) {
+    while (!ages_.empty()) Forget(ages_.begin());
+    return Refuse(op, "every sent value to be received",
+                  std::to_string(kMaxRuns) + " earlier runs with a sent value that never was");
+  }
+  const int32_t slot = std::countr_one(state->slots);
+  if (slot >= num_slots_) {
+    return Refuse(op, "at most " + std::to_string(num_slots_) + " exchanges in flight (num_slots)",
+                  "one send more without a recv");
+  }
+  state->slots |= uint64_t{1} << slot;
+  const Exchange exchange{.sequence = next_sequence_++,
+                          .slot = slot,
+                          .kind = op.kind,
+                          .key = {run, call_site, state->passes[call_site]++}};
+  entries_[exchange.sequence] = {exchange};
+  return exchange;
+}
+
+Result<Exchange> Ledger::Finish(const OpInfo& op, const float* token) {
+  if (token[kMagicWord] != kMagic) {
+    const float uses = token[kMagicWord] / kMagic;
+    const bool added = uses > 1 && uses == std::floor(uses);
+    return Refuse(op, "the token of one send",
+                  added ? "the sum of " + std::to_string(static_cast<int>(uses)) +
+                              " tokens: a sent value was used more than once"
+                        : "an array that no send returned");
+  }
+  const auto word = [token](Word w) { return static_cast<int64_t>(token[w]); };
+  if (word(kRankWord) != rank_ || word(kBufferWord) != buffer_id_ % kWordSize) {
+    return Refuse(
+        op, "a token of buffer " + std::to_string(buffer_id_) + ", rank " + std::to_string(rank_),
+        "one of buffer " + std::to_string(word(kBufferWord)) + ", rank " +
+            std::to_string(word(kRankWord)));
+  }
+  if (word(kKindWord) != static_cast<int64_t>(op.kind)) {
+    return Refuse(op, std::string("a ") + KindName(op.kind) + " token",
+                  std::string("a ") + KindName(static_cast<Kind>(word(kKindWord))) + " token");
+  }
+  const int64_t sequence = word(kHighWord) * kWordSize + word(kLowWord);
+  const std::lock_guard lock(mutex_);
+  const auto found = entries_.find(sequence);
+  if (found == entries_.end() || found->second.received) {
+    return Refuse(op, "the token of a send not yet received",
+                  "exchange " + std::to_string(sequence) + ", received before");
+  }
+  found->second.received = true;
+  return found->second.exchange;
+}
+
+void Ledger::Release(const Exchange& exchange) {
+  const std::lock_guard lock(mutex_);
+  if (entries_.erase(exchange.sequence) == 0) return;
+  runs_[exchange.key.run].slots &= ~(uint64_t{1} << exchange.slot);
+}
+
+void Ledger::MarkFailed(int64_t run) {
+  const std::lock_guard lock(mutex_);
+  if (Run* state = FindRun(run)) state->failed = true;
+}
+
+void Ledger::WriteToken(const Exchange& exchange, float* token) const {
+  for (int i = 0; i < kTokenSize; ++i) token[i] = 0;
+  token[kMagicWord] = kMagic;
+  token[kLowWord] = static_cast<float>(exchange.sequence % kWordSize);
+  token[kHighWord] = static_cast<float>(exchange.sequence / kWordSize);
+  token[kSlotWord] = static_cast<float>(exchange.slot);
+  token[kKindWord] = static_cast<float>(exchange.kind);
+  token[kRankWord] = static_cast<float>(rank_);
+  token[kBufferWord] = static_cast<float>(buffer_id_ % kWordSize);
+}
+
+}  // namespace jax_sm_free

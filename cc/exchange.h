@@ -1,0 +1,121 @@
+// One rank's exchanges: who they are, and in which state.
+//
+// An exchange is one all-to-all round between the ranks of a group. On each rank it goes through
+//
+//             Begin (send)              Finish (recv)            Release (rows unpacked)
+//     free  ---------------->  sent  ----------------->  received  ---------------->  free
+//                                |                           |
+//                                +------- MarkFailed --------+------> its run's fault is returned
+//
+// The host keeps no order among custom calls but that of their operands, so that nothing here may
+// depend on the order of calls. What is the same on every rank, and hence names an exchange, is its
+// key: the run of the program, the call site of the send, and how often this run passed this site.
+// A recv finds its exchange by the token that the send returned, never by order of arrival.
+//
+// At most `num_slots` exchanges of a run may be sent and not yet released on a rank. Runs are
+// counted apart, because a host may have several in flight at once.
+
+#ifndef JAX_SM_FREE_CC_EXCHANGE_H_
+#define JAX_SM_FREE_CC_EXCHANGE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+
+#include "cc/fault.h"
+#include "cc/layout.h"
+
+namespace jax_sm_free {
+
+struct ExchangeKey {
+  int64_t run = 0;
+  int64_t call_site = 0;
+  int64_t count = 0;
+
+  bool operator==(const ExchangeKey&) const = default;
+};
+
+struct ExchangeKeyHash {
+  size_t operator()(const ExchangeKey& key) const;
+};
+
+// The state of an exchange on one rank.
+struct Exchange {
+  int64_t sequence = 0;
+  int32_t slot = 0;
+  Kind kind = Kind::kDispatch;
+  ExchangeKey key;
+
+  std::string Describe() const;
+};
+
+// What a send hands to its recv through the program: kTokenSize float32 values, all small integers,
+// so that they are exact, and so that two tokens added to each other are no token any more.
+inline constexpr int kTokenSize = 8;
+
+// One for every op: its name, and the kind of exchange that it sends or receives.
+struct OpInfo {
+  const char* name;
+  Kind kind;
+};
+
+// The exchanges of one rank. Thread-safe.
+class Ledger {
+ public:
+  Ledger(int64_t buffer_id, int32_t rank, int32_t num_slots)
+      : buffer_id_(buffer_id), rank_(rank), num_slots_(num_slots) {}
+
+  // Opens an exchange in `run` at `call_site`. A fault if all slots are taken.
+  Result<Exchange> Begin(const OpInfo& op, int64_t run, int64_t call_site);
+
+  // Takes the exchange that `token` names for receiving. A fault if the token is none, is another
+  // rank's, is of another kind, or was used before.
+  Result<Exchange> Finish(const OpInfo& op, const float* token);
+
+  // Gives the slot back.
+  void Release(const Exchange& exchange);
+
+  // What `run` still holds is forgotten once the table of runs is full.
+  void MarkFailed(int64_t run);
+
+  void WriteToken(const Exchange& exchange, float* token) const;
+
+ private:
+  struct Run {
+    bool failed = false;
+    uint64_t slots = 0;                           // bit s: slot s is taken
+    std::unordered_map<int64_t, int64_t> passes;  // of each call site
+  };
+
+  struct Entry {
+    Exchange exchange;
+    bool received = false;
+  };
+
+  // XLA runs at most 32 computations of a device at once; older idle runs are forgotten, and so
+  // many runs that hold exchanges have lost them.
+  static constexpr size_t kMaxRuns = 64;
+
+  // The state of `run`, made on its first use; null where no run can be forgotten for it.
+  Run* FindRun(int64_t run);
+  void Forget(std::map<int64_t, int64_t>::iterator age);
+  Fault Refuse(const OpInfo& op, std::string expected, std::string seen) const;
+
+  const int64_t buffer_id_;
+  const int32_t rank_;
+  const int32_t num_slots_;
+  std::mutex mutex_;
+  int64_t next_sequence_ = 1;
+  int64_t next_age_ = 0;
+  std::unordered_map<int64_t, Run> runs_;
+  std::map<int64_t, int64_t> ages_;             // age -> run, oldest first
+  std::unordered_map<int64_t, Entry> entries_;  // by sequence number
+};
+
+}  // namespace jax_sm_free
+
+#endif  // JAX_SM_FREE_CC_EXCHANGE_H_

@@ -1,0 +1,34 @@
+// What went wrong in an exchange, in terms a user can act on.
+
+#ifndef JAX_SM_FREE_CC_FAULT_H_
+#define JAX_SM_FREE_CC_FAULT_H_
+
+#include <string>
+#include <utility>
+#include <variant>
+
+namespace jax_sm_free {
+
+struct Fault {
+  const char* op = "";  // the operation that saw it, as Python names it
+  int rank = -1;        // the rank that saw it
+  int peer = -1;        // the rank it blames; -1 for none
+  std::string expected;
+  std::string seen;
+  std::string exchange;  // "exchange 12 (slot 1)", empty before there is one
+
+  std::string Describe() const;
+};
+
+// A value, or the fault that stands in its place.
+template <typename T>
+using Result = std::variant<T, Fault>;
+
+template <typename T>
+const Fault* FaultOf(const Result<T>& result) {
+  return std::get_if<Fault>(&result);
+}
+
+}  // namespace jax_sm_free
+
+#endif  // JAX_SM_FREE_CC_FAULT_H_

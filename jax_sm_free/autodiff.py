@@ -1,0 +1,174 @@
+"""The mirrored VJPs: the gradient of a send is a receive, and of a receive a send.
+
+The token carries the cotangent, so that the backward pass is split like the forward pass: what
+`overlap` placed between send and recv has its gradient computed between the mirrored two.
+
+    forward                      backward
+    dispatch_send  ->  token     dispatch_backward_recv  <-  token
+    dispatch_recv  <-  token     dispatch_backward_send  ->  token
+    combine_send   ->  token     combine_backward_recv   <-  token
+    combine_recv   <-  token     combine_backward_send   ->  token
+
+No residual of a send comes out of the send itself, so that dead code elimination drops a send and
+its recv together or not at all.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from jax_sm_free import primitives
+from jax_sm_free.primitives import RowType, Target
+
+
+@jax.custom_vjp
+def no_gradient(values: Array, scales: Array) -> tuple[Array, Array]:
+    """The identity, for quantised rows; an error where something asks for their gradient."""
+    return values, scales
+
+
+def _no_gradient_fwd(values: Array, scales: Array) -> Any:
+    raise TypeError(
+        f"dispatch: expected x without a gradient when it is (values, scales), got a gradient with "
+        f"respect to values {values.dtype}{list(values.shape)} or scales; wrap both in "
+        "jax.lax.stop_gradient, or dispatch rows of the buffer's dtype"
+    )
+
+
+no_gradient.defvjp(_no_gradient_fwd, lambda _, cts: cts)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def dispatch_send(
+    target: Target,
+    row_type: RowType,
+    values: Array,
+    scales: Array,
+    topk_idx: Array,
+    topk_weights: Array,
+    position: Array,
+) -> Array:
+    del row_type
+    return primitives.dispatch_send(target, values, scales, topk_idx, topk_weights, position)
+
+
+def _dispatch_send_fwd(target: Target, row_type: RowType, *operands: Array) -> Any:
+    del row_type
+    topk_idx = operands[2]
+    return primitives.dispatch_send(target, *operands), topk_idx
+
+
+def _dispatch_send_bwd(target: Target, row_type: RowType, topk_idx: Array, token: Array) -> Any:
+    hidden, dtype = _gradient_rows(target, row_type)
+    x_grad, weight_grads = primitives.dispatch_backward_recv(target, hidden, dtype, token, topk_idx)
+    return None if row_type.has_scales else x_grad, None, None, weight_grads, None
+
+
+dispatch_send.defvjp(_dispatch_send_fwd, _dispatch_send_bwd)
+
+
+def _gradient_rows(target: Target, row_type: RowType) -> tuple[int, Any]:
+    """Columns and dtype of the rows that travel back: none for quantised rows."""
+    return (0 if row_type.has_scales else row_type.columns), target.config.dtype
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def dispatch_recv(target: Target, row_type: RowType, token: Array) -> tuple[Array, ...]:
+    return primitives.dispatch_recv(target, row_type, token)
+
+
+def _dispatch_recv_fwd(target: Target, row_type: RowType, token: Array) -> Any:
+    results = primitives.dispatch_recv(target, row_type, token)
+    return results, results[-2:]
+
+
+def _dispatch_recv_bwd(target: Target, row_type: RowType, layout: Any, cts: Any) -> Any:
+    rows, num_rows_from = layout
+    # A row's weight belongs to one (token row, k): hand its gradient back there.
+    weight_grads = cts[4].at[rows].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    hidden, dtype = _gradient_rows(target, row_type)
+    x_grad = cts[0][:, :hidden].astype(dtype)
+    token = primitives.dispatch_backward_send(target, x_grad, weight_grads, rows, num_rows_from)
+    return (token,)
+
+
+dispatch_recv.defvjp(_dispatch_recv_fwd, _dispatch_recv_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def dispatch_recv_tokens(target: Target, row_type: RowType, token: Array) -> tuple[Array, ...]:
+    return primitives.dispatch_recv_tokens(target, row_type, token)
+
+
+def _dispatch_recv_tokens_fwd(target: Target, row_type: RowType, token: Array) -> Any:
+    results = primitives.dispatch_recv_tokens(target, row_type, token)
+    return results, results[-2:]
+
+
+def _dispatch_recv_tokens_bwd(target: Target, row_type: RowType, layout: Any, cts: Any) -> Any:
+    hidden, dtype = _gradient_rows(target, row_type)
+    x_grad = cts[0][:, :hidden].astype(dtype)
+    return (primitives.dispatch_backward_send(target, x_grad, cts[3], *layout),)
+
+
+dispatch_recv_tokens.defvjp(_dispatch_recv_tokens_fwd, _dispatch_recv_tokens_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def combine_send(
+    target: Target, y: Array, weights: Array | None, rows: Array, num_rows_from: Array
+) -> Array:
+    """weights None: a plain sum, whose gradient needs neither y nor weights kept."""
+    present = _no_weights(y) if weights is None else weights
+    return primitives.combine_send(target, y, present, rows, num_rows_from)
+
+
+def _no_weights(y: Array) -> Array:
+    """f32 [0], varying over the mesh axes that y varies over."""
+    return y[:0].reshape(-1).astype(jnp.float32)
+
+
+def _combine_send_fwd(
+    target: Target, y: Array, weights: Array | None, rows: Array, num_rows_from: Array
+) -> Any:
+    token = combine_send(target, y, weights, rows, num_rows_from)
+    # A zero-width column keeps the number of rows.
+    kept = y[:, :0] if weights is None else y
+    return token, (kept, weights, rows, num_rows_from)
+
+
+def _combine_send_bwd(target: Target, residuals: Any, token: Array) -> Any:
+    y, weights, rows, num_rows_from = residuals
+    num_rows = y.shape[0]
+    if weights is None:
+        y, present = y[:0], _no_weights(y)
+    else:
+        present = weights
+    y_grad, weight_grads = primitives.combine_backward_recv(
+        target, num_rows, token, y, present, rows, num_rows_from
+    )
+    return y_grad, None if weights is None else weight_grads, None, None
+
+
+combine_send.defvjp(_combine_send_fwd, _combine_send_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def combine_recv(target: Target, token: Array, topk_idx: Array) -> Array:
+    return primitives.combine_recv(target, token, topk_idx)
+
+
+def _combine_recv_fwd(target: Target, token: Array, topk_idx: Array) -> Any:
+    return primitives.combine_recv(target, token, topk_idx), topk_idx
+
+
+def _combine_recv_bwd(target: Target, topk_idx: Array, out_grad: Array) -> Any:
+    return primitives.combine_backward_send(target, out_grad, topk_idx), None
+
+
+combine_recv.defvjp(_combine_recv_fwd, _combine_recv_bwd)

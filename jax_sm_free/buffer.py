@@ -1,0 +1,388 @@
+"""`Buffer`: one expert-parallel group, its memory, and the public ops."""
+
+from __future__ import annotations
+
+import logging
+import weakref
+from types import TracebackType
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from jax_sm_free import autodiff, checks, primitives
+from jax_sm_free.config import Config
+from jax_sm_free.primitives import RowType, Target
+from jax_sm_free.results import Layout, Received, ReceivedTokens
+from jax_sm_free.schedule import Hook, Sent
+
+_log = logging.getLogger(__name__)
+
+Output = Literal["experts", "tokens"]
+Rows = Array | tuple[Array, Array]
+
+
+class FaultError(RuntimeError):
+    """An exchange went wrong. The message names rank, peer, op, what was expected and what was seen."""
+
+
+class Buffer:
+    """Expert-parallel dispatch and combine over one or several mesh axes.
+
+    Every op is collective: all ranks of the group call it, in the same program, inside `jax.jit` and
+    `jax.shard_map` over the buffer's axes. Shapes are those of one rank. Mesh axes besides the
+    buffer's make several groups, each on its own.
+
+    Attributes:
+      config: the sizes (`Config`).
+      mesh, axes: where the ranks are. A rank is the position along `axes`, the first axis slowest.
+      transport: who moves the bytes.
+    """
+
+    def __init__(
+        self,
+        mesh: Mesh,
+        axis: str | tuple[str, ...],
+        *,
+        hidden: int,
+        num_experts: int,
+        top_k: int,
+        max_tokens: int,
+        recv_capacity: int | None = None,
+        num_slots: int = 2,
+        expert_alignment: int = 1,
+        dtype: Any = jnp.bfloat16,
+        transport: str = "auto",
+        timeout_s: float = 100.0,
+    ) -> None:
+        """Takes no device memory for a mesh of devices that are not there (ahead-of-time compiling).
+
+        Args:
+          mesh: the devices.
+          axis: the mesh axis whose ranks share the experts, or several.
+          hidden: columns of a row.
+          num_experts: of the whole group; rank r owns the r-th block of num_experts / ep_size.
+          top_k: experts that a token names.
+          max_tokens: tokens per rank and call, at most.
+          recv_capacity: expert rows a rank can receive; None for the worst case.
+          num_slots: exchanges that may be in flight at once.
+          expert_alignment: groups are padded to a multiple of this many rows.
+          dtype: of rows: bfloat16, float16 or float32.
+          transport: "auto", or "in_process" for CPU devices of this process.
+          timeout_s: seconds a receive waits before it is a fault.
+
+        Raises:
+          TypeError, ValueError: for a bad argument, naming it, the expected and the given value.
+          NotImplementedError: for devices that no transport of this build reaches.
+        """
+        self.mesh = mesh
+        self.axes = checks.check_mesh(mesh, axis)
+        self.config = Config(
+            ep_size=checks.group_size(mesh, self.axes),
+            hidden=hidden,
+            num_experts=num_experts,
+            top_k=top_k,
+            max_tokens=max_tokens,
+            recv_capacity=recv_capacity,
+            num_slots=num_slots,
+            expert_alignment=expert_alignment,
+            dtype=dtype,
+            timeout_s=timeout_s,
+        )
+        self.transport = _choose_transport(mesh, transport)
+        buffer_id = 0
+        if self.transport == "in_process":
+            primitives.register_cpu()
+            buffer_id = primitives.open_buffer(self.config, _places(mesh, self.axes))
+            self._closer = weakref.finalize(self, primitives.close_buffer, buffer_id)
+        else:
+            primitives.register_cuda()
+            self._closer = weakref.finalize(self, lambda: None)
+        self._target = Target(self.config, buffer_id)
+
+    def __repr__(self) -> str:
+        state = "open" if self._closer.alive else "closed"
+        return f"Buffer({self.axes}, {self.transport}, {state}, {self.config})"
+
+    # ------------------------------------------------------------------------------ split ops
+
+    def dispatch_send(self, x: Rows, topk_idx: Array, topk_weights: Array) -> Sent:
+        """Packs each token once for every rank that owns one of its experts. Collective.
+
+        Args:
+          x: [T, hidden] of the buffer's dtype, T <= max_tokens; or (values [T, A], scales [T, B]) of
+            any dtypes, whose rows travel as bytes and have no gradient.
+          topk_idx: i32 [T, top_k] in [-1, num_experts); -1 selects none.
+          topk_weights: f32 [T, top_k].
+
+        Returns:
+          For `dispatch_recv`, once.
+        """
+        op = "dispatch_send"
+        self._check_usable(op)
+        row_type = checks.check_rows(op, self.config, x)
+        values, *scales = x if isinstance(x, (tuple, list)) else (x,)
+        checks.check_topk(op, self.config, values.shape[0], topk_idx, topk_weights)
+        position = jax.lax.axis_index(self.mesh.axis_names)
+        position, values, topk_idx, topk_weights, *scales = _vary_alike(
+            position, values, topk_idx, topk_weights, *scales
+        )
+        if scales:
+            values, scales = autodiff.no_gradient(values, *scales)
+        else:
+            scales = values[:, :0].astype(row_type.scale_dtype)
+        token = autodiff.dispatch_send(
+            self._target, row_type, values, scales, topk_idx, topk_weights, position
+        )
+        return Sent(token, topk_idx, "dispatch", row_type)
+
+    @overload
+    def dispatch_recv(self, sent: Sent, output: Literal["experts"] = "experts") -> Received: ...
+    @overload
+    def dispatch_recv(self, sent: Sent, output: Literal["tokens"]) -> ReceivedTokens: ...
+    @overload
+    def dispatch_recv(self, sent: Sent, output: Output) -> Received | ReceivedTokens: ...
+
+    def dispatch_recv(self, sent: Sent, output: Output = "experts") -> Received | ReceivedTokens:
+        """Waits for the rows of a `dispatch_send` and unpacks them. Collective.
+
+        Args:
+          sent: what `dispatch_send` returned, through `overlap` or not.
+          output: "experts" for rows grouped by expert, cut to `recv_capacity`; "tokens" for one row
+            per (token, rank), which are at most ep_size * max_tokens and are never cut.
+        """
+        op = "dispatch_recv"
+        self._check_usable(op)
+        _check_sent(op, sent, "dispatch")
+        if output == "experts":
+            return self._recv_experts(sent)
+        if output == "tokens":
+            return self._recv_tokens(sent)
+        raise ValueError(f"{op}: expected output 'experts' or 'tokens', got {output!r}")
+
+    def combine_send(self, y: Array, layout: Layout, weights: Array | None = None) -> Sent:
+        """Sums each token's rows on this rank and sends the sum back to the token's rank. Collective.
+
+        sum_k weights[row_k] * y[row_k], in k order, in float32, cast once to the buffer's dtype.
+
+        Args:
+          y: [recv_capacity, hidden] of the buffer's dtype, rows as in `Received.x`; for a layout of
+            `ReceivedTokens`, [ep_size * max_tokens, hidden].
+          layout: of the dispatch that these rows came with.
+          weights: f32, one for each row of y; None for a plain sum.
+
+        Returns:
+          For `combine_recv`, once.
+        """
+        op = "combine_send"
+        self._check_usable(op)
+        config = self.config
+        checks.check_layout(op, config, layout)
+        num_rows = config.recv_capacity if layout.output == "experts" else config.max_recv_tokens
+        checks.check_array(op, "y", y, config.dtype, (num_rows, config.hidden))
+        if weights is not None:
+            checks.check_array(op, "weights", weights, jnp.float32, (num_rows,))
+        y, rows, num_rows_from, topk_idx, *present = _vary_alike(
+            y,
+            layout.rows,
+            layout.num_rows_from,
+            layout.topk_idx,
+            *(() if weights is None else (weights,)),
+        )
+        weights = present[0] if present else None
+        token = autodiff.combine_send(self._target, y, weights, rows, num_rows_from)
+        return Sent(token, topk_idx, "combine", RowType(config.hidden, config.dtype))
+
+    def combine_recv(self, sent: Sent) -> Array:
+        """Waits for the sums of a `combine_send` and adds them up. Collective.
+
+        Args:
+          sent: what `combine_send` returned, through `overlap` or not.
+
+        Returns:
+          [T, hidden] of the buffer's dtype: the sum over the ranks of the token's experts, in rank
+          order, in float32, cast once; zero for a token that named no expert.
+        """
+        op = "combine_recv"
+        self._check_usable(op)
+        _check_sent(op, sent, "combine")
+        return autodiff.combine_recv(self._target, sent.token, sent.topk_idx)
+
+    # ------------------------------------------------------------------------------ whole ops
+
+    def dispatch(
+        self,
+        x: Rows,
+        topk_idx: Array,
+        topk_weights: Array,
+        *,
+        output: Output = "experts",
+        return_recv_hook: bool = False,
+    ) -> Any:
+        """`dispatch_send` and `dispatch_recv` in one go. Collective.
+
+        Returns:
+          `Received` or `ReceivedTokens`; with `return_recv_hook` a hook, whose call returns that.
+        """
+        if output not in ("experts", "tokens"):
+            raise ValueError(f"dispatch: expected output 'experts' or 'tokens', got {output!r}")
+        sent = self.dispatch_send(x, topk_idx, topk_weights)
+        hook = Hook(lambda s: self.dispatch_recv(s, output), sent)
+        return hook if return_recv_hook else hook()
+
+    def combine(
+        self,
+        y: Array,
+        layout: Layout,
+        *,
+        weights: Array | None = None,
+        return_recv_hook: bool = False,
+    ) -> Any:
+        """`combine_send` and `combine_recv` in one go. Collective.
+
+        Returns:
+          [T, hidden]; with `return_recv_hook` a hook, whose call returns that.
+        """
+        hook = Hook(self.combine_recv, self.combine_send(y, layout, weights))
+        return hook if return_recv_hook else hook()
+
+    # ------------------------------------------------------------------------------- lifetime
+
+    def check(self) -> None:
+        """Raises the first fault since the last check, if there was one. Not collective.
+
+        On CPU the program that met the fault has raised it too, when its results were asked for.
+
+        Raises:
+          FaultError: with rank, peer, op, expected and seen.
+          RuntimeError: if the buffer is closed.
+        """
+        self._check_usable("check")
+        if self.transport != "in_process":
+            return
+        fault = primitives.take_fault(self._target.buffer_id)
+        if fault is not None:
+            raise FaultError(fault)
+
+    def close(self) -> None:
+        """Frees the buffer's memory. What still waits ends with an error. Not collective."""
+        self._closer()
+
+    def __enter__(self) -> Buffer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def message_bytes(self, device: Any) -> int:
+        """Bytes of messages that `device` has taken so far; compare with `estimate_memory`."""
+        self._check_usable("message_bytes")
+        if self.transport != "in_process":
+            return 0
+        return primitives.message_bytes(self._target.buffer_id, device.local_hardware_id)
+
+    # -------------------------------------------------------------------------------- inside
+
+    def _check_usable(self, op: str) -> None:
+        if not self._closer.alive:
+            raise RuntimeError(f"{op}: expected an open buffer, got one that is closed")
+        if op not in ("check", "message_bytes"):
+            checks.check_inside(op, self.mesh, self.axes)
+
+    def _recv_experts(self, sent: Sent) -> Received:
+        values, scales, group_sizes, counts, weights, dropped, rows, num_rows_from = (
+            autodiff.dispatch_recv(self._target, sent.row_type, sent.token)
+        )
+        return Received(
+            x=(values, scales) if sent.row_type.has_scales else values,
+            group_sizes=group_sizes,
+            counts=counts,
+            weights=weights,
+            dropped=dropped,
+            layout=Layout(sent.topk_idx, rows, num_rows_from, "experts"),
+        )
+
+    def _recv_tokens(self, sent: Sent) -> ReceivedTokens:
+        values, scales, topk_idx, topk_weights, counts, num_tokens, rows, num_rows_from = (
+            autodiff.dispatch_recv_tokens(self._target, sent.row_type, sent.token)
+        )
+        return ReceivedTokens(
+            x=(values, scales) if sent.row_type.has_scales else values,
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            counts=counts,
+            num_tokens=num_tokens,
+            layout=Layout(sent.topk_idx, rows, num_rows_from, "tokens"),
+        )
+
+
+def _check_sent(op: str, sent: Any, kind: str) -> None:
+    if not isinstance(sent, Sent):
+        raise TypeError(f"{op}: expected what {kind}_send returned, got {type(sent).__name__}")
+    if sent.kind != kind:
+        raise TypeError(f"{op}: expected what {kind}_send returned, got that of {sent.kind}_send")
+
+
+def _vary_alike(*arrays: Array) -> tuple[Array, ...]:
+    """Makes all arrays vary over the mesh axes that one of them varies over.
+
+    Under shard_map's check_vma, values that are equal on all ranks have another type; the cast's
+    transpose sums their gradients over the ranks, as it must be.
+    """
+    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    every = frozenset[str]().union(*varying)
+    cast = []
+    for array, axes in zip(arrays, varying, strict=True):
+        missing = tuple(sorted(every - axes))
+        cast.append(jax.lax.pcast(array, missing, to="varying") if missing else array)
+    return tuple(cast)
+
+
+def _is_abstract(device: Any) -> bool:
+    """Whether a device is of a topology that was only described, to compile for."""
+    return not isinstance(device, jax.Device)
+
+
+def _choose_transport(mesh: Mesh, transport: str) -> str:
+    if transport not in ("auto", "in_process"):
+        raise ValueError(f"expected transport 'auto' or 'in_process', got {transport!r}")
+    devices = list(mesh.devices.flat)
+    platforms = {device.platform for device in devices}
+    if all(_is_abstract(device) for device in devices):
+        return "abstract"
+    if platforms != {"cpu"}:
+        raise NotImplementedError(
+            f"expected a mesh of CPU devices, got {sorted(platforms)}: jax_sm_free was built without "
+            "CUDA"
+        )
+    foreign = [device for device in devices if device.process_index != jax.process_index()]
+    if foreign:
+        raise NotImplementedError(
+            f"expected all devices of the mesh in this process, got {len(foreign)} of other processes"
+        )
+    if transport == "auto":
+        _log.info("transport 'in_process': %d CPU devices of one process", len(devices))
+    return "in_process"
+
+
+def _places(mesh: Mesh, axes: tuple[str, ...]) -> list[tuple[int, int, int] | None]:
+    """For each local device its (group, rank, position in the mesh); None outside the mesh."""
+    names = mesh.axis_names
+    others = [name for name in names if name not in axes]
+    order = [names.index(name) for name in (*others, *axes)]
+    size = checks.group_size(mesh, axes)
+    positions = np.arange(mesh.devices.size).reshape(mesh.devices.shape)
+    by_group = np.transpose(positions, order).reshape(-1, size)
+    ordinals = [device.local_hardware_id for device in mesh.devices.flat]
+    places: list[tuple[int, int, int] | None] = [None] * (max(ordinals) + 1)
+    for (group, rank), position in np.ndenumerate(by_group):
+        places[ordinals[position]] = (group, rank, int(position))
+    return places

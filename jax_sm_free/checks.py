@@ -1,0 +1,125 @@
+"""Checks at trace time: every error says what was expected and what was got."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh
+
+from jax_sm_free.config import Config
+from jax_sm_free.primitives import RowType
+from jax_sm_free.results import Layout
+
+
+def describe(array: Any) -> str:
+    """bfloat16[128, 7168]"""
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        return type(array).__name__
+    return f"{jnp.dtype(array.dtype).name}{list(array.shape)}"
+
+
+def check_array(op: str, name: str, array: Any, dtype: Any, shape: tuple[Any, ...]) -> None:
+    """Raises unless `array` has this dtype and shape; a string in `shape` allows any size."""
+    want = f"{jnp.dtype(dtype).name}[{', '.join(map(str, shape))}]"
+    if not hasattr(array, "shape") or not hasattr(array, "dtype"):
+        raise TypeError(f"{op}: expected {name} to be an array {want}, got {describe(array)}")
+    if array.dtype != dtype:
+        raise TypeError(f"{op}: expected {name} {want}, got {describe(array)}")
+    fits = len(array.shape) == len(shape) and all(
+        isinstance(expected, str) or size == expected
+        for size, expected in zip(array.shape, shape, strict=False)
+    )
+    if not fits:
+        raise ValueError(f"{op}: expected {name} {want}, got {describe(array)}")
+
+
+def check_inside(op: str, mesh: Mesh, axes: tuple[str, ...]) -> None:
+    """Raises unless the caller runs in a shard_map over the buffer's mesh, manual in every axis."""
+    here = jax.sharding.get_abstract_mesh()
+    manual = {
+        name
+        for name, kind in zip(here.axis_names, here.axis_types or (), strict=False)
+        if kind == AxisType.Manual
+    }
+    if not set(axes) <= manual:
+        raise ValueError(
+            f"{op}: expected to be called inside jax.shard_map over the buffer's axis "
+            f"{axes if len(axes) > 1 else axes[0]!r}, got a call where the manual axes are "
+            f"{sorted(manual) or 'none'}"
+        )
+    want, got = dict(mesh.shape), dict(here.shape)
+    if list(want.items()) != list(got.items()):
+        raise ValueError(f"{op}: expected the buffer's mesh {want}, got shard_map over {got}")
+    if manual != set(want):
+        raise ValueError(
+            f"{op}: expected shard_map to be manual in every axis of the mesh {list(want)}, got "
+            f"{sorted(manual)}"
+        )
+
+
+def check_rows(op: str, config: Config, x: Any) -> RowType:
+    """The type of the rows of x: [T, hidden], or (values [T, A], scales [T, B])."""
+    if not isinstance(x, (tuple, list)):
+        check_array(op, "x", x, config.dtype, ("T", config.hidden))
+        return RowType(config.hidden, config.dtype)
+    if len(x) != 2:
+        raise TypeError(f"{op}: expected x as an array or (values, scales), got {len(x)} parts")
+    for name, part in zip(("values", "scales"), x, strict=True):
+        if not hasattr(part, "shape") or len(part.shape) != 2:
+            raise ValueError(f"{op}: expected {name} of two dimensions, got {describe(part)}")
+    values, scales = x
+    if values.shape[0] != scales.shape[0]:
+        raise ValueError(
+            f"{op}: expected as many rows of scales as of values, got {describe(values)} and "
+            f"{describe(scales)}"
+        )
+    if scales.shape[1] == 0:
+        raise ValueError(f"{op}: expected scales to have columns, got {describe(scales)}")
+    rows = RowType(values.shape[1], values.dtype, scales.shape[1], scales.dtype)
+    if rows.num_bytes > config.row_bytes:
+        raise ValueError(
+            f"{op}: expected rows of at most {config.row_bytes} bytes (hidden={config.hidden}, "
+            f"{config.dtype.name}), got {rows.num_bytes} from {describe(values)} and "
+            f"{describe(scales)}"
+        )
+    return rows
+
+
+def check_topk(op: str, config: Config, num_tokens: int, topk_idx: Any, weights: Any) -> None:
+    """Raises unless both are [num_tokens, top_k] and num_tokens is within max_tokens."""
+    if num_tokens > config.max_tokens:
+        raise ValueError(
+            f"{op}: expected at most {config.max_tokens} tokens (max_tokens), got {num_tokens}"
+        )
+    check_array(op, "topk_idx", topk_idx, jnp.int32, (num_tokens, config.top_k))
+    check_array(op, "topk_weights", weights, jnp.float32, (num_tokens, config.top_k))
+
+
+def check_layout(op: str, config: Config, layout: Any) -> None:
+    """Raises unless `layout` came out of a dispatch of this configuration."""
+    if not isinstance(layout, Layout):
+        raise TypeError(f"{op}: expected the layout of a dispatch, got {type(layout).__name__}")
+    fanout = config.top_k if layout.output == "experts" else 1
+    check_array(op, "layout.rows", layout.rows, jnp.int32, (config.max_recv_tokens, fanout))
+    check_array(op, "layout.topk_idx", layout.topk_idx, jnp.int32, ("T", config.top_k))
+    check_array(op, "layout.num_rows_from", layout.num_rows_from, jnp.int32, (config.ep_size,))
+
+
+def check_mesh(mesh: Any, axis: Any) -> tuple[str, ...]:
+    """The expert axes as a tuple, checked against the mesh."""
+    if not isinstance(mesh, Mesh):
+        raise TypeError(f"expected mesh to be a jax.sharding.Mesh, got {type(mesh).__name__}")
+    axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
+    unknown = [name for name in axes if name not in mesh.axis_names]
+    if unknown or not axes or len(set(axes)) != len(axes):
+        raise ValueError(
+            f"expected axis to name axes of the mesh {list(mesh.axis_names)}, each once, got {axis!r}"
+        )
+    return axes
+
+
+def group_size(mesh: Mesh, axes: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[name] for name in axes)

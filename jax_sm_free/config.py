@@ -1,0 +1,179 @@
+"""Frozen configuration of a buffer, the sizes that follow from it, and the memory it takes.
+
+Nothing here touches a device: everything can be asked before anything is allocated.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+MAX_TOP_K = 32
+MAX_NUM_SLOTS = 64
+DTYPES = ("bfloat16", "float16", "float32")
+
+# A message is one header, then int32/float32 routing arrays, then the rows; every part starts on
+# a boundary of this many bytes. The byte tables themselves are in cc/layout.h.
+_PART_ALIGNMENT = 64
+_HEADER_BYTES = 64
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple of `multiple` that is not below `value`."""
+    return -(-value // multiple) * multiple
+
+
+def _check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
+    bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name} must be an integer {bounds}, got {value!r}")
+    if value < low or (high is not None and value > high):
+        raise ValueError(f"{name} must be {bounds}, got {value}")
+    return int(value)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Sizes of one expert-parallel group. Frozen and hashable.
+
+    Attributes:
+      ep_size: ranks in the group.
+      hidden: columns of a row.
+      num_experts: experts of the whole group; a multiple of `ep_size`.
+      top_k: experts a token names, 1 to 32.
+      max_tokens: tokens per rank and call, at most.
+      recv_capacity: expert rows a rank can receive. None becomes `worst_case_capacity`.
+      num_slots: exchanges that may be in flight at once.
+      expert_alignment: every expert's group is padded to a multiple of this many rows.
+      dtype: bfloat16, float16 or float32; the dtype of rows that are summed.
+      timeout_s: seconds a receive waits for its peers before it is a fault.
+
+    Raises:
+      TypeError, ValueError: for a value out of range, naming it and the range.
+    """
+
+    ep_size: int
+    hidden: int
+    num_experts: int
+    top_k: int
+    max_tokens: int
+    recv_capacity: int | None = None
+    num_slots: int = 2
+    expert_alignment: int = 1
+    dtype: Any = jnp.bfloat16
+    timeout_s: float = 100.0
+
+    def __post_init__(self) -> None:
+        def put(name: str, value: Any) -> None:
+            object.__setattr__(self, name, value)
+
+        put("ep_size", _check_int("ep_size", self.ep_size, 1))
+        put("hidden", _check_int("hidden", self.hidden, 1))
+        put("num_experts", _check_int("num_experts", self.num_experts, 1))
+        put("top_k", _check_int("top_k", self.top_k, 1, MAX_TOP_K))
+        put("max_tokens", _check_int("max_tokens", self.max_tokens, 1))
+        put("num_slots", _check_int("num_slots", self.num_slots, 1, MAX_NUM_SLOTS))
+        put("expert_alignment", _check_int("expert_alignment", self.expert_alignment, 1))
+        if self.num_experts % self.ep_size:
+            raise ValueError(
+                f"num_experts ({self.num_experts}) must be divisible by ep_size ({self.ep_size})"
+            )
+        put("dtype", jnp.dtype(self.dtype))
+        if self.dtype.name not in DTYPES:
+            raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype.name}")
+        if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
+            raise ValueError(f"timeout_s must be positive and finite, got {self.timeout_s}")
+        put("timeout_s", float(self.timeout_s))
+        capacity = self.recv_capacity
+        if capacity is None:
+            capacity = self.worst_case_capacity
+        put("recv_capacity", _check_int("recv_capacity", capacity, 0))
+        if max(self.recv_capacity, self.worst_case_capacity) > np.iinfo(np.int32).max:
+            raise ValueError(
+                f"expert rows per rank must fit int32, got {self.recv_capacity} "
+                f"(worst case {self.worst_case_capacity})"
+            )
+
+    @property
+    def num_local_experts(self) -> int:
+        """Experts on each rank."""
+        return self.num_experts // self.ep_size
+
+    @property
+    def worst_case_capacity(self) -> int:
+        """Expert rows a rank receives at most: every token of every rank names its experts only."""
+        rows = self.ep_size * self.max_tokens * self.top_k
+        padding = min(self.num_local_experts, rows) * (self.expert_alignment - 1)
+        return (rows + padding) // self.expert_alignment * self.expert_alignment
+
+    @property
+    def max_recv_tokens(self) -> int:
+        """Token rows a rank receives at most: one for every token of the group."""
+        return self.ep_size * self.max_tokens
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of the widest row that travels: `hidden` values of `dtype`."""
+        return self.hidden * self.dtype.itemsize
+
+    @property
+    def message_bytes(self) -> int:
+        """Bytes of the largest message from one rank to another (cc/layout.h has the table)."""
+        entries = self.max_tokens * self.top_k
+        parts = (
+            _HEADER_BYTES,
+            4 * self.num_local_experts,  # rows per expert
+            4 * entries,  # local expert of each (token row, k)
+            4 * entries,  # position within the (source, expert) run
+            4 * entries,  # weight
+            self.max_tokens * self.row_bytes,
+        )
+        return sum(round_up(part, _PART_ALIGNMENT) for part in parts)
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes per rank; `total` is their sum.
+
+    Attributes:
+      messages: packed messages of `num_slots` exchanges in flight, all of the largest size. They
+        live outside XLA's memory, and are taken only as far as rows are really sent.
+      recv: the result of one `dispatch_recv(output="experts")`, in XLA's memory: rows, weights,
+        group sizes, counts and the layout.
+    """
+
+    messages: int
+    recv: int
+
+    @property
+    def total(self) -> int:
+        return self.messages + self.recv
+
+
+def estimate_memory(config: Config) -> MemoryEstimate:
+    """Bytes a rank needs, before anything is allocated.
+
+    Args:
+      config: the sizes; `Buffer(...).config`, or a `Config` made by hand.
+    """
+    recv = (
+        config.recv_capacity * (config.row_bytes + 4)  # rows and their weights
+        + 4 * (2 * config.num_local_experts + 1)  # group_sizes, counts, dropped
+        + 4 * (config.max_recv_tokens * config.top_k + config.ep_size)  # layout
+    )
+    return MemoryEstimate(
+        messages=config.num_slots * config.ep_size * config.message_bytes, recv=recv
+    )
+
+
+def get_rdma_size_hint(config: Config) -> int:
+    """Bytes of one rank's messages that may cross a NIC: those to the other ranks.
+
+    Args:
+      config: as for `estimate_memory`.
+    """
+    return config.num_slots * (config.ep_size - 1) * config.message_bytes

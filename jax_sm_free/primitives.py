@@ -1,0 +1,269 @@
+"""The custom calls as JAX primitives: their results' types, and their lowering.
+
+The only importer of the extension. Operands arrive checked (`buffer.py`), and all vary over the same
+mesh axes. A call has an HLO side effect but no JAX effect: XLA neither merges nor hoists it, and
+scan, remat and custom_vjp still take it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.extend import core
+from jax.interpreters import batching, mlir
+from jax.sharding import PartitionSpec
+
+from jax_sm_free import _cpu
+from jax_sm_free.config import Config
+
+TOKEN_SIZE = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Target:
+    """The buffer that a call is for: its sizes, and the number by which its handler finds it."""
+
+    config: Config
+    buffer_id: int
+
+
+@dataclasses.dataclass(frozen=True)
+class RowType:
+    """Columns and dtype of rows, in one part or in two."""
+
+    columns: int
+    dtype: Any
+    scale_columns: int = 0
+    scale_dtype: Any = np.dtype(np.float32)
+
+    @property
+    def has_scales(self) -> bool:
+        return self.scale_columns > 0
+
+    @property
+    def num_bytes(self) -> int:
+        scale_bytes = self.scale_columns * jnp.dtype(self.scale_dtype).itemsize
+        return self.columns * jnp.dtype(self.dtype).itemsize + scale_bytes
+
+
+def _result_aval(operand: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+    """A type of `shape` and `dtype` that varies over the mesh axes that `operand` varies over."""
+    sharding = operand.sharding.update(spec=PartitionSpec(*(None for _ in shape)))
+    return operand.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
+
+
+def _define(name: str) -> core.Primitive:
+    """The primitive of one FFI target, bound with `results`: shapes and dtypes."""
+    primitive = core.Primitive(f"smf_{name}")
+    primitive.multiple_results = True
+
+    def abstract_eval(*operands: Any, buffer_id: int, results: tuple[tuple[Any, Any], ...]) -> Any:
+        del buffer_id
+        return [_result_aval(operands[0], shape, dtype) for shape, dtype in results]
+
+    def lower(ctx: Any, *operands: Any, buffer_id: int, results: Any) -> Any:
+        del results
+        rule = jax.ffi.ffi_lowering(f"smf_{name}", has_side_effect=True)
+        return rule(ctx, *operands, buffer=np.int64(buffer_id))
+
+    def refuse_vmap(*_: Any, **__: Any) -> Any:
+        raise NotImplementedError(
+            f"jax_sm_free: {name} expected to be called on whole ranks, got called under jax.vmap; "
+            "move the mapped axis into the token axis instead"
+        )
+
+    primitive.def_abstract_eval(abstract_eval)
+    primitive.def_impl(functools.partial(_run_eagerly, primitive))
+    mlir.register_lowering(primitive, lower)
+    batching.primitive_batchers[primitive] = refuse_vmap
+    return primitive
+
+
+def _run_eagerly(primitive: core.Primitive, *operands: Any, **params: Any) -> Any:
+    return jax.jit(functools.partial(primitive.bind, **params))(*operands)
+
+
+_NAMES = (
+    "dispatch_send",
+    "dispatch_recv",
+    "dispatch_recv_tokens",
+    "dispatch_backward_send",
+    "dispatch_backward_recv",
+    "combine_send",
+    "combine_recv",
+    "combine_backward_send",
+    "combine_backward_recv",
+)
+_PRIMITIVES = {name: _define(name) for name in _NAMES}
+
+
+def _bind(name: str, target: Target, operands: Any, *results: tuple[Any, Any]) -> tuple[Array, ...]:
+    hashable = tuple((tuple(shape), jnp.dtype(dtype)) for shape, dtype in results)
+    return tuple(_PRIMITIVES[name].bind(*operands, buffer_id=target.buffer_id, results=hashable))
+
+
+_TOKEN = ((TOKEN_SIZE,), jnp.float32)
+
+
+def dispatch_send(
+    target: Target,
+    values: Array,  # [T, columns]
+    scales: Array,  # [T, scale_columns], 0 columns if there are none
+    topk_idx: Array,  # i32 [T, top_k]
+    topk_weights: Array,  # f32 [T, top_k]
+    position: Array,  # i32 [], this device's place in the mesh
+) -> Array:
+    operands = (values, scales, topk_idx, topk_weights, position)
+    return _bind("dispatch_send", target, operands, _TOKEN)[0]
+
+
+def dispatch_recv(target: Target, rows: RowType, token: Array) -> tuple[Array, ...]:
+    """values, scales, group_sizes, counts, weights, dropped, layout rows, layout num_rows_from."""
+    c = target.config
+    return _bind(
+        "dispatch_recv",
+        target,
+        (token,),
+        ((c.recv_capacity, rows.columns), rows.dtype),
+        ((c.recv_capacity, rows.scale_columns), rows.scale_dtype),
+        ((c.num_local_experts,), jnp.int32),
+        ((c.num_local_experts,), jnp.int32),
+        ((c.recv_capacity,), jnp.float32),
+        ((), jnp.int32),
+        ((c.max_recv_tokens, c.top_k), jnp.int32),
+        ((c.ep_size,), jnp.int32),
+    )
+
+
+def dispatch_recv_tokens(target: Target, rows: RowType, token: Array) -> tuple[Array, ...]:
+    """values, scales, topk_idx, topk_weights, counts, num_tokens, layout rows, num_rows_from."""
+    c = target.config
+    return _bind(
+        "dispatch_recv_tokens",
+        target,
+        (token,),
+        ((c.max_recv_tokens, rows.columns), rows.dtype),
+        ((c.max_recv_tokens, rows.scale_columns), rows.scale_dtype),
+        ((c.max_recv_tokens, c.top_k), jnp.int32),
+        ((c.max_recv_tokens, c.top_k), jnp.float32),
+        ((c.num_local_experts,), jnp.int32),
+        ((), jnp.int32),
+        ((c.max_recv_tokens, 1), jnp.int32),
+        ((c.ep_size,), jnp.int32),
+    )
+
+
+def dispatch_backward_send(
+    target: Target,
+    x_grad: Array,  # [N, hidden]; hidden is 0 where only the weights have a gradient
+    weight_grads: Array,  # f32 [R, top_k]
+    rows: Array,  # i32 [R, fanout]
+    num_rows_from: Array,  # i32 [ep_size]
+) -> Array:
+    operands = (x_grad, weight_grads, rows, num_rows_from)
+    return _bind("dispatch_backward_send", target, operands, _TOKEN)[0]
+
+
+def dispatch_backward_recv(
+    target: Target, hidden: int, dtype: Any, token: Array, topk_idx: Array
+) -> tuple[Array, ...]:
+    """x_grad [T, hidden], weight_grads f32 [T, top_k]."""
+    shape = (topk_idx.shape[0], hidden)
+    results = ((shape, dtype), (topk_idx.shape, jnp.float32))
+    return _bind("dispatch_backward_recv", target, (token, topk_idx), *results)
+
+
+def combine_send(
+    target: Target,
+    y: Array,  # [N, hidden]
+    weights: Array,  # f32 [N], or [0] for a plain sum
+    rows: Array,  # i32 [R, fanout]
+    num_rows_from: Array,  # i32 [ep_size]
+) -> Array:
+    return _bind("combine_send", target, (y, weights, rows, num_rows_from), _TOKEN)[0]
+
+
+def combine_recv(target: Target, token: Array, topk_idx: Array) -> Array:
+    """out [T, hidden]."""
+    c = target.config
+    result = ((topk_idx.shape[0], c.hidden), c.dtype)
+    return _bind("combine_recv", target, (token, topk_idx), result)[0]
+
+
+def combine_backward_send(target: Target, out_grad: Array, topk_idx: Array) -> Array:
+    return _bind("combine_backward_send", target, (out_grad, topk_idx), _TOKEN)[0]
+
+
+def combine_backward_recv(
+    target: Target,
+    num_rows: int,
+    token: Array,
+    y: Array,  # [num_rows, hidden], or [0, hidden] for a plain sum
+    weights: Array,  # f32 [num_rows], or [0] for a plain sum
+    rows: Array,  # i32 [R, fanout]
+    num_rows_from: Array,  # i32 [ep_size]
+) -> tuple[Array, ...]:
+    """y_grad [num_rows, hidden], weight_grads f32 of the shape of weights."""
+    c = target.config
+    operands = (token, y, weights, rows, num_rows_from)
+    results = (((num_rows, c.hidden), c.dtype), (weights.shape, jnp.float32))
+    return _bind("combine_backward_recv", target, operands, *results)
+
+
+@functools.cache
+def register_cpu() -> None:
+    """Registers the handlers of platform "cpu". JAX's CPU backend must have been started."""
+    jax.ffi.register_ffi_type("smf_call_site", _cpu.call_site_type(), platform="cpu")
+    for name, stages in _cpu.handlers().items():
+        jax.ffi.register_ffi_target(name, stages, platform="cpu")
+
+
+@functools.cache
+def register_cuda() -> None:
+    """Registers handlers of platform "CUDA", enough to compile for GPUs."""
+    for name, stages in _cpu.cuda_handlers().items():
+        jax.ffi.register_ffi_target(name, stages, platform="CUDA")
+
+
+def open_buffer(config: Config, places: list[tuple[int, int, int] | None]) -> int:
+    """Makes the memory of a buffer; places: of each device, its (group, rank, mesh position)."""
+    native = _cpu.Config()
+    for name in (
+        "ep_size",
+        "num_experts",
+        "top_k",
+        "max_tokens",
+        "recv_capacity",
+        "num_slots",
+        "expert_alignment",
+        "row_bytes",
+        "timeout_s",
+    ):
+        setattr(native, name, getattr(config, name))
+    return int(_cpu.open_buffer(native, places))
+
+
+def close_buffer(buffer_id: int) -> None:
+    """Frees a buffer; whoever waits on it ends with an error. Closing twice does nothing."""
+    _cpu.close_buffer(buffer_id)
+
+
+def is_open(buffer_id: int) -> bool:
+    return bool(_cpu.is_open(buffer_id))
+
+
+def take_fault(buffer_id: int) -> str | None:
+    """The first fault since the last call, if there was one."""
+    fault = _cpu.take_fault(buffer_id)
+    return None if fault is None else str(fault)
+
+
+def message_bytes(buffer_id: int, device: int) -> int:
+    """Bytes of messages that one rank has taken so far, in use or kept for reuse."""
+    return int(_cpu.message_bytes(buffer_id, device))

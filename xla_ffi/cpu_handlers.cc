@@ -1,0 +1,433 @@
+#include "xla_ffi/cpu_handlers.h"
+
+#include <algorithm>
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <utility>
+
+#include "cc/cpu/host_buffer.h"
+#include "cc/cpu/ops.h"
+#include "cc/cpu/unpack.h"
+#include "cc/runtime.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_sm_free {
+namespace {
+
+namespace ffi = xla::ffi;
+using S32 = ffi::Buffer<ffi::S32>;
+using F32 = ffi::Buffer<ffi::F32>;
+template <typename T>
+using Out = ffi::Result<T>;
+
+// One call of a send in a compiled program. XLA makes one for each call that is left after all
+// inlining, and all devices of the process share it: the same on every rank, as an exchange needs.
+struct CallSite {
+  static ffi::TypeId id;
+  static int64_t Next() {
+    static std::atomic<int64_t> next{0};
+    return next++;
+  }
+  int64_t number = Next();
+};
+ffi::TypeId CallSite::id = {};
+
+ffi::ErrorOr<std::unique_ptr<CallSite>> MakeCallSite() { return std::make_unique<CallSite>(); }
+
+ffi::Error ToError(const std::optional<Fault>& fault) {
+  return fault ? ffi::Error::Internal(fault->Describe()) : ffi::Error::Success();
+}
+
+ffi::Future Failed(const ffi::Error& error) {
+  ffi::Promise promise;
+  ffi::Future future(promise);
+  promise.SetError(error);
+  return future;
+}
+
+// Finds the buffer and the rank of a call.
+ffi::Error Locate(const OpInfo& op, int64_t buffer_id, int32_t device, ffi::RunId run,
+                  HostCall& call) {
+  auto buffer = std::dynamic_pointer_cast<HostBuffer>(Registry::Get().Find(buffer_id));
+  const std::string prefix = std::string("jax_sm_free: ") + op.name + ": ";
+  if (buffer == nullptr) {
+    return ffi::Error(
+        ffi::ErrorCode::kFailedPrecondition,
+        prefix + "expected buffer " + std::to_string(buffer_id) + " to be open, but it is closed");
+  }
+  HostRank* rank = buffer->RankOf(device);
+  if (rank == nullptr) {
+    return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
+                      prefix + "expected a device of the mesh of buffer " +
+                          std::to_string(buffer_id) + ", seen device " + std::to_string(device));
+  }
+  call = {op, std::move(buffer), rank, run.run_id};
+  return ffi::Error::Success();
+}
+
+// Bytes of one row: of everything behind the first dimension.
+int64_t RowBytes(const ffi::AnyBuffer& buffer) {
+  const auto dims = buffer.dimensions();
+  int64_t bytes = static_cast<int64_t>(ffi::ByteWidth(buffer.element_type()));
+  for (size_t i = 1; i < dims.size(); ++i) bytes *= dims[i];
+  return bytes;
+}
+
+ConstRows RowsOf(const ffi::AnyBuffer& values, const ffi::AnyBuffer& scales) {
+  return {static_cast<const std::byte*>(values.untyped_data()), RowBytes(values),
+          static_cast<const std::byte*>(scales.untyped_data()), RowBytes(scales)};
+}
+
+MutableRows RowsOf(Out<ffi::AnyBuffer>& values, Out<ffi::AnyBuffer>& scales) {
+  return {static_cast<std::byte*>(values->untyped_data()), RowBytes(*values),
+          static_cast<std::byte*>(scales->untyped_data()), RowBytes(*scales)};
+}
+
+Matrix MatrixOf(const ffi::AnyBuffer& buffer) {
+  Matrix matrix{.hidden = buffer.dimensions()[1]};
+  if (buffer.element_type() == ffi::BF16) matrix.dtype = DType::kBFloat16;
+  if (buffer.element_type() == ffi::F16) matrix.dtype = DType::kFloat16;
+  return matrix;
+}
+
+LayoutIn LayoutOf(const S32& rows, const S32& num_rows_from, int64_t num_rows) {
+  return {rows.typed_data(), num_rows_from.typed_data(), static_cast<int32_t>(rows.dimensions()[1]),
+          num_rows};
+}
+
+// An operand without elements stands for one that is absent.
+template <typename T>
+auto* DataOrNull(T& buffer) {
+  return buffer.element_count() == 0 ? nullptr : buffer.typed_data();
+}
+
+// Python has checked every shape at trace time; this keeps a program that was lowered for another
+// configuration (a serialized executable, say) from reading or writing past its memory.
+ffi::Error CheckSizes(const OpInfo& op, const char* what, bool fits, int64_t expected,
+                      int64_t seen) {
+  if (fits) return ffi::Error::Success();
+  return ffi::Error::InvalidArgument(std::string("jax_sm_free: ") + op.name + ": expected " + what +
+                                     " " + std::to_string(expected) + ", seen " +
+                                     std::to_string(seen));
+}
+
+ffi::Error CheckRows(const HostCall& call, int64_t num_tokens, int64_t row_bytes) {
+  const Config& config = call.config();
+  if (ffi::Error error = CheckSizes(call.op, "tokens, at most", num_tokens <= config.max_tokens,
+                                    config.max_tokens, num_tokens);
+      error.failure()) {
+    return error;
+  }
+  return CheckSizes(call.op, "bytes a row, at most", row_bytes <= config.row_bytes,
+                    config.row_bytes, row_bytes);
+}
+
+ffi::Error CheckLayout(const HostCall& call, const S32& rows, int64_t row_bytes) {
+  if (ffi::Error error = CheckRows(call, 0, row_bytes); error.failure()) return error;
+  const int64_t num_rows = rows.dimensions()[0];
+  const int64_t expected = call.config().max_recv_tokens();
+  return CheckSizes(call.op, "token rows in the layout", num_rows == expected, expected, num_rows);
+}
+
+// ---------------------------------------------------------------------------------------- sends
+
+ffi::Error DispatchSendImpl(int64_t buffer_id, ffi::RunId run, int32_t device, CallSite* site,
+                            ffi::AnyBuffer values,  // [T, values columns]
+                            ffi::AnyBuffer scales,  // [T, scales columns], 0 columns if none
+                            S32 topk_idx,           // [T, top_k]
+                            F32 topk_weights,       // [T, top_k]
+                            S32 position,           // [], in the mesh
+                            Out<F32> token) {       // [kTokenSize]
+  HostCall call;
+  if (auto error = Locate(kDispatchSend, buffer_id, device, run, call); error.failure())
+    return error;
+  const ConstRows rows = RowsOf(values, scales);
+  const int64_t num_tokens = topk_idx.dimensions()[0];
+  if (auto error = CheckRows(call, num_tokens, rows.row_bytes()); error.failure()) return error;
+  const TopK topk{topk_idx.typed_data(), topk_weights.typed_data(), num_tokens};
+  return ToError(
+      DispatchSend(call, site->number, position.typed_data()[0], topk, rows, token->typed_data()));
+}
+
+ffi::Error CombineBackwardSendImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
+                                   CallSite* site,
+                                   ffi::AnyBuffer out_grad,  // [T, hidden]
+                                   S32 topk_idx,             // [T, top_k]
+                                   Out<F32> token) {         // [kTokenSize]
+  HostCall call;
+  if (auto error = Locate(kCombineBackwardSend, buffer_id, device, run, call); error.failure()) {
+    return error;
+  }
+  const ConstRows rows{.values = static_cast<const std::byte*>(out_grad.untyped_data()),
+                       .values_bytes = RowBytes(out_grad)};
+  const int64_t num_tokens = topk_idx.dimensions()[0];
+  if (auto error = CheckRows(call, num_tokens, rows.row_bytes()); error.failure()) return error;
+  const TopK topk{topk_idx.typed_data(), nullptr, num_tokens};
+  return ToError(CombineBackwardSend(call, site->number, topk, rows, token->typed_data()));
+}
+
+ffi::Error CombineSendImpl(int64_t buffer_id, ffi::RunId run, int32_t device, CallSite* site,
+                           ffi::AnyBuffer y,   // [N, hidden]
+                           F32 weights,        // [N], or [0] for a plain sum
+                           S32 rows,           // [ep_size * max_tokens, fanout]
+                           S32 num_rows_from,  // [ep_size]
+                           Out<F32> token) {   // [kTokenSize]
+  HostCall call;
+  if (auto error = Locate(kCombineSend, buffer_id, device, run, call); error.failure())
+    return error;
+  if (auto error = CheckLayout(call, rows, RowBytes(y)); error.failure()) return error;
+  const SumOperands operands{.matrix = MatrixOf(y),
+                             .y = static_cast<const std::byte*>(y.untyped_data()),
+                             .weights = DataOrNull(weights),
+                             .layout = LayoutOf(rows, num_rows_from, y.dimensions()[0])};
+  return ToError(SendSums(call, site->number, operands, token->typed_data()));
+}
+
+ffi::Error DispatchBackwardSendImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
+                                    CallSite* site,
+                                    ffi::AnyBuffer x_grad,  // [N, hidden]
+                                    F32 weight_grads,       // [ep_size * max_tokens, top_k]
+                                    S32 rows,               // [ep_size * max_tokens, fanout]
+                                    S32 num_rows_from,      // [ep_size]
+                                    Out<F32> token) {       // [kTokenSize]
+  HostCall call;
+  if (auto error = Locate(kDispatchBackwardSend, buffer_id, device, run, call); error.failure()) {
+    return error;
+  }
+  if (auto error = CheckLayout(call, rows, RowBytes(x_grad)); error.failure()) return error;
+  const SumOperands operands{.matrix = MatrixOf(x_grad),
+                             .y = static_cast<const std::byte*>(x_grad.untyped_data()),
+                             .weight_grads = weight_grads.typed_data(),
+                             .layout = LayoutOf(rows, num_rows_from, x_grad.dimensions()[0])};
+  return ToError(SendSums(call, site->number, operands, token->typed_data()));
+}
+
+// --------------------------------------------------------------------------------------- receives
+
+// Takes the token's exchange, and resolves the returned future when `unpack` has run. XLA keeps
+// operands and results until then, but not the descriptions of their shapes.
+ffi::Future ReceiveAsync(const HostCall& call, const F32& token, Unpack unpack) {
+  ffi::Promise promise;
+  ffi::Future future(promise);
+  auto done = [promise](const std::optional<Fault>& fault) mutable {
+    if (fault) {
+      promise.SetError(ToError(fault));
+    } else {
+      promise.SetAvailable();
+    }
+  };
+  Receive(call, token.typed_data(), std::move(unpack), std::move(done));
+  return future;
+}
+
+ffi::Future DispatchRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
+                             F32 token,                   // [kTokenSize]
+                             Out<ffi::AnyBuffer> values,  // [recv_capacity, values columns]
+                             Out<ffi::AnyBuffer> scales,  // [recv_capacity, scales columns]
+                             Out<S32> group_sizes,        // [num_local_experts]
+                             Out<S32> counts,             // [num_local_experts]
+                             Out<F32> weights,            // [recv_capacity]
+                             Out<S32> dropped,            // []
+                             Out<S32> rows,               // [ep_size * max_tokens, top_k]
+                             Out<S32> num_rows_from) {    // [ep_size]
+  HostCall call;
+  if (auto error = Locate(kDispatchRecv, buffer_id, device, run, call); error.failure()) {
+    return Failed(error);
+  }
+  if (auto error = CheckLayout(call, *rows, 0); error.failure()) return Failed(error);
+  const int64_t capacity = call.config().recv_capacity;
+  const int64_t num_rows = values->dimensions()[0];
+  if (auto error = CheckSizes(call.op, "recv_capacity", num_rows == capacity, capacity, num_rows);
+      error.failure()) {
+    return Failed(error);
+  }
+  const ExpertsOut out{.rows = RowsOf(values, scales),
+                       .group_sizes = group_sizes->typed_data(),
+                       .counts = counts->typed_data(),
+                       .weights = weights->typed_data(),
+                       .dropped = dropped->typed_data(),
+                       .layout = {rows->typed_data(), num_rows_from->typed_data()}};
+  return ReceiveAsync(call, token, [out](const Config& config, const auto& messages) {
+    return UnpackExperts(config, messages, out);
+  });
+}
+
+ffi::Future DispatchRecvTokensImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
+                                   F32 token,                   // [kTokenSize]
+                                   Out<ffi::AnyBuffer> values,  // [R, values columns],
+                                   Out<ffi::AnyBuffer> scales,  // [R, scales columns],
+                                   Out<S32> topk_idx,           // [R, top_k]; R is
+                                   Out<F32> topk_weights,       // [R, top_k]  ep_size * max_tokens
+                                   Out<S32> counts,             // [num_local_experts]
+                                   Out<S32> num_tokens,         // []
+                                   Out<S32> rows,               // [R, 1]
+                                   Out<S32> num_rows_from) {    // [ep_size]
+  HostCall call;
+  if (auto error = Locate(kDispatchRecv, buffer_id, device, run, call); error.failure()) {
+    return Failed(error);
+  }
+  if (auto error = CheckLayout(call, *rows, 0); error.failure()) return Failed(error);
+  const TokensOut out{.rows = RowsOf(values, scales),
+                      .topk_idx = topk_idx->typed_data(),
+                      .topk_weights = topk_weights->typed_data(),
+                      .counts = counts->typed_data(),
+                      .num_tokens = num_tokens->typed_data(),
+                      .layout = {rows->typed_data(), num_rows_from->typed_data()}};
+  return ReceiveAsync(call, token, [out](const Config& config, const auto& messages) {
+    return UnpackTokens(config, messages, out);
+  });
+}
+
+// The sum over ranks; `weight_grads` is null in the forward pass.
+ffi::Future ReceiveSums(const HostCall& call, const F32& token, const S32& topk_idx,
+                        Out<ffi::AnyBuffer>& out, float* weight_grads) {
+  const int64_t num_tokens = topk_idx.dimensions()[0];
+  const Matrix matrix = MatrixOf(*out);
+  if (auto error = CheckRows(call, num_tokens, matrix.row_bytes()); error.failure()) {
+    return Failed(error);
+  }
+  const TopK topk{topk_idx.typed_data(), nullptr, num_tokens};
+  auto* sums = static_cast<std::byte*>(out->untyped_data());
+  return ReceiveAsync(
+      call, token, [matrix, topk, sums, weight_grads](const Config& config, const auto& messages) {
+        return SumOverRanks(config, matrix, topk, messages, sums, weight_grads);
+      });
+}
+
+ffi::Future CombineRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
+                            F32 token,                  // [kTokenSize]
+                            S32 topk_idx,               // [T, top_k]
+                            Out<ffi::AnyBuffer> out) {  // [T, hidden]
+  HostCall call;
+  if (auto error = Locate(kCombineRecv, buffer_id, device, run, call); error.failure()) {
+    return Failed(error);
+  }
+  return ReceiveSums(call, token, topk_idx, out, nullptr);
+}
+
+ffi::Future DispatchBackwardRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
+                                     F32 token,                   // [kTokenSize]
+                                     S32 topk_idx,                // [T, top_k]
+                                     Out<ffi::AnyBuffer> x_grad,  // [T, hidden]
+                                     Out<F32> weight_grads) {     // [T, top_k]
+  HostCall call;
+  if (auto error = Locate(kDispatchBackwardRecv, buffer_id, device, run, call); error.failure()) {
+    return Failed(error);
+  }
+  return ReceiveSums(call, token, topk_idx, x_grad, weight_grads->typed_data());
+}
+
+ffi::Future CombineBackwardRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
+                                    F32 token,                   // [kTokenSize]
+                                    ffi::AnyBuffer y,            // [N, hidden], or [0, hidden]
+                                    F32 weights,                 // [N], or [0] for a plain sum
+                                    S32 rows,                    // [ep_size * max_tokens, fanout]
+                                    S32 num_rows_from,           // [ep_size]
+                                    Out<ffi::AnyBuffer> y_grad,  // [N, hidden]
+                                    Out<F32> weight_grads) {     // [N], or [0]
+  HostCall call;
+  if (auto error = Locate(kCombineBackwardRecv, buffer_id, device, run, call); error.failure()) {
+    return Failed(error);
+  }
+  const Matrix matrix = MatrixOf(*y_grad);
+  if (auto error = CheckLayout(call, rows, matrix.row_bytes()); error.failure()) {
+    return Failed(error);
+  }
+  const LayoutIn layout = LayoutOf(rows, num_rows_from, y_grad->dimensions()[0]);
+  const auto* values = static_cast<const std::byte*>(y.untyped_data());
+  const float* scale = DataOrNull(weights);
+  auto* grads = static_cast<std::byte*>(y_grad->untyped_data());
+  float* scale_grads = weight_grads->typed_data();
+  return ReceiveAsync(call, token,
+                      [matrix, layout, values, scale, grads, scale_grads](const Config& config,
+                                                                          const auto& messages) {
+                        return SpreadGradients(config, matrix, messages, layout, values, scale,
+                                               grads, scale_grads);
+                      });
+}
+
+// Every op: the buffer by its id, the run, and the device that the call runs on.
+auto BindOp() {
+  return ffi::Ffi::Bind().Attr<int64_t>("buffer").Ctx<ffi::RunId>().Ctx<ffi::DeviceOrdinal>();
+}
+auto BindSend() { return BindOp().Ctx<ffi::State<CallSite>>(); }
+auto BindRecv() { return BindOp().Arg<F32>(); }
+
+XLA_FFI_DEFINE_HANDLER(kMakeCallSite, MakeCallSite, ffi::Ffi::BindInstantiate());
+XLA_FFI_DEFINE_HANDLER(kDispatchSendHandler, DispatchSendImpl,
+                       BindSend()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<S32>()
+                           .Arg<F32>()
+                           .Arg<S32>()
+                           .Ret<F32>());
+XLA_FFI_DEFINE_HANDLER(kCombineBackwardSendHandler, CombineBackwardSendImpl,
+                       BindSend().Arg<ffi::AnyBuffer>().Arg<S32>().Ret<F32>());
+XLA_FFI_DEFINE_HANDLER(
+    kCombineSendHandler, CombineSendImpl,
+    BindSend().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<S32>().Arg<S32>().Ret<F32>());
+XLA_FFI_DEFINE_HANDLER(
+    kDispatchBackwardSendHandler, DispatchBackwardSendImpl,
+    BindSend().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<S32>().Arg<S32>().Ret<F32>());
+XLA_FFI_DEFINE_HANDLER(kDispatchRecvHandler, DispatchRecvImpl,
+                       BindRecv()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<S32>()
+                           .Ret<S32>()
+                           .Ret<F32>()
+                           .Ret<S32>()
+                           .Ret<S32>()
+                           .Ret<S32>());
+XLA_FFI_DEFINE_HANDLER(kDispatchRecvTokensHandler, DispatchRecvTokensImpl,
+                       BindRecv()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<S32>()
+                           .Ret<F32>()
+                           .Ret<S32>()
+                           .Ret<S32>()
+                           .Ret<S32>()
+                           .Ret<S32>());
+XLA_FFI_DEFINE_HANDLER(kCombineRecvHandler, CombineRecvImpl,
+                       BindRecv().Arg<S32>().Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER(kDispatchBackwardRecvHandler, DispatchBackwardRecvImpl,
+                       BindRecv().Arg<S32>().Ret<ffi::AnyBuffer>().Ret<F32>());
+XLA_FFI_DEFINE_HANDLER(kCombineBackwardRecvHandler, CombineBackwardRecvImpl,
+                       BindRecv()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<F32>()
+                           .Arg<S32>()
+                           .Arg<S32>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<F32>());
+
+}  // namespace
+
+std::vector<HandlerEntry> CpuHandlers() {
+  return {
+      {"smf_dispatch_send", kMakeCallSite, kDispatchSendHandler},
+      {"smf_dispatch_recv", nullptr, kDispatchRecvHandler},
+      {"smf_dispatch_recv_tokens", nullptr, kDispatchRecvTokensHandler},
+      {"smf_combine_send", kMakeCallSite, kCombineSendHandler},
+      {"smf_combine_recv", nullptr, kCombineRecvHandler},
+      {"smf_combine_backward_send", kMakeCallSite, kCombineBackwardSendHandler},
+      {"smf_combine_backward_recv", nullptr, kCombineBackwardRecvHandler},
+      {"smf_dispatch_backward_send", kMakeCallSite, kDispatchBackwardSendHandler},
+      {"smf_dispatch_backward_recv", nullptr, kDispatchBackwardRecvHandler},
+  };
+}
+
+XLA_FFI_TypeId* CallSiteTypeId() { return &CallSite::id; }
+
+const XLA_FFI_TypeInfo* CallSiteTypeInfo() {
+  static const XLA_FFI_TypeInfo info = ffi::MakeTypeInfo<CallSite>();
+  return &info;
+}
+
+}  // namespace jax_sm_free

@@ -1,0 +1,27 @@
+// XLA FFI handlers of platform "cpu": decode, check, call cc/cpu/ops, convert.
+
+#ifndef JAX_SM_FREE_XLA_FFI_CPU_HANDLERS_H_
+#define JAX_SM_FREE_XLA_FFI_CPU_HANDLERS_H_
+
+#include <vector>
+
+#include "xla/ffi/api/c_api.h"
+
+namespace jax_sm_free {
+
+struct HandlerEntry {
+  const char* target;
+  XLA_FFI_Handler* instantiate;  // null where the op keeps no state
+  XLA_FFI_Handler* execute;
+};
+
+// Every target of this platform.
+std::vector<HandlerEntry> CpuHandlers();
+
+// The type of the per-call-site state; must be registered before the handlers.
+XLA_FFI_TypeId* CallSiteTypeId();
+const XLA_FFI_TypeInfo* CallSiteTypeInfo();
+
+}  // namespace jax_sm_free
+
+#endif  // JAX_SM_FREE_XLA_FFI_CPU_HANDLERS_H_
