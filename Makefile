@@ -22,6 +22,8 @@ BAZEL_FLAGS := --repo_env=JAX_SM_FREE_PYTHON=$(CURDIR)/$(VENV_PYTHON) \
   --repo_env=JAX_SM_FREE_HEADERS=$(CURDIR)/$(HEADERS)
 BAZEL_TEST := bazel test $(BAZEL_FLAGS) --test_tag_filters=-python --build_tests_only
 PYTEST_FLAGS ?= -n 2
+# Without it, JAX complains that the CUDA compiler of the set-up finds no CUDA libraries.
+export JAX_PLATFORMS ?= cpu
 
 .PHONY: help setup debian build demo bench test test-cc test-python test-sanitizers lint wheel clean
 .DELETE_ON_ERROR:

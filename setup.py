@@ -1,6 +1,5 @@
 """Builds the extension with Bazel; all else is in pyproject.toml."""
 
-import os
 import pathlib
 import shutil
 import subprocess
@@ -18,7 +17,7 @@ class BazelBuildExt(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         if shutil.which("bazel") is None:
-            sys.exit("jax_sm_free: no `bazel` on the PATH; `make debian` in the checkout installs it")
+            sys.exit("jax_sm_free: no `bazel` found; `make debian` installs it")
         package, module = ext.name.split(".")
         flags = [
             f"--repo_env=JAX_SM_FREE_PYTHON={sys.executable}",
@@ -28,10 +27,11 @@ class BazelBuildExt(build_ext):
         build = subprocess.run(["bazel", "build", *flags, f"//{package}:{module}.so"], cwd=ROOT)
         if build.returncode:
             sys.exit("jax_sm_free: Bazel could not build the extension; its messages are above")
-        bin_dir = subprocess.check_output(["bazel", "info", *flags, "bazel-bin"], cwd=ROOT, text=True)
-        destination = self.get_ext_fullpath(ext.name)
-        os.makedirs(os.path.dirname(destination), exist_ok=True)
-        shutil.copyfile(pathlib.Path(bin_dir.strip()) / package / f"{module}.so", destination)
+        info = subprocess.check_output(["bazel", "info", *flags, "bazel-bin"], cwd=ROOT, text=True)
+        source = pathlib.Path(info.strip(), package, f"{module}.so")
+        destination = pathlib.Path(self.get_ext_fullpath(ext.name))
+        destination.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, destination)
 
 
 setup(

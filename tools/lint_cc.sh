@@ -16,4 +16,4 @@ flags=(
 # Standard error is the count of warnings in headers of others, which are not shown either.
 printf '%s\0' "${sources[@]}" |
   xargs -0 -P "$(nproc)" -I '{}' clang-tidy --quiet '{}' -- "${flags[@]}" \
-    2> >(grep -v 'warnings\? generated' >&2)
+    2> >(grep -v '^[0-9]* warnings\? .*generated' >&2)
