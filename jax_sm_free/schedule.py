@@ -57,7 +57,8 @@ def _hold_batch(operands: Sequence[Any], dims: Sequence[Any]) -> Any:
     return _hold_p.bind(*operands), dims
 
 
-def _hold_dce(used: Sequence[bool], eqn: Any) -> Any:
+def _hold_dce(used: Sequence[bool], *rest: Any) -> Any:
+    eqn = rest[-1]  # JAX 0.12 passes which inputs are live, too
     if not any(used):
         return [False] * len(used), None
     invars = [var for var, keep in zip(eqn.invars, used, strict=True) if keep]
