@@ -25,7 +25,8 @@ PYTEST_FLAGS ?= -n 2
 # Without it, JAX complains that the CUDA compiler of the set-up finds no CUDA libraries.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help setup debian build demo bench test test-cc test-python test-sanitizers lint wheel clean
+.PHONY: help debian setup build demo bench test test-cc test-python test-sanitizers \
+  lint lint-py lint-cc wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -91,10 +92,14 @@ test-sanitizers: setup
 	$(BAZEL_TEST) --config=ubsan //...
 	$(BAZEL_TEST) --config=tsan //...
 
-lint: setup .venv/debian-lint
+lint: lint-py lint-cc
+
+lint-py: setup
 	$(VENV_PYTHON) -m ruff check
 	$(VENV_PYTHON) -m ruff format --check
 	$(VENV_PYTHON) -m mypy
+
+lint-cc: setup .venv/debian-lint
 	tools/lint_cc.sh $(VENV_PYTHON) $(HEADERS)
 
 clean:
