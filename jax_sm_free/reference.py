@@ -345,7 +345,7 @@ def _by_token(config: Config, topk_idx: Array, arrivals: _Arrivals) -> ReceivedT
 
 def _by_expert(config: Config, topk_idx: Array, arrivals: _Arrivals) -> Received:
     """One row for each kept (token, k), grouped by expert."""
-    capacity, top_k = config.recv_capacity, config.top_k
+    capacity, top_k = _capacity(config), config.top_k
     level = _cut_level(config, arrivals.counts)
     kept = jnp.minimum(arrivals.counts, level)
     group_sizes = _round_up(kept, config.expert_alignment)
@@ -374,6 +374,11 @@ def _by_expert(config: Config, topk_idx: Array, arrivals: _Arrivals) -> Received
     )
 
 
+def _capacity(config: Config) -> int:
+    assert config.recv_capacity is not None  # A Config has filled it in.
+    return config.recv_capacity
+
+
 def _round_up(value: Array, multiple: int) -> Array:
     return -(-value // multiple) * multiple
 
@@ -381,10 +386,10 @@ def _round_up(value: Array, multiple: int) -> Array:
 def _cut_level(config: Config, counts: Array) -> Array:
     """The largest level L for which the groups, cut to L rows each and padded, fit."""
     level = jnp.zeros((), jnp.int32)
-    for bit in reversed(range(config.recv_capacity.bit_length())):
+    for bit in reversed(range(_capacity(config).bit_length())):
         higher = level + (1 << bit)
         padded = _round_up(jnp.minimum(counts, higher), config.expert_alignment)
-        level = jnp.where(padded.sum() <= config.recv_capacity, higher, level)
+        level = jnp.where(padded.sum() <= _capacity(config), higher, level)
     return level
 
 
