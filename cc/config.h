@@ -19,8 +19,8 @@ struct Config {
   int64_t row_bytes = 0;         // of the widest row that travels
   double timeout_s = 100.0;      // how long a receive waits
 
-  int32_t num_local_experts() const { return num_experts / ep_size; }
-  int64_t max_recv_tokens() const { return int64_t{ep_size} * max_tokens; }
+  constexpr int32_t num_local_experts() const { return num_experts / ep_size; }
+  constexpr int64_t max_recv_tokens() const { return int64_t{ep_size} * max_tokens; }
 };
 
 }  // namespace jax_sm_free

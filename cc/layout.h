@@ -11,6 +11,7 @@
 //   position         i32 [num_rows, top_k]       x
 //   weight           f32 [num_rows, top_k]       x                  x (its gradient)
 //   rows             byte [num_rows, row_bytes]  x         x        x          x
+//                    each padded to kRowAlignment bytes
 //
 // `local_expert` is the expert's number on the destination, -1 for an expert that lives elsewhere.
 // `position` counts the rows of this (source, expert) pair in order of (token, k): the sender knows
@@ -23,10 +24,12 @@
 #include <cstdint>
 
 #include "cc/config.h"
+#include "cc/routing.h"
 
 namespace jax_sm_free {
 
 inline constexpr int64_t kPartAlignment = 64;
+inline constexpr int64_t kRowAlignment = 16;  // the widest load and store of a GPU thread
 
 // What a round carries. A forward kind and its mirrored backward kind travel in opposite
 // directions.
@@ -49,13 +52,39 @@ struct MessageLayout {
   int64_t position = 0;
   int64_t weight = 0;
   int64_t rows = 0;
+  int64_t row_stride = 0;  // from one row to the next
   int64_t total = 0;
 };
 
-MessageLayout LayoutOf(const Config& config, const MessageHeader& header);
+// Host and device code: constexpr, so that kernels call the same function.
+constexpr MessageLayout LayoutOf(const Config& config, const MessageHeader& header) {
+  const Kind kind = static_cast<Kind>(header.kind);
+  const bool routed = kind == Kind::kDispatch;
+  const bool weighted = routed || kind == Kind::kDispatchBackward;
+  const int64_t entry_bytes = int64_t{header.num_rows} * config.top_k * int64_t{sizeof(int32_t)};
+  const int64_t expert_bytes = config.num_local_experts() * int64_t{sizeof(int32_t)};
 
-// Bytes of the largest message of this configuration, whatever its kind.
-int64_t MaxMessageBytes(const Config& config);
+  MessageLayout layout;
+  layout.row_stride = RoundUp(header.row_bytes, kRowAlignment);
+  layout.rows_per_expert = sizeof(MessageHeader);
+  layout.local_expert =
+      layout.rows_per_expert + (routed ? RoundUp(expert_bytes, kPartAlignment) : 0);
+  layout.position = layout.local_expert + (routed ? RoundUp(entry_bytes, kPartAlignment) : 0);
+  layout.weight = layout.position + (routed ? RoundUp(entry_bytes, kPartAlignment) : 0);
+  layout.rows = layout.weight + (weighted ? RoundUp(entry_bytes, kPartAlignment) : 0);
+  layout.total = layout.rows + RoundUp(header.num_rows * layout.row_stride, kPartAlignment);
+  return layout;
+}
+
+// Bytes of the largest message of this configuration, whatever its kind: a dispatch has every part
+// that any kind has.
+constexpr int64_t MaxMessageBytes(const Config& config) {
+  MessageHeader header;
+  header.kind = static_cast<int32_t>(Kind::kDispatch);
+  header.num_rows = config.max_tokens;
+  header.row_bytes = config.row_bytes;
+  return LayoutOf(config, header).total;
+}
 
 }  // namespace jax_sm_free
 

@@ -6,7 +6,6 @@ Nothing here touches a device: everything can be asked before anything is alloca
 from __future__ import annotations
 
 import dataclasses
-import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -14,11 +13,13 @@ import numpy as np
 
 MAX_TOP_K = 32
 MAX_NUM_SLOTS = 64
+MAX_TIMEOUT_S = 1e6
 DTYPES = ("bfloat16", "float16", "float32")
 
 # A message is one header, then int32/float32 routing arrays, then the rows; every part starts on
 # a boundary of this many bytes. The byte tables themselves are in cc/layout.h.
 _PART_ALIGNMENT = 64
+_ROW_ALIGNMENT = 16
 _HEADER_BYTES = 64
 
 
@@ -85,8 +86,8 @@ class Config:
         put("dtype", jnp.dtype(self.dtype))
         if self.dtype.name not in DTYPES:
             raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype.name}")
-        if not (math.isfinite(self.timeout_s) and self.timeout_s > 0):
-            raise ValueError(f"timeout_s must be positive and finite, got {self.timeout_s}")
+        if not 0 < self.timeout_s <= MAX_TIMEOUT_S:
+            raise ValueError(f"timeout_s must be in (0, {MAX_TIMEOUT_S}], got {self.timeout_s}")
         put("timeout_s", float(self.timeout_s))
         capacity = self.recv_capacity
         if capacity is None:
@@ -130,7 +131,7 @@ class Config:
             4 * entries,  # local expert of each (token row, k)
             4 * entries,  # position within the (source, expert) run
             4 * entries,  # weight
-            self.max_tokens * self.row_bytes,
+            self.max_tokens * round_up(self.row_bytes, _ROW_ALIGNMENT),
         )
         return sum(round_up(part, _PART_ALIGNMENT) for part in parts)
 

@@ -30,8 +30,7 @@ class Message {
   int32_t* local_expert() const { return At<int32_t>(layout_.local_expert); }
   int32_t* position() const { return At<int32_t>(layout_.position); }
   float* weight() const { return At<float>(layout_.weight); }
-  std::byte* rows() const { return At<std::byte>(layout_.rows); }
-  std::byte* row(int64_t i) const { return rows() + i * header().row_bytes; }
+  std::byte* row(int64_t i) const { return At<std::byte>(layout_.rows + i * layout_.row_stride); }
 
  private:
   template <typename T>

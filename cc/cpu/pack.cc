@@ -36,13 +36,12 @@ Message PackRows(const Config& config, Kind kind, const std::vector<int32_t>& to
                   {.kind = static_cast<int32_t>(kind),
                    .num_rows = static_cast<int32_t>(tokens.size()),
                    .row_bytes = rows.row_bytes()});
-  std::byte* out = message.rows();
-  for (const int32_t t : tokens) {
-    std::memcpy(out, rows.values + t * rows.values_bytes, rows.values_bytes);
-    out += rows.values_bytes;
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    std::byte* out = message.row(static_cast<int64_t>(i));
+    std::memcpy(out, rows.values + tokens[i] * rows.values_bytes, rows.values_bytes);
     if (rows.scales_bytes == 0) continue;
-    std::memcpy(out, rows.scales + t * rows.scales_bytes, rows.scales_bytes);
-    out += rows.scales_bytes;
+    std::memcpy(out + rows.values_bytes, rows.scales + tokens[i] * rows.scales_bytes,
+                rows.scales_bytes);
   }
   return message;
 }
