@@ -1,0 +1,266 @@
+"""What the tests share: ranks, inputs, and running a program on the library and on the reference.
+
+A program under test takes an `Api` first, so that it runs on either. Sizes follow the devices that
+there are: eight CPU devices, or the GPUs of the machine under JAX_PLATFORMS=cuda.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import re
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jax_sm_free as smf
+from jax_sm_free import reference
+from jax_sm_free.config import Config
+
+P = jax.sharding.PartitionSpec
+
+EP_SIZES = tuple(n for n in (1, 2, 4, 8) if n <= jax.device_count())
+MAX_RANKS = EP_SIZES[-1]
+# Enough to have a peer that is neither oneself nor one's neighbour, and cheaper than all.
+SOME_RANKS = min(4, MAX_RANKS)
+ON_CPU = jax.default_backend() == "cpu"
+
+# The reference is compiled more often than it is run, and most of a test's time is that.
+QUICK_COMPILE = {
+    "xla_backend_optimization_level": 0,
+    "xla_cpu_parallel_codegen_split_count": 1,
+}
+REFERENCE_OPTIONS = QUICK_COMPILE if ON_CPU else None
+
+# What a run that met a fault raises when its results are asked for.
+RUN_ERROR = jax.errors.JaxRuntimeError
+
+
+def random_examples(count: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Settings of a hypothesis test of `count` examples; the same ones each time in CI."""
+    return hypothesis.settings(
+        max_examples=count,
+        deadline=None,
+        derandomize=bool(os.environ.get("CI")),
+        suppress_health_check=[hypothesis.HealthCheck.too_slow],
+    )
+
+
+# ------------------------------------------------------------------------------------ programs
+
+
+@dataclasses.dataclass(frozen=True)
+class Api:
+    """One of the two implementations: the buffer with its ops, and the module's functions."""
+
+    buffer: Any
+    module: ModuleType
+
+    def overlap(self, pending: Any, fn: Callable[..., Any], *args: Any) -> Any:
+        return self.module.overlap(pending, fn, *args)
+
+
+def mesh_of(ep_size: int) -> jax.sharding.Mesh:
+    return jax.sharding.Mesh(np.array(jax.devices()[:ep_size]), ("ep",))
+
+
+def make_config(ep_size: int = SOME_RANKS, **sizes: Any) -> Config:
+    """Small sizes that are no multiples of anything, but for those given."""
+    defaults = {
+        "hidden": 7,
+        "num_experts": 8,
+        "top_k": 3,
+        "max_tokens": 6,
+        "dtype": jnp.float32,
+        "timeout_s": 60.0,
+    }
+    return Config(ep_size=ep_size, **(defaults | sizes))
+
+
+def open_buffer(config: Config, mesh: Any = None, axis: Any = "ep", module: Any = smf) -> Any:
+    """A buffer of the library, or of the reference, with these sizes."""
+    names = [field.name for field in dataclasses.fields(config) if field.name != "ep_size"]
+    sizes = {name: getattr(config, name) for name in names}
+    return module.Buffer(mesh if mesh is not None else mesh_of(config.ep_size), axis, **sizes)
+
+
+def on_ranks(
+    fn: Callable[..., Any], mesh: Any, options: Any = None, **kwargs: Any
+) -> Callable[..., Any]:
+    """jit(shard_map(fn)), for arrays with a leading axis of ranks, in and out."""
+    return jax.jit(unjitted_on_ranks(fn, mesh, **kwargs), compiler_options=options)
+
+
+def unjitted_on_ranks(fn: Callable[..., Any], mesh: Any, **kwargs: Any) -> Callable[..., Any]:
+    """on_ranks without jit: runs operation by operation."""
+
+    def per_rank(*args: Any) -> Any:
+        out = fn(*jax.tree.map(lambda a: a[0], args))
+        return jax.tree.map(lambda a: a[None], out)
+
+    spec = P(mesh.axis_names)
+    return jax.shard_map(per_rank, mesh=mesh, in_specs=spec, out_specs=spec, **kwargs)
+
+
+@functools.cache
+def apis(config: Config) -> tuple[Api, Api]:
+    """The library and the reference, each with one buffer of this configuration for all tests."""
+    return Api(open_buffer(config), smf), Api(open_buffer(config, module=reference), reference)
+
+
+@functools.cache
+def runners(config: Config, program: Callable[..., Any], **kwargs: Any) -> tuple[Any, Any]:
+    """`program(api, *args)` compiled for the library and for the reference; compiled once."""
+    mesh = mesh_of(config.ep_size)
+    ours, theirs = (functools.partial(program, api) for api in apis(config))
+    return (
+        on_ranks(ours, mesh, **kwargs),
+        on_ranks(theirs, mesh, options=REFERENCE_OPTIONS, **kwargs),
+    )
+
+
+def check_same(config: Config, program: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Runs `program` on both, asserts the same bits, and returns the result."""
+    ours, theirs = runners(config, program, **kwargs)
+    got = ours(*args)
+    assert_same_bits(got, theirs(*args))
+    return got
+
+
+def assert_same_bits(got: Any, want: Any) -> None:
+    """Two pytrees: the same structure, dtypes, shapes and bytes. NaN equals NaN, 0.0 is not -0.0."""
+    got, want = jax.tree_util.tree_leaves_with_path(got), jax.tree_util.tree_leaves_with_path(want)
+    assert [path for path, _ in got] == [path for path, _ in want]
+    for (path, a), (_, b) in zip(got, want, strict=True):
+        a, b, name = np.asarray(a), np.asarray(b), jax.tree_util.keystr(path)
+        assert a.dtype == b.dtype, (name, a.dtype, b.dtype)
+        assert a.shape == b.shape, (name, a.shape, b.shape)
+        if a.tobytes() != b.tobytes():
+            np.testing.assert_array_equal(a, b, err_msg=f"{name}, got before want")
+            raise AssertionError(f"{name} differs in the sign of a zero or in a NaN")
+
+
+def assert_close(got: Any, want: Any, rtol: float = 1e-5, atol: float = 1e-5) -> None:
+    """Two pytrees that are equal but for rounding."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(
+            np.asarray(a).astype(np.float32), np.asarray(b).astype(np.float32), rtol=rtol, atol=atol
+        )
+
+
+# -------------------------------------------------------------------------- programs for many tests
+
+
+def round_trip(api: Api, x: Any, topk_idx: Any, topk_weights: Any, y: Any) -> Any:
+    """Dispatch to experts, and a weighted combine of rows `y` that is NaN in all rows of no token."""
+    recv = api.buffer.dispatch(x, topk_idx, topk_weights)
+    y = poison_unused(y, recv.layout)
+    return recv, api.buffer.combine(y, recv.layout, weights=recv.weights)
+
+
+def round_trip_tokens(api: Api, x: Any, topk_idx: Any, topk_weights: Any, y: Any) -> Any:
+    """The same by tokens, and with a plain sum."""
+    recv = api.buffer.dispatch(x, topk_idx, topk_weights, output="tokens")
+    y = poison_unused(y, recv.layout)
+    return recv, api.buffer.combine(y, recv.layout)
+
+
+def poison_unused(y: Any, layout: smf.Layout) -> Any:
+    """NaN in every row of y that belongs to no token."""
+    rows = jnp.where(layout.rows < 0, y.shape[0], layout.rows).reshape(-1)
+    used = jnp.zeros(y.shape[:1], bool).at[rows].set(True, mode="drop")
+    return jnp.where(used[:, None], y, jnp.asarray(jnp.nan, y.dtype))
+
+
+def num_rows(config: Config, program: Callable[..., Any]) -> int:
+    """Rows of y in `round_trip` and `round_trip_tokens`."""
+    return config.recv_capacity if program is round_trip else config.max_recv_tokens
+
+
+# -------------------------------------------------------------------------------------- inputs
+
+# What can be peculiar about who sends what to whom. Each is a function of (indices, config) that
+# works on uniform indices with some -1, of all ranks: [ep_size, T, top_k].
+ROUTINGS: dict[str, Callable[[np.ndarray, Config], Any]] = {
+    "uniform": lambda idx, c: None,
+    "nobody_sends": lambda idx, c: idx.fill(-1),
+    "one_rank_sends_nothing": lambda idx, c: idx[-1].fill(-1),
+    "some_tokens_go_nowhere": lambda idx, c: idx[:, ::2].fill(-1),
+    "one_rank_receives_nothing": lambda idx, c: _replace(idx, idx < c.num_local_experts, -1),
+    "all_to_one_expert": lambda idx, c: idx.fill(c.num_experts // 2),
+    "one_hot_expert": lambda idx, c: _replace(idx, idx % 4 != 1, c.num_experts - 1),
+    "all_to_one_rank": lambda idx, c: _replace(idx, idx >= 0, idx % c.num_local_experts),
+    "an_expert_twice": lambda idx, c: _replace(idx, np.ones(idx.shape, bool), idx[..., :1]),
+    "only_to_oneself": lambda idx, c: _replace(
+        idx,
+        idx >= 0,
+        idx % c.num_local_experts + np.arange(c.ep_size)[:, None, None] * c.num_local_experts,
+    ),
+}
+
+
+def _replace(idx: np.ndarray, where: np.ndarray, value: Any) -> None:
+    idx[:] = np.where(where, value, idx)
+
+
+def make_routing(
+    config: Config, num_tokens: int, seed: int, how: str = "uniform"
+) -> tuple[np.ndarray, np.ndarray]:
+    """topk_idx and topk_weights of all ranks; some indices are -1, some weights exactly 0."""
+    rng = np.random.default_rng(seed)
+    shape = (config.ep_size, num_tokens, config.top_k)
+    topk_idx = rng.integers(-1, config.num_experts, shape).astype(np.int32)
+    ROUTINGS[how](topk_idx, config)
+    weights = rng.uniform(-1, 1, shape).astype(np.float32)
+    weights[rng.uniform(size=shape) < 0.1] = 0
+    return topk_idx, weights
+
+
+def make_rows(config: Config, num: int, seed: int) -> np.ndarray:
+    """Random rows of all ranks, [ep_size, num, hidden] of the buffer's dtype."""
+    rng = np.random.default_rng(seed)
+    shape = (config.ep_size, num, config.hidden)
+    return rng.normal(size=shape).astype(np.float32).astype(config.dtype)
+
+
+def make_inputs(
+    config: Config, num_tokens: int | None = None, seed: int = 0, how: str = "uniform"
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """x, topk_idx, topk_weights of all ranks; `max_tokens` tokens each unless told."""
+    num_tokens = config.max_tokens if num_tokens is None else num_tokens
+    return make_rows(config, num_tokens, seed), *make_routing(config, num_tokens, seed, how)
+
+
+# -------------------------------------------------------------------------------------- faults
+
+
+def error_of(run: Callable[..., Any], *args: Any) -> str:
+    """The message that a run which must fail raises, when its results are asked for."""
+    try:
+        out = run(*args)
+        jax.block_until_ready(out)
+    except RUN_ERROR as error:
+        return str(error)
+    raise AssertionError(f"expected the run to fail, but it gave {jax.tree.map(np.shape, out)}")
+
+
+def fault_of(buffer: smf.Buffer) -> str:
+    """The fault that `check` raises; it must raise it once, and then no more."""
+    try:
+        buffer.check()
+    except smf.FaultError as error:
+        buffer.check()
+        return str(error)
+    raise AssertionError("expected buffer.check() to raise the fault, but it did not")
+
+
+def assert_matches(text: str, *patterns: str) -> None:
+    for pattern in patterns:
+        assert re.search(pattern, text), f"expected {pattern!r} in {text!r}"
