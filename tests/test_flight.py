@@ -1,0 +1,401 @@
+"""Exchanges in flight: which may be, in which order they end, and what breaks the rules."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import support
+from support import make_config, make_inputs, make_rows
+
+import jax_sm_free as smf
+
+CONFIG = make_config(num_experts=2 * support.SOME_RANKS)
+NUM_ROWS = CONFIG.recv_capacity
+
+
+@pytest.fixture
+def inputs():
+    """x, topk_idx, topk_weights, y of all ranks."""
+    return *make_inputs(CONFIG, seed=1), make_rows(CONFIG, NUM_ROWS, 2)
+
+
+def after(value, api, sent):
+    """`value`, held back until `sent` was sent; and `sent`, held back until `value` is there."""
+    return api.overlap(sent, lambda v: v, value)
+
+
+def layer(api, x, topk_idx, weights, y):
+    recv = api.buffer.dispatch(x, topk_idx, weights)
+    return api.buffer.combine(recv.x * y, recv.layout, weights=recv.weights)
+
+
+# ------------------------------------------------------------------------------- several in flight
+
+
+def two_in_flight(first_sent_ends_first, api, x, topk_idx, weights, y):
+    del y
+    buffer = api.buffer
+    one = buffer.dispatch_send(x, topk_idx, weights)
+    x2, one = after(x + 1, api, one)
+    two = buffer.dispatch_send(x2, topk_idx[::-1], weights)
+    first, second = (one, two) if first_sent_ends_first else (two, one)
+    first = buffer.dispatch_recv(first)
+    received, second = after(first.x, api, second)
+    return received, first, buffer.dispatch_recv(second)
+
+
+first_ends_first = functools.partial(two_in_flight, True)
+first_ends_last = functools.partial(two_in_flight, False)
+
+
+@pytest.mark.parametrize("program", [first_ends_first, first_ends_last])
+def test_two_in_flight_end_in_either_order(program, inputs):
+    support.check_same(CONFIG, program, *inputs)
+
+
+def dispatch_beside_combine(api, x, topk_idx, weights, y):
+    buffer = api.buffer
+    a = buffer.dispatch(x, topk_idx, weights)
+    combine_a = buffer.combine_send(a.x * y, a.layout, a.weights)
+    x_b, combine_a = after(x + 1, api, combine_a)
+    dispatch_b = buffer.dispatch_send(x_b, topk_idx[::-1], weights)
+    out_a = buffer.combine_recv(combine_a)
+    out_a, dispatch_b = after(out_a, api, dispatch_b)
+    b = buffer.dispatch_recv(dispatch_b)
+    return out_a, buffer.combine(b.x * y, b.layout, weights=b.weights)
+
+
+def test_dispatch_of_one_layer_beside_combine_of_another(inputs):
+    support.check_same(CONFIG, dispatch_beside_combine, *inputs)
+
+
+def two_layers_without_an_edge(api, *inputs):
+    x, *rest = inputs
+    return layer(api, x, *rest), layer(api, x + 1, *rest), layer(api, x, *rest)
+
+
+def one_inner_jit_for_two_layers(api, x, *rest):
+    inner = jax.jit(functools.partial(layer, api))
+    return inner(x, *rest), inner(x + 1, *rest)
+
+
+THREE_SLOTS = dataclasses.replace(CONFIG, num_slots=3)
+
+
+@pytest.mark.parametrize("program", [two_layers_without_an_edge, one_inner_jit_for_two_layers])
+def test_equal_layers_without_a_data_edge(program, inputs):
+    """Neither merged nor mixed up, however the ranks' schedulers order them."""
+    ours, theirs = support.runners(THREE_SLOTS, program)
+    want = theirs(*inputs)
+    for _ in range(20):
+        support.assert_same_bits(ours(*inputs), want)
+
+
+def forward_beside_backward(api, x, *rest):
+    """The gradient of one layer and the value of another: no edge between any of their calls.
+
+    Nor is there one between the first layer's forward dispatch and its backward combine, whose
+    cotangent is a constant: three may be in flight.
+    """
+    grad = jax.grad(lambda x: layer(api, x, *rest).sum())(x)
+    return grad, layer(api, x + 1, *rest)
+
+
+def test_forward_and_backward_interleaved(inputs):
+    ours, theirs = support.runners(THREE_SLOTS, forward_beside_backward)
+    want = theirs(*inputs)
+    for _ in range(10):
+        support.assert_close(ours(*inputs), want)
+
+
+def pipelined(api, x, topk_idx, weights, y):
+    """A scan whose carry is on its way: iteration i receives what iteration i - 1 sent."""
+    buffer = api.buffer
+
+    def step(sent, factor):
+        following = buffer.dispatch_send(x * factor, topk_idx, weights)
+        recv = buffer.dispatch_recv(sent)
+        return following, (recv.x * y).sum(axis=1)
+
+    first = buffer.dispatch_send(x, topk_idx, weights)
+    last, sums = jax.lax.scan(step, first, jnp.arange(2.0, 6.0))
+    return sums, buffer.dispatch_recv(last)
+
+
+def test_a_sent_value_travels_through_a_scan(inputs):
+    (sums, _), want = (run(*inputs) for run in support.runners(CONFIG, pipelined))
+    support.assert_close(sums, want[0])
+    got = support.runners(CONFIG, pipelined)[0](*inputs)[1]
+    support.assert_same_bits(got, want[1])
+
+
+def test_runs_in_flight_at_once(inputs):
+    """The host goes on while runs are under way; each has slots of its own."""
+    x, *rest = inputs
+    ours, theirs = support.runners(CONFIG, layer)
+    xs = [x + i for i in range(8)]
+    got = [ours(x, *rest) for x in xs]
+    for i, x in enumerate(xs):
+        support.assert_same_bits(got[i], theirs(x, *rest))
+
+
+# ------------------------------------------------------------------------------------- broken rules
+
+
+def test_one_slot_is_enough_for_one_at_a_time(inputs):
+    config = dataclasses.replace(CONFIG, num_slots=1)
+    ours, theirs = support.runners(config, layer)
+    want = theirs(*inputs)
+    for _ in range(20):  # each recv stands right behind its send
+        support.assert_same_bits(ours(*inputs), want)
+
+
+def send_before_recv(num_sends, api, x, topk_idx, weights, y):
+    del y
+    sents = []
+    for _ in range(num_sends):
+        sents.append(api.buffer.dispatch_send(x, topk_idx, weights))
+        x, sents[-1] = after(x, api, sents[-1])
+    tokens = jnp.stack([sent.token for sent in sents])
+    total = jnp.zeros_like(x[0, 0])
+    for i, sent in enumerate(sents):  # each recv needs all tokens
+        recv = api.buffer.dispatch_recv(dataclasses.replace(sent, token=tokens[i]))
+        total += recv.x.sum()
+    return total
+
+
+def open_own(config=CONFIG, **changes):
+    """A buffer that a test may break."""
+    return support.open_buffer(dataclasses.replace(config, **changes))
+
+
+def compile_own(program, buffer):
+    return support.on_ranks(functools.partial(program, support.Api(buffer, smf)), buffer.mesh)
+
+
+def test_more_sends_than_slots_without_a_recv_are_a_fault(inputs):
+    with open_own() as buffer:
+        expected = (
+            r"dispatch_send on rank \d",
+            r"expected at most 2 exchanges in flight \(num_slots\)",
+            "seen one send more without a recv",
+        )
+        bad = compile_own(functools.partial(send_before_recv, 3), buffer)
+        support.assert_matches(support.error_of(bad, *inputs), *expected)
+        support.assert_matches(support.fault_of(buffer), *expected)
+        good = compile_own(functools.partial(send_before_recv, 2), buffer)
+        jax.block_until_ready(good(*inputs))
+        buffer.check()
+
+
+def received_twice(api, x, topk_idx, weights, y):
+    del y
+    sent = api.buffer.dispatch_send(x, topk_idx, weights)
+    return api.buffer.dispatch_recv(sent).x, api.buffer.dispatch_recv(sent).x
+
+
+def received_twice_with_gradient(api, x, *rest):
+    return jax.grad(lambda x: sum(part.sum() for part in received_twice(api, x, *rest)))(x)
+
+
+def tokens_added(api, x, topk_idx, weights, y):
+    """What autodiff makes of two cotangents for one token."""
+    del y
+    sent = api.buffer.dispatch_send(x, topk_idx, weights)
+    return api.buffer.dispatch_recv(dataclasses.replace(sent, token=sent.token + sent.token)).x
+
+
+def no_token(api, x, topk_idx, weights, y):
+    del y
+    sent = api.buffer.dispatch_send(x, topk_idx, weights)
+    return api.buffer.dispatch_recv(dataclasses.replace(sent, token=sent.token * 0.3)).x
+
+
+def token_of_another_rank(api, x, topk_idx, weights, y):
+    del y
+    sent = api.buffer.dispatch_send(x, topk_idx, weights)
+    ring = [(i, (i + 1) % support.SOME_RANKS) for i in range(support.SOME_RANKS)]
+    token = jax.lax.ppermute(sent.token, "ep", ring)
+    return api.buffer.dispatch_recv(dataclasses.replace(sent, token=token)).x
+
+
+def token_of_another_op(api, x, topk_idx, weights, y):
+    del y
+    sent = api.buffer.dispatch_send(x, topk_idx, weights)
+    return api.buffer.combine_recv(dataclasses.replace(sent, kind="combine"))
+
+
+@pytest.mark.parametrize(
+    ("program", "expected"),
+    [
+        (received_twice, "expected the token of a send not yet received, seen .* received before"),
+        (received_twice_with_gradient, "seen .* received before"),
+        (tokens_added, "seen the sum of 2 tokens: a sent value was used more than once"),
+        (no_token, "expected the token of one send, seen an array that no send returned"),
+        (token_of_another_op, "expected a combine token, seen a dispatch token"),
+        pytest.param(
+            token_of_another_rank,
+            r"expected a token of buffer \d+, rank \d, seen one of buffer \d+, rank \d",
+            marks=pytest.mark.skipif(support.MAX_RANKS == 1, reason="one rank"),
+        ),
+    ],
+)
+def test_a_token_that_is_not_its_sends_alone_is_a_fault(program, expected, inputs):
+    """Used twice, added up, made up, another rank's, another op's; the next run is right."""
+    with open_own() as buffer:
+        bad = compile_own(program, buffer)
+        support.assert_matches(support.error_of(bad, *inputs), expected, r"_recv on rank \d")
+        support.assert_matches(support.fault_of(buffer), expected)
+        _, theirs = support.runners(CONFIG, layer)
+        support.assert_same_bits(compile_own(layer, buffer)(*inputs), theirs(*inputs))
+
+
+def never_received(api, x, topk_idx, weights, y):
+    del y
+    return x + 0 * api.buffer.dispatch_send(x, topk_idx, weights).token[0]
+
+
+def test_sent_and_never_received(inputs):
+    """No hang; runs go on; when it goes on and on, a fault says so, and memory does not grow."""
+    with open_own() as buffer:
+        leaky, good = compile_own(never_received, buffer), compile_own(layer, buffer)
+        want = good(*inputs)
+        rounds, taken = [], []
+        for _ in range(3):
+            for i in range(1000):
+                try:
+                    jax.block_until_ready(leaky(*inputs))
+                except support.RUN_ERROR as error:
+                    support.assert_matches(str(error), "expected every sent value to be received")
+                    support.assert_matches(support.fault_of(buffer), "a sent value that never was")
+                    rounds.append(i)
+                    break
+            support.assert_same_bits(good(*inputs), want)
+            taken.append(buffer.message_bytes(jax.devices()[0]))
+        assert len(rounds) == 3
+        assert min(rounds) >= 8
+        assert taken[2] <= taken[0] + taken[0] // 4, taken
+
+
+# -------------------------------------------------------------------------------------------- time
+
+
+def wait(x, seconds):
+    def on_host(x, seconds):
+        time.sleep(float(seconds))
+        return np.asarray(x)
+
+    return jax.pure_callback(on_host, jax.typeof(x), x, seconds)
+
+
+def layer_with_waits(api, x, topk_idx, weights, y, before_send, before_recv, before_combine):
+    """Seconds that this rank sleeps in three places."""
+    buffer = api.buffer
+    sent = buffer.dispatch_send(wait(x, before_send), topk_idx, weights)
+    _, sent = api.overlap(sent, wait, x, before_recv)
+    recv = buffer.dispatch_recv(sent)
+    sent = buffer.combine_send(recv.x * y, recv.layout, recv.weights)
+    waited, sent = api.overlap(sent, wait, x, before_combine)
+    return buffer.combine_recv(sent) + waited
+
+
+@pytest.mark.parametrize("milliseconds", [0, 1, 10, 100])
+@pytest.mark.parametrize("all_ranks", [False, True])
+def test_delay_between_send_and_recv(milliseconds, all_ranks, inputs):
+    waits = np.zeros((3, support.SOME_RANKS), np.float32)
+    waits[1:, slice(None) if all_ranks else -1] = milliseconds / 1000
+    support.check_same(CONFIG, layer_with_waits, *inputs, *waits)
+
+
+def test_one_rank_late_by_seconds(inputs):
+    waits = np.zeros((3, support.SOME_RANKS), np.float32)
+    waits[0, 0] = 2.0
+    start = time.monotonic()
+    ours, theirs = support.runners(CONFIG, layer_with_waits)
+    got = jax.block_until_ready(ours(*inputs, *waits))
+    assert time.monotonic() - start >= 2.0
+    support.assert_same_bits(got, theirs(*inputs, *0 * waits))
+
+
+# ---------------------------------------------------------------------------------- other programs
+
+
+def overwritten_source(api, x, topk_idx, weights, y):
+    sent = api.buffer.dispatch_send(x, topk_idx, weights)
+    other, sent = api.overlap(sent, lambda x: x * 0 - 1, x)
+    return other, (api.buffer.dispatch_recv(sent).x * y).sum(axis=1)
+
+
+def test_source_overwritten_after_send(inputs):
+    """The donated argument's memory is the first result's, written before the recv."""
+    x, *rest = inputs
+    api, _ = support.apis(CONFIG)
+    program = functools.partial(overwritten_source, api)
+    run = jax.jit(support.unjitted_on_ranks(program, api.buffer.mesh), donate_argnums=0)
+    want = support.runners(CONFIG, overwritten_source)[1](*inputs)
+    sharding = jax.sharding.NamedSharding(api.buffer.mesh, support.P("ep"))
+    for _ in range(5):
+        donated = jax.device_put(x, sharding)
+        got = run(donated, *rest)
+        assert donated.is_deleted()
+        support.assert_same_bits(got[0], want[0])
+        support.assert_close(got[1], want[1])
+
+
+def test_without_jit(inputs):
+    """shard_map that runs operation by operation: each call is a program of its own."""
+    api, _ = support.apis(CONFIG)
+    run = support.unjitted_on_ranks(functools.partial(layer, api), api.buffer.mesh)
+    support.assert_same_bits(run(*inputs), support.runners(CONFIG, layer)[1](*inputs))
+
+
+def test_sent_by_one_program_and_received_by_another(inputs):
+    x, topk_idx, weights, _ = inputs
+    api, _ = support.apis(CONFIG)
+    send = support.on_ranks(api.buffer.dispatch_send, api.buffer.mesh)
+    recv = support.on_ranks(api.buffer.dispatch_recv, api.buffer.mesh)
+    want = support.runners(CONFIG, support.round_trip)[1](*inputs)[0]
+    sents = [send(x, topk_idx, weights) for _ in range(3)]  # each a run, so each has slots
+    for sent in reversed(sents):
+        support.assert_same_bits(recv(sent), want)
+
+
+def hook_mode(api, x, topk_idx, weights, y):
+    buffer = api.buffer
+    hook = buffer.dispatch(x, topk_idx, weights, return_recv_hook=True)
+    shared, hook = api.overlap(hook, lambda x: jnp.tanh(x), x)
+    recv = hook()
+    hook = buffer.combine(recv.x * y, recv.layout, weights=recv.weights, return_recv_hook=True)
+    more, hook = api.overlap(hook, lambda x, s: {"sum": x + s}, shared, x)
+    return recv, hook(), more
+
+
+def test_hook_mode(inputs):
+    support.check_same(CONFIG, hook_mode, *inputs)
+
+
+def hook_used_twice(api, x, topk_idx, weights, y):
+    del y
+    hook = api.buffer.dispatch(x, topk_idx, weights, return_recv_hook=True)
+    return hook().x, hook().x
+
+
+def hook_used_after_overlap(api, x, topk_idx, weights, y):
+    del y
+    hook = api.buffer.dispatch(x, topk_idx, weights, return_recv_hook=True)
+    shared, _ = api.overlap(hook, lambda x: x, x)
+    return shared, hook().x
+
+
+@pytest.mark.parametrize("program", [hook_used_twice, hook_used_after_overlap])
+def test_a_hook_used_twice_raises_at_trace_time(program, inputs):
+    api, _ = support.apis(CONFIG)
+    run = support.on_ranks(functools.partial(program, api), api.buffer.mesh)
+    with pytest.raises(RuntimeError, match="expected a receive hook to be used once"):
+        run.lower(*inputs)
