@@ -5,14 +5,6 @@
 #include <utility>
 
 namespace jax_sm_free {
-namespace {
-
-// Token words. Every value stays below 2^24, where float32 is exact.
-enum Word : int { kMagicWord, kLowWord, kHighWord, kSlotWord, kKindWord, kRankWord, kBufferWord };
-constexpr float kMagic = 5439821.0F;
-constexpr int64_t kWordSize = int64_t{1} << 24;
-
-}  // namespace
 
 size_t ExchangeKeyHash::operator()(const ExchangeKey& key) const {
   constexpr uint64_t kOdd = 0x9E3779B97F4A7C15U;
@@ -77,16 +69,19 @@ Result<Exchange> Ledger::Begin(const OpInfo& op, int64_t run, int64_t call_site)
 }
 
 Result<Exchange> Ledger::Finish(const OpInfo& op, const float* token) {
-  if (token[kMagicWord] != kMagic) {
-    const float uses = token[kMagicWord] / kMagic;
-    const bool added = uses > 1 && uses == std::floor(uses);
+  if (token[kMagicWord] != kTokenMagic) {
+    constexpr float kMaxUses = 1024;
+    // Sums past 2^24 are rounded, so that the quotient of added tokens is a whole number or nearly.
+    const float quotient = token[kMagicWord] / kTokenMagic;
+    const float uses = std::round(quotient);
+    const bool added = uses > 1 && uses < kMaxUses && std::abs(quotient - uses) < 1e-4F;
     return Refuse(op, "the token of one send",
                   added ? "the sum of " + std::to_string(static_cast<int>(uses)) +
                               " tokens: a sent value was used more than once"
                         : "an array that no send returned");
   }
-  const auto word = [token](Word w) { return static_cast<int64_t>(token[w]); };
-  if (word(kRankWord) != rank_ || word(kBufferWord) != buffer_id_ % kWordSize) {
+  const auto word = [token](TokenWord w) { return static_cast<int64_t>(token[w]); };
+  if (word(kRankWord) != rank_ || word(kBufferWord) != buffer_id_ % kTokenWordSize) {
     return Refuse(
         op, "a token of buffer " + std::to_string(buffer_id_) + ", rank " + std::to_string(rank_),
         "one of buffer " + std::to_string(word(kBufferWord)) + ", rank " +
@@ -96,7 +91,7 @@ Result<Exchange> Ledger::Finish(const OpInfo& op, const float* token) {
     return Refuse(op, std::string("a ") + KindName(op.kind) + " token",
                   std::string("a ") + KindName(static_cast<Kind>(word(kKindWord))) + " token");
   }
-  const int64_t sequence = word(kHighWord) * kWordSize + word(kLowWord);
+  const int64_t sequence = word(kHighWord) * kTokenWordSize + word(kLowWord);
   const std::lock_guard lock(mutex_);
   const auto found = entries_.find(sequence);
   if (found == entries_.end() || found->second.received) {
@@ -120,13 +115,13 @@ void Ledger::MarkFailed(int64_t run) {
 
 void Ledger::WriteToken(const Exchange& exchange, float* token) const {
   for (int i = 0; i < kTokenSize; ++i) token[i] = 0;
-  token[kMagicWord] = kMagic;
-  token[kLowWord] = static_cast<float>(exchange.sequence % kWordSize);
-  token[kHighWord] = static_cast<float>(exchange.sequence / kWordSize);
+  token[kMagicWord] = kTokenMagic;
+  token[kLowWord] = static_cast<float>(exchange.sequence % kTokenWordSize);
+  token[kHighWord] = static_cast<float>(exchange.sequence / kTokenWordSize);
   token[kSlotWord] = static_cast<float>(exchange.slot);
   token[kKindWord] = static_cast<float>(exchange.kind);
   token[kRankWord] = static_cast<float>(rank_);
-  token[kBufferWord] = static_cast<float>(buffer_id_ % kWordSize);
+  token[kBufferWord] = static_cast<float>(buffer_id_ % kTokenWordSize);
 }
 
 }  // namespace jax_sm_free

@@ -28,6 +28,7 @@
 
 #include "cc/fault.h"
 #include "cc/layout.h"
+#include "cc/token.h"
 
 namespace jax_sm_free {
 
@@ -52,10 +53,6 @@ struct Exchange {
 
   std::string Describe() const;
 };
-
-// What a send hands to its recv through the program: kTokenSize float32 values, all small integers,
-// so that they are exact, and so that two tokens added to each other are no token any more.
-inline constexpr int kTokenSize = 8;
 
 // One for every op: its name, and the kind of exchange that it sends or receives.
 struct OpInfo {

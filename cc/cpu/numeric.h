@@ -1,4 +1,4 @@
-// Element types of rows that are summed, and their exact conversions to and from float32.
+// Exact conversions of element types to and from float32, and the mode that sums are made in.
 
 #ifndef JAX_SM_FREE_CC_CPU_NUMERIC_H_
 #define JAX_SM_FREE_CC_CPU_NUMERIC_H_
@@ -8,8 +8,6 @@
 #include <cstdint>
 
 namespace jax_sm_free {
-
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
 
 struct Float32 {
   using Storage = float;

@@ -3,36 +3,15 @@
 #ifndef JAX_SM_FREE_CC_CPU_PACK_H_
 #define JAX_SM_FREE_CC_CPU_PACK_H_
 
-#include <cstddef>
 #include <cstdint>
 #include <vector>
 
 #include "cc/config.h"
 #include "cc/cpu/message.h"
 #include "cc/fault.h"
+#include "cc/operands.h"
 
 namespace jax_sm_free {
-
-// Rows in two parts, side by side on the wire: values and, for quantised rows, their scales.
-// scales_bytes is 0 where there are none.
-template <typename Byte>
-struct RowParts {
-  Byte* values = nullptr;
-  int64_t values_bytes = 0;
-  Byte* scales = nullptr;
-  int64_t scales_bytes = 0;
-
-  int64_t row_bytes() const { return values_bytes + scales_bytes; }
-};
-using ConstRows = RowParts<const std::byte>;
-using MutableRows = RowParts<std::byte>;
-
-// i32 [num_tokens, top_k], row-major, and f32 of the same shape.
-struct TopK {
-  const int32_t* idx = nullptr;
-  const float* weights = nullptr;  // null where the exchange does not carry them
-  int64_t num_tokens = 0;
-};
 
 // The tokens that a source rank sends to each rank, ascending. One copy of a token travels to a
 // rank however many of its experts live there.

@@ -4,6 +4,8 @@
 #include <string>
 #include <utility>
 
+#include "cc/cpu/numeric.h"
+#include "cc/cpu/pack.h"
 #include "cc/routing.h"
 
 // One body, compiled for wider vectors too and chosen when the library is loaded. Sanitizers can

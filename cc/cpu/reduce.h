@@ -13,29 +13,10 @@
 
 #include "cc/config.h"
 #include "cc/cpu/message.h"
-#include "cc/cpu/numeric.h"
-#include "cc/cpu/pack.h"
 #include "cc/fault.h"
+#include "cc/operands.h"
 
 namespace jax_sm_free {
-
-// Rows of `hidden` elements.
-struct Matrix {
-  DType dtype = DType::kFloat32;
-  int64_t hidden = 0;
-
-  int64_t row_bytes() const {
-    return hidden * (dtype == DType::kFloat32 ? int64_t{4} : int64_t{2});
-  }
-};
-
-// What the dispatch said about its token rows: the contract of jax_sm_free.results.Layout.
-struct LayoutIn {
-  const int32_t* rows = nullptr;           // [ep_size * max_tokens, fanout]
-  const int32_t* num_rows_from = nullptr;  // [ep_size]
-  int32_t fanout = 1;
-  int64_t num_rows = 0;  // rows that `rows` may name: the first dimension of y
-};
 
 // A fault (without op and rank) if `layout` names what there is not.
 std::optional<Fault> Check(const Config& config, const LayoutIn& layout);

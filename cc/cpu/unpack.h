@@ -9,8 +9,8 @@
 
 #include "cc/config.h"
 #include "cc/cpu/message.h"
-#include "cc/cpu/pack.h"
 #include "cc/fault.h"
+#include "cc/operands.h"
 
 namespace jax_sm_free {
 
