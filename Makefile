@@ -26,7 +26,7 @@ PYTEST_FLAGS ?= -n 2
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: help debian setup build demo bench test test-cc test-python test-sanitizers \
-  lint lint-py lint-cc wheel clean
+  lint lint-py lint-cc docs wheel clean
 .DELETE_ON_ERROR:
 
 help:
@@ -36,6 +36,7 @@ help:
 	@echo "make test-sanitizers  C++ tests under address, thread and undefined-behaviour sanitizers"
 	@echo "make bench            benchmarks on this machine's CPU"
 	@echo "make lint             ruff, mypy, clang-format, clang-tidy"
+	@echo "make docs             run what the documentation shows, write the API reference to out/docs"
 	@echo "make wheel            a wheel in dist/"
 	@echo "make clean            remove what make made"
 	@echo "PYTHON=python3.12 chooses another interpreter (now $(PYTHON), $(VERSION))"
@@ -101,6 +102,13 @@ lint-py: setup
 
 lint-cc: setup .venv/debian-lint
 	tools/lint_cc.sh $(VENV_PYTHON) $(HEADERS)
+
+$(VENV)/docs: requirements/docs.txt | $(VENV)/ready
+	$(VENV_PYTHON) -m pip install -qq --disable-pip-version-check -r $<
+	@touch $@
+
+docs: build $(VENV)/docs
+	$(VENV_PYTHON) tools/make_docs.py out/docs
 
 clean:
 	if command -v bazel > /dev/null; then bazel clean; fi

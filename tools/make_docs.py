@@ -1,0 +1,75 @@
+"""Runs the Python blocks of the Markdown files, and writes the API reference.
+
+Usage: make_docs.py OUT, in the root of the checkout. The reference goes to OUT as HTML.
+
+The ```python blocks of a file run as one script, from the first to the last, on eight CPU devices.
+A block that starts with ```python raises=SomeError must raise that error.
+"""
+
+import os
+import pathlib
+import re
+import subprocess
+import sys
+import tempfile
+import textwrap
+
+import pdoc
+
+FILES = ["README.md", *map(str, sorted(pathlib.Path("docs").glob("*.md")))]
+MODULES = ["jax_sm_free", "jax_sm_free.reference"]
+_BLOCK = re.compile(r"^```python(?: raises=(\w+))?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_RAISING = """\
+try:
+{block}
+except {error} as error:
+    print("    as it should:", str(error)[:200])
+else:
+    raise SystemExit("expected {error} from:\\n" + {block!r})
+"""
+
+
+def script(text: str) -> str:
+    """The Python blocks of a Markdown text, each on the lines where it stands there."""
+    program, line = "", 1
+    for block in _BLOCK.finditer(text):
+        error, code = block.groups()
+        if error:
+            code = _RAISING.format(error=error, block=textwrap.indent(code.rstrip(), "    "))
+        start = text.count("\n", 0, block.start(2)) + 1
+        program += "\n" * max(0, start - line) + code
+        line = program.count("\n") + 1
+    return program
+
+
+def run_blocks(path: str) -> bool:
+    """Whether the blocks of a file run; prints what they print."""
+    program = script(pathlib.Path(path).read_text())
+    if not program:
+        return True
+    print(f"running the blocks of {path}", flush=True)
+    env = dict(
+        os.environ,
+        JAX_PLATFORMS="cpu",
+        XLA_FLAGS="--xla_force_host_platform_device_count=8",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        # Tracebacks name the Markdown file and its lines.
+        source = pathlib.Path(folder, pathlib.Path(path).name)
+        source.write_text(program)
+        return subprocess.run([sys.executable, str(source)], env=env).returncode == 0
+
+
+def main(out: str) -> int:
+    failed = [path for path in FILES if not run_blocks(path)]
+    if failed:
+        print(f"blocks failed in {', '.join(failed)}", file=sys.stderr)
+        return 1
+    pdoc.render.configure(docformat="google", show_source=False)
+    pdoc.pdoc(*MODULES, output_directory=pathlib.Path(out))
+    print(pathlib.Path(out, "jax_sm_free.html"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
