@@ -134,7 +134,7 @@ def check_same(config: Config, program: Callable[..., Any], *args: Any, **kwargs
 
 
 def assert_same_bits(got: Any, want: Any) -> None:
-    """Two pytrees: the same structure, dtypes, shapes and bytes. NaN equals NaN, 0.0 is not -0.0."""
+    """Two pytrees: the same structure, dtypes, shapes and bytes. 0.0 is not -0.0."""
     got, want = jax.tree_util.tree_leaves_with_path(got), jax.tree_util.tree_leaves_with_path(want)
     assert [path for path, _ in got] == [path for path, _ in want]
     for (path, a), (_, b) in zip(got, want, strict=True):
@@ -159,7 +159,7 @@ def assert_close(got: Any, want: Any, rtol: float = 1e-5, atol: float = 1e-5) ->
 
 
 def round_trip(api: Api, x: Any, topk_idx: Any, topk_weights: Any, y: Any) -> Any:
-    """Dispatch to experts, and a weighted combine of rows `y` that is NaN in all rows of no token."""
+    """Dispatch to experts, and a weighted combine of `y`, NaN in all rows of no token."""
     recv = api.buffer.dispatch(x, topk_idx, topk_weights)
     y = poison_unused(y, recv.layout)
     return recv, api.buffer.combine(y, recv.layout, weights=recv.weights)

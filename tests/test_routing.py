@@ -52,7 +52,7 @@ def test_random_routing(case, how, seed):
 @pytest.mark.parametrize("how", sorted(support.ROUTINGS))
 @pytest.mark.parametrize("output", sorted(PROGRAMS))
 def test_peculiar_routing(output, how):
-    """-1 for an entry, a token, a rank; an idle rank; a hot expert; one rank for all; duplicates."""
+    """-1 for an entry, a token, a rank; an idle rank; a hot expert; one rank for all; repeats."""
     recv = check(CONFIGS[support.MAX_RANKS], output, how=how, seed=3)
     counts = np.asarray(recv.counts)
     if how == "nobody_sends":
@@ -67,7 +67,7 @@ def test_peculiar_routing(output, how):
 
 @pytest.mark.parametrize("num_tokens", [0, 1, 5])
 def test_fewer_tokens_than_max_tokens(num_tokens):
-    """No token, one, and a number that is a multiple of nothing; max_tokens is in all other tests."""
+    """No token, one, a number that is a multiple of nothing; all others have max_tokens."""
     check(CONFIGS[support.MAX_RANKS], "experts", num_tokens)
 
 
