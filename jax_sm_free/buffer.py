@@ -36,6 +36,10 @@ class Buffer:
     `jax.shard_map` over the buffer's axes. Shapes are those of one rank. Mesh axes besides the
     buffer's make several groups, each on its own.
 
+    The ops raise TypeError or ValueError at trace time for a dtype, shape, mesh or sent value other than
+    the expected one, with both in the text, and RuntimeError if the buffer is closed. What goes wrong
+    when the program runs is a fault: see `check`.
+
     Attributes:
       config: the sizes (`Config`).
       mesh, axes: where the ranks are. A rank is the position along `axes`, the first axis slowest.
@@ -58,17 +62,19 @@ class Buffer:
         transport: str = "auto",
         timeout_s: float = 100.0,
     ) -> None:
-        """Takes no device memory for a mesh of devices that are not there (ahead-of-time compiling).
+        """Opens the buffer, in this process alone: not collective.
+
+        Takes no memory for a mesh of devices that are not there (ahead-of-time compiling).
 
         Args:
           mesh: the devices.
-          axis: the mesh axis whose ranks share the experts, or several.
+          axis: the mesh axis whose ranks share the experts, or several, slowest first.
           hidden: columns of a row.
           num_experts: of the whole group; rank r owns the r-th block of num_experts / ep_size.
-          top_k: experts that a token names.
+          top_k: experts that a token names, 1 to 32.
           max_tokens: tokens per rank and call, at most.
-          recv_capacity: expert rows a rank can receive; None for the worst case.
-          num_slots: exchanges that may be in flight at once.
+          recv_capacity: expert rows a rank can receive; None for `Config.worst_case_capacity`.
+          num_slots: exchanges that may be in flight at once on a rank, 1 to 64.
           expert_alignment: groups are padded to a multiple of this many rows.
           dtype: of rows: bfloat16, float16 or float32.
           transport: "auto", or "in_process" for CPU devices of this process.
@@ -153,6 +159,9 @@ class Buffer:
           sent: what `dispatch_send` returned, through `overlap` or not.
           output: "experts" for rows grouped by expert, cut to `recv_capacity`; "tokens" for one row
             per (token, rank), which are at most ep_size * max_tokens and are never cut.
+
+        Returns:
+          `Received` for "experts", `ReceivedTokens` for "tokens".
         """
         op = "dispatch_recv"
         self._check_usable(op)
@@ -172,7 +181,7 @@ class Buffer:
           y: [recv_capacity, hidden] of the buffer's dtype, rows as in `Received.x`; for a layout of
             `ReceivedTokens`, [ep_size * max_tokens, hidden].
           layout: of the dispatch that these rows came with.
-          weights: f32, one for each row of y; None for a plain sum.
+          weights: f32 [rows of y]; None for a plain sum.
 
         Returns:
           For `combine_recv`, once.
@@ -224,8 +233,13 @@ class Buffer:
     ) -> Any:
         """`dispatch_send` and `dispatch_recv` in one go. Collective.
 
+        Args:
+          x, topk_idx, topk_weights: as for `dispatch_send`.
+          output: as for `dispatch_recv`.
+          return_recv_hook: whether to leave the receive to the caller.
+
         Returns:
-          `Received` or `ReceivedTokens`; with `return_recv_hook` a hook, whose call returns that.
+          `Received` or `ReceivedTokens`; with `return_recv_hook` a `Hook`, whose call returns that.
         """
         if output not in ("experts", "tokens"):
             raise ValueError(f"dispatch: expected output 'experts' or 'tokens', got {output!r}")
@@ -243,8 +257,12 @@ class Buffer:
     ) -> Any:
         """`combine_send` and `combine_recv` in one go. Collective.
 
+        Args:
+          y, layout, weights: as for `combine_send`.
+          return_recv_hook: whether to leave the receive to the caller.
+
         Returns:
-          [T, hidden]; with `return_recv_hook` a hook, whose call returns that.
+          [T, hidden] of the buffer's dtype; with `return_recv_hook` a `Hook`, whose call returns that.
         """
         hook = Hook(self.combine_recv, self.combine_send(y, layout, weights))
         return hook if return_recv_hook else hook()
@@ -268,7 +286,10 @@ class Buffer:
             raise FaultError(fault)
 
     def close(self) -> None:
-        """Frees the buffer's memory. What still waits ends with an error. Not collective."""
+        """Frees the buffer's memory. Not collective; closing twice does nothing.
+
+        What still waits ends with an error, and so do programs that run later with this buffer's ops.
+        """
         self._closer()
 
     def __enter__(self) -> Buffer:
@@ -283,7 +304,17 @@ class Buffer:
         self.close()
 
     def message_bytes(self, device: Any) -> int:
-        """Bytes of messages that `device` has taken so far; compare with `estimate_memory`."""
+        """Bytes of message blocks made so far for `device`. Not collective.
+
+        Compare with `estimate_memory(config).messages`. 0 for a device outside the mesh, and for a mesh
+        of devices that are not there.
+
+        Args:
+          device: a `jax.Device` of this process.
+
+        Raises:
+          RuntimeError: if the buffer is closed.
+        """
         self._check_usable("message_bytes")
         if self.transport != "in_process":
             return 0

@@ -45,10 +45,10 @@ class Config:
       ep_size: ranks in the group.
       hidden: columns of a row.
       num_experts: experts of the whole group; a multiple of `ep_size`.
-      top_k: experts a token names, 1 to 32.
+      top_k: experts a token names, 1 to 32 (-1 in `topk_idx` for fewer).
       max_tokens: tokens per rank and call, at most.
       recv_capacity: expert rows a rank can receive. None becomes `worst_case_capacity`.
-      num_slots: exchanges that may be in flight at once.
+      num_slots: exchanges that may be in flight at once, 1 to 64.
       expert_alignment: every expert's group is padded to a multiple of this many rows.
       dtype: bfloat16, float16 or float32; the dtype of rows that are summed.
       timeout_s: seconds a receive waits for its peers before it is a fault.
@@ -106,7 +106,10 @@ class Config:
 
     @property
     def worst_case_capacity(self) -> int:
-        """Expert rows a rank receives at most: every token of every rank names its experts only."""
+        """Expert rows a rank receives at most: every token of every rank names its experts only.
+
+        ep_size * max_tokens * top_k, and up to expert_alignment - 1 rows of padding for each group.
+        """
         rows = self.ep_size * self.max_tokens * self.top_k
         padding = min(self.num_local_experts, rows) * (self.expert_alignment - 1)
         return (rows + padding) // self.expert_alignment * self.expert_alignment
@@ -152,14 +155,18 @@ class MemoryEstimate:
 
     @property
     def total(self) -> int:
+        """Bytes of both."""
         return self.messages + self.recv
 
 
 def estimate_memory(config: Config) -> MemoryEstimate:
-    """Bytes a rank needs, before anything is allocated.
+    """Bytes a rank needs, before anything is allocated. Not collective.
 
     Args:
       config: the sizes; `Buffer(...).config`, or a `Config` made by hand.
+
+    Returns:
+      What follows from the sizes alone, whatever is routed where.
     """
     recv = (
         config.recv_capacity * (config.row_bytes + 4)  # rows and their weights
@@ -172,9 +179,12 @@ def estimate_memory(config: Config) -> MemoryEstimate:
 
 
 def get_rdma_size_hint(config: Config) -> int:
-    """Bytes of one rank's messages that may cross a NIC: those to the other ranks.
+    """Bytes of one rank's messages that may cross a NIC: those to the other ranks. Not collective.
 
     Args:
       config: as for `estimate_memory`.
+
+    Returns:
+      num_slots * (ep_size - 1) times the bytes of the largest message.
     """
     return config.num_slots * (config.ep_size - 1) * config.message_bytes

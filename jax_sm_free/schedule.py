@@ -92,7 +92,14 @@ class Sent:
 
 
 class Hook:
-    """Receives when it is called, once."""
+    """The receive of a `dispatch` or `combine` that was called with `return_recv_hook`.
+
+    Calling it, inside the same `shard_map`, receives and returns what the op would have. Collective.
+    `overlap` takes it as it takes a sent value. It can be used once, for either.
+
+    Raises:
+      RuntimeError: at trace time, on a second use.
+    """
 
     def __init__(self, recv: Callable[[Sent], Any], sent: Sent) -> None:
         self._recv = recv
@@ -109,6 +116,7 @@ class Hook:
         return sent
 
     def replace(self, sent: Sent) -> Hook:
+        """The same receive, of another sent value."""
         return Hook(self._recv, sent)
 
 
@@ -129,7 +137,7 @@ def overlap(pending: _Pending, fn: Callable[..., Any], *args: Any) -> tuple[Any,
     """Computes fn(*args) between a send and its recv, in the forward and in the backward pass.
 
     What fn computes from its arguments is held between the two. What it closes over is not: pass it
-    as an argument. Several calls on one exchange run one after the other.
+    as an argument. Several calls on one exchange run one after the other. Not collective.
 
     Args:
       pending: what a send returned, or a receive hook.
