@@ -1,6 +1,5 @@
 #include "xla_ffi/cpu_handlers.h"
 
-#include <algorithm>
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -14,15 +13,10 @@
 #include "cc/cpu/unpack.h"
 #include "cc/runtime.h"
 #include "xla/ffi/api/ffi.h"
+#include "xla_ffi/decode.h"
 
 namespace jax_sm_free {
 namespace {
-
-namespace ffi = xla::ffi;
-using S32 = ffi::Buffer<ffi::S32>;
-using F32 = ffi::Buffer<ffi::F32>;
-template <typename T>
-using Out = ffi::Result<T>;
 
 // One call of a send in a compiled program. XLA makes one for each call that is left after all
 // inlining, and all devices of the process share it: the same on every rank, as an exchange needs.
@@ -69,70 +63,6 @@ ffi::Error Locate(const OpInfo& op, int64_t buffer_id, int32_t device, ffi::RunI
   return ffi::Error::Success();
 }
 
-// Bytes of one row: of everything behind the first dimension.
-int64_t RowBytes(const ffi::AnyBuffer& buffer) {
-  const auto dims = buffer.dimensions();
-  int64_t bytes = static_cast<int64_t>(ffi::ByteWidth(buffer.element_type()));
-  for (size_t i = 1; i < dims.size(); ++i) bytes *= dims[i];
-  return bytes;
-}
-
-ConstRows RowsOf(const ffi::AnyBuffer& values, const ffi::AnyBuffer& scales) {
-  return {static_cast<const std::byte*>(values.untyped_data()), RowBytes(values),
-          static_cast<const std::byte*>(scales.untyped_data()), RowBytes(scales)};
-}
-
-MutableRows RowsOf(Out<ffi::AnyBuffer>& values, Out<ffi::AnyBuffer>& scales) {
-  return {static_cast<std::byte*>(values->untyped_data()), RowBytes(*values),
-          static_cast<std::byte*>(scales->untyped_data()), RowBytes(*scales)};
-}
-
-Matrix MatrixOf(const ffi::AnyBuffer& buffer) {
-  Matrix matrix{.hidden = buffer.dimensions()[1]};
-  if (buffer.element_type() == ffi::BF16) matrix.dtype = DType::kBFloat16;
-  if (buffer.element_type() == ffi::F16) matrix.dtype = DType::kFloat16;
-  return matrix;
-}
-
-LayoutIn LayoutOf(const S32& rows, const S32& num_rows_from, int64_t num_rows) {
-  return {rows.typed_data(), num_rows_from.typed_data(), static_cast<int32_t>(rows.dimensions()[1]),
-          num_rows};
-}
-
-// An operand without elements stands for one that is absent.
-template <typename T>
-auto* DataOrNull(T& buffer) {
-  return buffer.element_count() == 0 ? nullptr : buffer.typed_data();
-}
-
-// Python has checked every shape at trace time; this keeps a program that was lowered for another
-// configuration (a serialized executable, say) from reading or writing past its memory.
-ffi::Error CheckSizes(const OpInfo& op, const char* what, bool fits, int64_t expected,
-                      int64_t seen) {
-  if (fits) return ffi::Error::Success();
-  return ffi::Error::InvalidArgument(std::string("jax_sm_free: ") + op.name + ": expected " + what +
-                                     " " + std::to_string(expected) + ", seen " +
-                                     std::to_string(seen));
-}
-
-ffi::Error CheckRows(const HostCall& call, int64_t num_tokens, int64_t row_bytes) {
-  const Config& config = call.config();
-  if (ffi::Error error = CheckSizes(call.op, "tokens, at most", num_tokens <= config.max_tokens,
-                                    config.max_tokens, num_tokens);
-      error.failure()) {
-    return error;
-  }
-  return CheckSizes(call.op, "bytes a row, at most", row_bytes <= config.row_bytes,
-                    config.row_bytes, row_bytes);
-}
-
-ffi::Error CheckLayout(const HostCall& call, const S32& rows, int64_t row_bytes) {
-  if (ffi::Error error = CheckRows(call, 0, row_bytes); error.failure()) return error;
-  const int64_t num_rows = rows.dimensions()[0];
-  const int64_t expected = call.config().max_recv_tokens();
-  return CheckSizes(call.op, "token rows in the layout", num_rows == expected, expected, num_rows);
-}
-
 // ---------------------------------------------------------------------------------------- sends
 
 ffi::Error DispatchSendImpl(int64_t buffer_id, ffi::RunId run, int32_t device, CallSite* site,
@@ -147,7 +77,9 @@ ffi::Error DispatchSendImpl(int64_t buffer_id, ffi::RunId run, int32_t device, C
     return error;
   const ConstRows rows = RowsOf(values, scales);
   const int64_t num_tokens = topk_idx.dimensions()[0];
-  if (auto error = CheckRows(call, num_tokens, rows.row_bytes()); error.failure()) return error;
+  if (auto error = CheckRows(call.op.name, call.config(), num_tokens, rows.row_bytes());
+      error.failure())
+    return error;
   const TopK topk{topk_idx.typed_data(), topk_weights.typed_data(), num_tokens};
   return ToError(
       DispatchSend(call, site->number, position.typed_data()[0], topk, rows, token->typed_data()));
@@ -165,7 +97,9 @@ ffi::Error CombineBackwardSendImpl(int64_t buffer_id, ffi::RunId run, int32_t de
   const ConstRows rows{.values = static_cast<const std::byte*>(out_grad.untyped_data()),
                        .values_bytes = RowBytes(out_grad)};
   const int64_t num_tokens = topk_idx.dimensions()[0];
-  if (auto error = CheckRows(call, num_tokens, rows.row_bytes()); error.failure()) return error;
+  if (auto error = CheckRows(call.op.name, call.config(), num_tokens, rows.row_bytes());
+      error.failure())
+    return error;
   const TopK topk{topk_idx.typed_data(), nullptr, num_tokens};
   return ToError(CombineBackwardSend(call, site->number, topk, rows, token->typed_data()));
 }
@@ -179,7 +113,8 @@ ffi::Error CombineSendImpl(int64_t buffer_id, ffi::RunId run, int32_t device, Ca
   HostCall call;
   if (auto error = Locate(kCombineSend, buffer_id, device, run, call); error.failure())
     return error;
-  if (auto error = CheckLayout(call, rows, RowBytes(y)); error.failure()) return error;
+  if (auto error = CheckLayout(call.op.name, call.config(), rows, RowBytes(y)); error.failure())
+    return error;
   const SumOperands operands{.matrix = MatrixOf(y),
                              .y = static_cast<const std::byte*>(y.untyped_data()),
                              .weights = DataOrNull(weights),
@@ -198,7 +133,9 @@ ffi::Error DispatchBackwardSendImpl(int64_t buffer_id, ffi::RunId run, int32_t d
   if (auto error = Locate(kDispatchBackwardSend, buffer_id, device, run, call); error.failure()) {
     return error;
   }
-  if (auto error = CheckLayout(call, rows, RowBytes(x_grad)); error.failure()) return error;
+  if (auto error = CheckLayout(call.op.name, call.config(), rows, RowBytes(x_grad));
+      error.failure())
+    return error;
   const SumOperands operands{.matrix = MatrixOf(x_grad),
                              .y = static_cast<const std::byte*>(x_grad.untyped_data()),
                              .weight_grads = weight_grads.typed_data(),
@@ -238,10 +175,12 @@ ffi::Future DispatchRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
   if (auto error = Locate(kDispatchRecv, buffer_id, device, run, call); error.failure()) {
     return Failed(error);
   }
-  if (auto error = CheckLayout(call, *rows, 0); error.failure()) return Failed(error);
+  if (auto error = CheckLayout(call.op.name, call.config(), *rows, 0); error.failure())
+    return Failed(error);
   const int64_t capacity = call.config().recv_capacity;
   const int64_t num_rows = values->dimensions()[0];
-  if (auto error = CheckSizes(call.op, "recv_capacity", num_rows == capacity, capacity, num_rows);
+  if (auto error =
+          CheckSizes(call.op.name, "recv_capacity", num_rows == capacity, capacity, num_rows);
       error.failure()) {
     return Failed(error);
   }
@@ -270,7 +209,8 @@ ffi::Future DispatchRecvTokensImpl(int64_t buffer_id, ffi::RunId run, int32_t de
   if (auto error = Locate(kDispatchRecv, buffer_id, device, run, call); error.failure()) {
     return Failed(error);
   }
-  if (auto error = CheckLayout(call, *rows, 0); error.failure()) return Failed(error);
+  if (auto error = CheckLayout(call.op.name, call.config(), *rows, 0); error.failure())
+    return Failed(error);
   const TokensOut out{.rows = RowsOf(values, scales),
                       .topk_idx = topk_idx->typed_data(),
                       .topk_weights = topk_weights->typed_data(),
@@ -287,7 +227,8 @@ ffi::Future ReceiveSums(const HostCall& call, const F32& token, const S32& topk_
                         Out<ffi::AnyBuffer>& out, float* weight_grads) {
   const int64_t num_tokens = topk_idx.dimensions()[0];
   const Matrix matrix = MatrixOf(*out);
-  if (auto error = CheckRows(call, num_tokens, matrix.row_bytes()); error.failure()) {
+  if (auto error = CheckRows(call.op.name, call.config(), num_tokens, matrix.row_bytes());
+      error.failure()) {
     return Failed(error);
   }
   const TopK topk{topk_idx.typed_data(), nullptr, num_tokens};
@@ -334,7 +275,8 @@ ffi::Future CombineBackwardRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t d
     return Failed(error);
   }
   const Matrix matrix = MatrixOf(*y_grad);
-  if (auto error = CheckLayout(call, rows, matrix.row_bytes()); error.failure()) {
+  if (auto error = CheckLayout(call.op.name, call.config(), rows, matrix.row_bytes());
+      error.failure()) {
     return Failed(error);
   }
   const LayoutIn layout = LayoutOf(rows, num_rows_from, y_grad->dimensions()[0]);
