@@ -26,19 +26,19 @@ Rows = Array | tuple[Array, Array]
 
 
 class FaultError(RuntimeError):
-    """An exchange went wrong. The message names rank, peer, op, what was expected and what was seen."""
+    """An exchange went wrong: the text names rank, peer, op, what was expected and what was seen."""
 
 
 class Buffer:
     """Expert-parallel dispatch and combine over one or several mesh axes.
 
-    Every op is collective: all ranks of the group call it, in the same program, inside `jax.jit` and
-    `jax.shard_map` over the buffer's axes. Shapes are those of one rank. Mesh axes besides the
+    Every op is collective: all ranks of the group call it, in the same program, inside `jax.jit`
+    and `jax.shard_map` over the buffer's axes. Shapes are those of one rank. Mesh axes besides the
     buffer's make several groups, each on its own.
 
-    The ops raise TypeError or ValueError at trace time for a dtype, shape, mesh or sent value other than
-    the expected one, with both in the text, and RuntimeError if the buffer is closed. What goes wrong
-    when the program runs is a fault: see `check`.
+    The ops raise TypeError or ValueError at trace time for a dtype, shape, mesh or sent value other
+    than the expected one, with both in the text, and RuntimeError if the buffer is closed. What
+    goes wrong when the program runs is a fault: see `check`.
 
     Attributes:
       config: the sizes (`Config`).
@@ -119,8 +119,9 @@ class Buffer:
         """Packs each token once for every rank that owns one of its experts. Collective.
 
         Args:
-          x: [T, hidden] of the buffer's dtype, T <= max_tokens; or (values [T, A], scales [T, B]) of
-            any dtypes, whose rows travel as bytes and have no gradient.
+          x: [T, hidden] of the buffer's dtype, T <= max_tokens; or (values [T, A], scales [T, B])
+            of any dtypes, whose rows travel as bytes and have no gradient. A row of both together
+            is at most as wide as one of the buffer's (`Config.row_bytes`).
           topk_idx: i32 [T, top_k] in [-1, num_experts); -1 selects none.
           topk_weights: f32 [T, top_k].
 
@@ -173,7 +174,7 @@ class Buffer:
         raise ValueError(f"{op}: expected output 'experts' or 'tokens', got {output!r}")
 
     def combine_send(self, y: Array, layout: Layout, weights: Array | None = None) -> Sent:
-        """Sums each token's rows on this rank and sends the sum back to the token's rank. Collective.
+        """Sums each token's rows here and sends the sum back to the token's rank. Collective.
 
         sum_k weights[row_k] * y[row_k], in k order, in float32, cast once to the buffer's dtype.
 
@@ -234,7 +235,9 @@ class Buffer:
         """`dispatch_send` and `dispatch_recv` in one go. Collective.
 
         Args:
-          x, topk_idx, topk_weights: as for `dispatch_send`.
+          x: as for `dispatch_send`.
+          topk_idx: as for `dispatch_send`.
+          topk_weights: as for `dispatch_send`.
           output: as for `dispatch_recv`.
           return_recv_hook: whether to leave the receive to the caller.
 
@@ -258,11 +261,14 @@ class Buffer:
         """`combine_send` and `combine_recv` in one go. Collective.
 
         Args:
-          y, layout, weights: as for `combine_send`.
+          y: as for `combine_send`.
+          layout: as for `combine_send`.
+          weights: as for `combine_send`.
           return_recv_hook: whether to leave the receive to the caller.
 
         Returns:
-          [T, hidden] of the buffer's dtype; with `return_recv_hook` a `Hook`, whose call returns that.
+          [T, hidden] of the buffer's dtype; with `return_recv_hook` a `Hook`, whose call returns
+          that.
         """
         hook = Hook(self.combine_recv, self.combine_send(y, layout, weights))
         return hook if return_recv_hook else hook()
@@ -288,7 +294,7 @@ class Buffer:
     def close(self) -> None:
         """Frees the buffer's memory. Not collective; closing twice does nothing.
 
-        What still waits ends with an error, and so do programs that run later with this buffer's ops.
+        What still waits ends with an error, and so do programs that run this buffer's ops later.
         """
         self._closer()
 
@@ -306,8 +312,8 @@ class Buffer:
     def message_bytes(self, device: Any) -> int:
         """Bytes of message blocks made so far for `device`. Not collective.
 
-        Compare with `estimate_memory(config).messages`. 0 for a device outside the mesh, and for a mesh
-        of devices that are not there.
+        Compare with `estimate_memory(config).messages`. 0 for a device outside the mesh, and for a
+        mesh of devices that are not there.
 
         Args:
           device: a `jax.Device` of this process.

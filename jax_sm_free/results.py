@@ -40,7 +40,8 @@ class Received:
       x: [recv_capacity, hidden], or a (values, scales) pair, as it was sent. By local expert, then
         source rank, then source token, then k. Padding rows and rows past the last group are zero.
       group_sizes: i32 [num_local_experts], rows of each group, padding included.
-      counts: i32 [num_local_experts], rows that were sent to each expert: no padding, drops included.
+      counts: i32 [num_local_experts], rows that were sent to each expert: no padding, drops
+        included.
       weights: f32 [recv_capacity], the row's weight; zero for padding.
       dropped: i32 [], expert rows that `recv_capacity` had no place for.
       layout: for `combine_send`.

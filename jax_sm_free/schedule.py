@@ -94,8 +94,8 @@ class Sent:
 class Hook:
     """The receive of a `dispatch` or `combine` that was called with `return_recv_hook`.
 
-    Calling it, inside the same `shard_map`, receives and returns what the op would have. Collective.
-    `overlap` takes it as it takes a sent value. It can be used once, for either.
+    Calling it, inside the same `shard_map`, receives and returns what the op would have returned.
+    Collective. `overlap` takes it as it takes a sent value. It can be used once, for either.
 
     Raises:
       RuntimeError: at trace time, on a second use.
