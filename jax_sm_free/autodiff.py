@@ -123,7 +123,7 @@ dispatch_recv_tokens.defvjp(_dispatch_recv_tokens_fwd, _dispatch_recv_tokens_bwd
 def combine_send(
     target: Target, y: Array, weights: Array | None, rows: Array, num_rows_from: Array
 ) -> Array:
-    """weights None: a plain sum, whose gradient needs neither y nor weights kept."""
+    """Without weights: a plain sum, whose gradient needs neither y nor weights kept."""
     present = _no_weights(y) if weights is None else weights
     return primitives.combine_send(target, y, present, rows, num_rows_from)
 

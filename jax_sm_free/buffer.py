@@ -26,7 +26,7 @@ Rows = Array | tuple[Array, Array]
 
 
 class FaultError(RuntimeError):
-    """An exchange went wrong: the text names rank, peer, op, what was expected and what was seen."""
+    """An exchange went wrong: the text names rank, peer, op, what was expected and what seen."""
 
 
 class Buffer:

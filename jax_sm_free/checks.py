@@ -15,7 +15,7 @@ from jax_sm_free.results import Layout
 
 
 def describe(array: Any) -> str:
-    """bfloat16[128, 7168]"""
+    """Dtype and shape, as in bfloat16[128, 7168]."""
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
         return type(array).__name__
     return f"{jnp.dtype(array.dtype).name}{list(array.shape)}"

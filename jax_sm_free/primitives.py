@@ -1,7 +1,7 @@
 """The custom calls as JAX primitives: their results' types, and their lowering.
 
-The only importer of the extension. Operands arrive checked (`buffer.py`), and all vary over the same
-mesh axes. A call has an HLO side effect but no JAX effect: XLA neither merges nor hoists it, and
+The only importer of the extension. Operands arrive checked (`buffer.py`), and all vary over the
+same mesh axes. A call has an HLO side effect but no JAX effect: XLA neither merges nor hoists it, and
 scan, remat and custom_vjp still take it.
 """
 
@@ -190,7 +190,7 @@ def combine_send(
 
 
 def combine_recv(target: Target, token: Array, topk_idx: Array) -> Array:
-    """out [T, hidden]."""
+    """The sum, [T, hidden]."""
     c = target.config
     result = ((topk_idx.shape[0], c.hidden), c.dtype)
     return _bind("combine_recv", target, (token, topk_idx), result)[0]

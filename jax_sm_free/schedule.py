@@ -25,8 +25,9 @@ from jax.interpreters import partial_eval as pe
 from jax_sm_free.primitives import RowType
 
 # An optimization barrier of our own. JAX's has two rules that would break a pair apart: dead code
-# elimination keeps all of it for one used output, so that a send would outlive its recv; and it turns
-# a cotangent that is absent into zeros, so that a mirrored recv would wait for a send that never was.
+# elimination keeps all of it for one used output, so that a send would outlive its recv; and it
+# turns a cotangent that is absent into zeros, so that a mirrored recv would wait for a send that
+# never was.
 _hold_p = core.Primitive("smf_hold")
 _hold_p.multiple_results = True
 _hold_p.def_impl(lambda *operands: list(operands))
@@ -111,7 +112,9 @@ class Hook:
     def take(self) -> Sent:
         """The sent value, which this hook then no longer has."""
         if self._sent is None:
-            raise RuntimeError("jax_sm_free: expected a receive hook to be used once, got a second use")
+            raise RuntimeError(
+                "jax_sm_free: expected a receive hook to be used once, got a second use"
+            )
         sent, self._sent = self._sent, None
         return sent
 
