@@ -1,0 +1,428 @@
+"""What is refused, when, and in which words; and the life of a buffer."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import support
+from support import P, make_config, make_inputs
+
+import jax_sm_free as smf
+from jax_sm_free import reference
+
+CONFIG = make_config(num_experts=2 * support.SOME_RANKS)
+T, H, K = CONFIG.max_tokens, CONFIG.hidden, CONFIG.top_k
+ROWS = CONFIG.recv_capacity
+
+
+def traced(fn, *args, mesh=None):
+    """Traces fn(*args), given as shapes of one rank, inside shard_map; runs nothing."""
+    mesh = mesh or support.mesh_of(CONFIG.ep_size)
+    size = mesh.size
+    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct((size, *a.shape), a.dtype), args)
+    return jax.eval_shape(support.unjitted_on_ranks(fn, mesh), *shapes)
+
+
+def shape(*sizes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+X, IDX, WEIGHTS = shape(T, H), shape(T, K, dtype=jnp.int32), shape(T, K)
+Y, ROW_WEIGHTS = shape(ROWS, H), shape(ROWS)
+
+
+@pytest.fixture(params=["library", "reference"])
+def buffer(request):
+    """Both have the same checks."""
+    ours, theirs = support.apis(CONFIG)
+    return (ours if request.param == "library" else theirs).buffer
+
+
+# ----------------------------------------------------------------------------- operands of the ops
+
+
+@pytest.mark.parametrize(
+    ("args", "error", "words"),
+    [
+        ((shape(T + 1, H), IDX, WEIGHTS), ValueError, "at most 6 tokens (max_tokens), got 7"),
+        ((shape(T, H + 1), IDX, WEIGHTS), ValueError, "x float32[T, 7], got float32[6, 8]"),
+        ((shape(T, H, 1), IDX, WEIGHTS), ValueError, "x float32[T, 7], got float32[6, 7, 1]"),
+        ((shape(H), IDX, WEIGHTS), ValueError, "x float32[T, 7], got float32[7]"),
+        (
+            (shape(T, H, dtype=jnp.bfloat16), IDX, WEIGHTS),
+            TypeError,
+            "x float32[T, 7], got bfloat16[6, 7]",
+        ),
+        (
+            (X, shape(T, K + 1, dtype=jnp.int32), WEIGHTS),
+            ValueError,
+            "topk_idx int32[6, 3], got int32[6, 4]",
+        ),
+        (
+            (X, shape(T - 1, K, dtype=jnp.int32), WEIGHTS),
+            ValueError,
+            "topk_idx int32[6, 3], got int32[5, 3]",
+        ),
+        (
+            (X, shape(T, K, dtype=jnp.uint32), WEIGHTS),
+            TypeError,
+            "topk_idx int32[6, 3], got uint32[6, 3]",
+        ),
+        ((X, IDX, shape(T)), ValueError, "topk_weights float32[6, 3], got float32[6]"),
+        (
+            (X, IDX, shape(T, K, dtype=jnp.bfloat16)),
+            TypeError,
+            "topk_weights float32[6, 3], got bfloat16[6, 3]",
+        ),
+        (((X,), IDX, WEIGHTS), TypeError, "an array or (values, scales), got 1 parts"),
+        (((X, shape(T - 1, 2)), IDX, WEIGHTS), ValueError, "float32[6, 7] and float32[5, 2]"),
+        (((X, shape(T, 0)), IDX, WEIGHTS), ValueError, "scales to have columns, got float32[6, 0]"),
+        (((X, shape(T)), IDX, WEIGHTS), ValueError, "scales of two dimensions, got float32[6]"),
+        (
+            ((X, shape(T, 1)), IDX, WEIGHTS),
+            ValueError,
+            "at most 28 bytes (hidden=7, float32), got 32",
+        ),
+    ],
+)
+def test_dispatch_operands_are_checked_at_trace_time(args, error, words, buffer):
+    with pytest.raises(error, match=r"dispatch_send: .*" + re.escape(words)):
+        traced(buffer.dispatch_send, *args)
+
+
+def combine_after_dispatch(buffer, y, weights, x, topk_idx, topk_weights):
+    layout = buffer.dispatch(x, topk_idx, topk_weights).layout
+    return buffer.combine(y, layout, weights=weights)
+
+
+@pytest.mark.parametrize(
+    ("y", "weights", "error", "words"),
+    [
+        (
+            shape(ROWS + 1, H),
+            ROW_WEIGHTS,
+            ValueError,
+            f"y float32[{ROWS}, 7], got float32[{ROWS + 1}",
+        ),
+        (
+            shape(ROWS, H + 1),
+            ROW_WEIGHTS,
+            ValueError,
+            f"y float32[{ROWS}, 7], got float32[{ROWS}, 8]",
+        ),
+        (shape(ROWS, H, dtype=jnp.float16), ROW_WEIGHTS, TypeError, "got float16["),
+        (Y, shape(ROWS, 1), ValueError, f"weights float32[{ROWS}], got float32[{ROWS}, 1]"),
+        (
+            Y,
+            shape(ROWS, dtype=jnp.float16),
+            TypeError,
+            f"weights float32[{ROWS}], got float16[{ROWS}]",
+        ),
+    ],
+)
+def test_combine_operands_are_checked_at_trace_time(y, weights, error, words, buffer):
+    program = functools.partial(combine_after_dispatch, buffer)
+    with pytest.raises(error, match=r"combine_send: .*" + re.escape(words)):
+        traced(program, y, weights, X, IDX, WEIGHTS)
+
+
+def test_a_layout_of_another_configuration_is_refused(buffer):
+    layout = smf.Layout(IDX, shape(9, K, dtype=jnp.int32), shape(4, dtype=jnp.int32), "experts")
+    with pytest.raises(ValueError, match=r"layout.rows int32\[\d+, 3\], got int32\[9, 3\]"):
+        traced(lambda y, layout: buffer.combine_send(y, layout), Y, layout)
+    with pytest.raises(TypeError, match="the layout of a dispatch, got "):
+        traced(lambda y: buffer.combine_send(y, y), Y)
+
+
+def test_rows_in_the_other_form_are_refused(buffer):
+    """Rows of the experts' form with a layout by tokens."""
+
+    def program(y, *args):
+        return buffer.combine(y, buffer.dispatch(*args, output="tokens").layout)
+
+    expected = rf"y float32\[{CONFIG.max_recv_tokens}, 7\], got float32\[{ROWS}, 7\]"
+    with pytest.raises(ValueError, match=expected):
+        traced(program, Y, X, IDX, WEIGHTS)
+
+
+def test_an_unknown_output_is_refused(buffer):
+    with pytest.raises(ValueError, match="'experts' or 'tokens', got 'rows'"):
+        traced(lambda *args: buffer.dispatch(*args, output="rows"), X, IDX, WEIGHTS)
+
+
+def test_a_sent_value_of_another_op_is_refused():
+    buffer = support.apis(CONFIG)[0].buffer
+    with pytest.raises(TypeError, match=r"combine_send returned, got that of dispatch_send"):
+        traced(lambda *a: buffer.combine_recv(buffer.dispatch_send(*a)), X, IDX, WEIGHTS)
+    with pytest.raises(TypeError, match=r"dispatch_send returned, got "):
+        traced(buffer.dispatch_recv, X)
+    with pytest.raises(TypeError, match=r"what a send returned or a receive hook, got "):
+        traced(lambda x: smf.overlap(x, jnp.sin, x), X)
+
+
+# ------------------------------------------------------------------------------------ where to call
+
+
+def test_calls_outside_of_shard_map_are_refused():
+    buffer = support.apis(CONFIG)[0].buffer
+    x, topk_idx, weights = (value[0] for value in make_inputs(CONFIG))
+    for call in (buffer.dispatch, jax.jit(buffer.dispatch)):
+        with pytest.raises(ValueError, match=r"inside jax.shard_map over .*'ep', got .* none"):
+            call(x, topk_idx, weights)
+
+
+@pytest.mark.skipif(support.MAX_RANKS < 4, reason="needs four devices")
+def test_a_shard_map_over_another_mesh_is_refused():
+    buffer = support.apis(make_config(2))[0].buffer
+
+    def mesh_of(shape, names):
+        return jax.sharding.Mesh(np.array(jax.devices()[: np.prod(shape)]).reshape(shape), names)
+
+    for mesh, expected in (
+        (mesh_of((4,), ("ep",)), r"mesh {'ep': 2}, got shard_map over {'ep': 4}"),
+        (mesh_of((2,), ("tp",)), r"over the buffer's axis 'ep', got .* \['tp'\]"),
+        (mesh_of((2, 2), ("dp", "ep")), r"mesh {'ep': 2}, got .* {'dp': 2, 'ep': 2}"),
+    ):
+        with pytest.raises(ValueError, match=expected):
+            traced(buffer.dispatch, X, IDX, WEIGHTS, mesh=mesh)
+
+
+@pytest.mark.skipif(support.MAX_RANKS < 4, reason="needs four devices")
+def test_a_shard_map_over_only_some_axes_is_refused():
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("dp", "ep"))
+    with support.open_buffer(make_config(2), mesh) as buffer:
+        run = jax.shard_map(
+            lambda *args: buffer.dispatch(*args).x,
+            mesh=mesh,
+            in_specs=P(),
+            out_specs=P("ep"),
+            axis_names={"ep"},
+            check_vma=False,
+        )
+        with pytest.raises(ValueError, match=r"manual in every axis of the mesh .*got \['ep'\]"):
+            jax.eval_shape(run, X, IDX, WEIGHTS)
+
+
+@pytest.mark.skipif(support.MAX_RANKS < 2, reason="needs two ranks")
+def test_a_shard_map_over_the_same_devices_in_another_order_is_a_fault():
+    """Not to be seen at trace time: the ranks would be mistaken for each other."""
+    inputs = make_inputs(CONFIG)
+    with support.open_buffer(CONFIG) as buffer:
+        mesh = jax.sharding.Mesh(buffer.mesh.devices[::-1], ("ep",))
+        run = support.on_ranks(lambda *args: buffer.dispatch(*args).x, mesh)
+        expected = (
+            r"expected shard_map over the buffer's own mesh, .* position \d, seen position \d"
+        )
+        support.assert_matches(support.error_of(run, *inputs), expected)
+        support.assert_matches(support.fault_of(buffer), expected)
+        good = support.on_ranks(lambda *args: buffer.dispatch(*args).x, buffer.mesh)
+        want = support.on_ranks(
+            lambda *args: support.apis(CONFIG)[1].buffer.dispatch(*args).x, buffer.mesh
+        )
+        support.assert_same_bits(good(*inputs), want(*inputs))
+
+
+# --------------------------------------------------------------------------------- transformations
+
+
+def layer(buffer, x, topk_idx, weights):
+    recv = buffer.dispatch(x, topk_idx, weights)
+    return buffer.combine(recv.x, recv.layout, weights=recv.weights)
+
+
+def test_vmap_is_refused():
+    buffer = support.apis(CONFIG)[0].buffer
+    program = jax.vmap(functools.partial(layer, buffer))
+    args = [shape(2, *a.shape, dtype=a.dtype) for a in (X, IDX, WEIGHTS)]
+    with pytest.raises(NotImplementedError, match=r"dispatch_send .*under jax.vmap"):
+        traced(program, *args)
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_second_derivatives_are_refused(overlap):
+    """Forward over reverse, reverse over reverse: an error, no silent zero."""
+    buffer = support.apis(CONFIG)[0].buffer
+
+    def loss(x, topk_idx, weights):
+        hook = buffer.dispatch(x, topk_idx, weights, return_recv_hook=True)
+        if overlap:
+            _, hook = smf.overlap(hook, jnp.sin, x)
+        return (hook().x ** 2).sum()
+
+    for second in (jax.hessian(loss), jax.grad(lambda *a: jax.grad(loss)(*a).sum())):
+        with pytest.raises((TypeError, NotImplementedError, ValueError)):
+            traced(second, X, IDX, WEIGHTS)
+
+
+def test_forward_derivatives_are_refused():
+    buffer = support.apis(CONFIG)[0].buffer
+
+    def program(x, topk_idx, weights):
+        return jax.jvp(lambda x: layer(buffer, x, topk_idx, weights), (x,), (x,))
+
+    with pytest.raises(TypeError, match="forward-mode"):
+        traced(program, X, IDX, WEIGHTS)
+
+
+def quantised_loss(wrap, buffer, x, topk_idx, weights):
+    values, scales = wrap((x[:, :3], x[:, 3:4]))
+    recv = buffer.dispatch((values, scales), topk_idx, weights)
+    rows = jnp.concatenate([*recv.x, recv.x[0]], axis=1)
+    return buffer.combine(rows, recv.layout, weights=recv.weights).sum()
+
+
+def test_a_gradient_through_values_and_scales_is_refused():
+    buffer = support.apis(CONFIG)[0].buffer
+    program = jax.grad(functools.partial(quantised_loss, lambda pair: pair, buffer))
+    words = r"without a gradient when it is \(values, scales\).*float32\[6, 3\].*stop_gradient"
+    with pytest.raises(TypeError, match=words):
+        traced(program, X, IDX, WEIGHTS)
+
+
+def quantised_weight_gradient(api, x, topk_idx, weights):
+    loss = functools.partial(quantised_loss, jax.lax.stop_gradient, api.buffer)
+    return jax.grad(loss, 2)(x, topk_idx, weights)
+
+
+def test_weights_have_gradients_beside_values_and_scales():
+    """As the error says: with stop_gradient around the rows."""
+    ours, theirs = support.runners(CONFIG, quantised_weight_gradient)
+    inputs = make_inputs(CONFIG, seed=1)
+    got = ours(*inputs)
+    assert np.asarray(got).any()
+    support.assert_close(got, theirs(*inputs))
+
+
+# --------------------------------------------------------------------------- making a buffer
+
+
+@pytest.mark.parametrize("module", [smf, reference])
+@pytest.mark.parametrize(
+    ("sizes", "error", "words"),
+    [
+        ({"num_experts": 9}, ValueError, r"num_experts \(9\) must be divisible by ep_size \(\d\)"),
+        ({"top_k": 33}, ValueError, r"top_k must be in \[1, 32\], got 33"),
+        ({"top_k": 0}, ValueError, r"top_k must be in \[1, 32\], got 0"),
+        ({"hidden": 0}, ValueError, r"hidden must be at least 1, got 0"),
+        ({"max_tokens": 2.0}, TypeError, r"max_tokens must be an integer at least 1, got 2.0"),
+        ({"recv_capacity": -1}, ValueError, r"recv_capacity must be at least 0, got -1"),
+        ({"num_slots": 65}, ValueError, r"num_slots must be in \[1, 64\], got 65"),
+        ({"expert_alignment": 0}, ValueError, r"expert_alignment must be at least 1, got 0"),
+        ({"dtype": jnp.int8}, TypeError, r"one of bfloat16, float16, float32, got int8"),
+        ({"timeout_s": 0}, ValueError, r"timeout_s must be positive and finite, got 0"),
+        ({"timeout_s": float("inf")}, ValueError, r"timeout_s must be positive .* got inf"),
+        ({"max_tokens": 2**31 - 1}, ValueError, r"must fit int32, got \d+"),
+    ],
+)
+def test_sizes_are_checked(module, sizes, error, words):
+    if support.SOME_RANKS == 1 and "num_experts" in sizes:
+        pytest.skip("every number is divisible by 1")
+    defaults = {"hidden": 7, "num_experts": 8, "top_k": 3, "max_tokens": 6}
+    with pytest.raises(error, match=words):
+        module.Buffer(support.mesh_of(support.SOME_RANKS), "ep", **(defaults | sizes))
+
+
+@pytest.mark.parametrize("module", [smf, reference])
+@pytest.mark.parametrize("axis", ["model", (), ("ep", "ep"), ("ep", "model")])
+def test_axes_are_checked(module, axis):
+    with pytest.raises(ValueError, match=r"axes of the mesh \['ep'\], each once, got "):
+        support.open_buffer(CONFIG, axis=axis, module=module)
+
+
+def test_the_mesh_and_the_transport_are_checked():
+    with pytest.raises(TypeError, match=r"mesh to be a jax.sharding.Mesh, got list"):
+        support.open_buffer(CONFIG, mesh=jax.devices())
+    sizes = {"hidden": 7, "num_experts": 8, "top_k": 3, "max_tokens": 6}
+    with pytest.raises(ValueError, match=r"transport .*got 'pigeon'"):
+        smf.Buffer(support.mesh_of(1), "ep", transport="pigeon", **sizes)
+
+
+# ------------------------------------------------------------------------------------- its life
+
+
+def compiled(buffer):
+    return support.on_ranks(functools.partial(layer, buffer), buffer.mesh)
+
+
+def expected_output(config, inputs):
+    theirs = support.apis(config)[1].buffer
+    return support.on_ranks(
+        functools.partial(layer, theirs), support.mesh_of(config.ep_size), support.REFERENCE_OPTIONS
+    )(*inputs)
+
+
+def test_a_buffer_used_after_close():
+    """Refused at trace time; and a program compiled before ends with an error, without a hang."""
+    inputs = make_inputs(CONFIG)
+    buffer = support.open_buffer(CONFIG)
+    run = compiled(buffer)
+    jax.block_until_ready(run(*inputs))
+    buffer.close()
+    buffer.close()
+    assert "closed" in repr(buffer)
+    support.assert_matches(
+        support.error_of(run, *inputs), r"buffer \d+ to be open, but it is closed"
+    )
+    with pytest.raises(RuntimeError, match="dispatch_send: expected an open buffer, got one that"):
+        traced(buffer.dispatch, X, IDX, WEIGHTS)
+    for use in (buffer.check, lambda: buffer.message_bytes(jax.devices()[0])):
+        with pytest.raises(RuntimeError, match="expected an open buffer, got one that is closed"):
+            use()
+
+
+def test_a_buffer_closes_at_the_end_of_its_block():
+    with contextlib.suppress(KeyError), support.open_buffer(CONFIG) as buffer:
+        assert "open" in repr(buffer)
+        raise KeyError
+    assert "closed" in repr(buffer)
+
+
+@pytest.mark.parametrize("close_first", [True, False])
+def test_a_new_buffer_of_other_size_after_the_first(close_first):
+    other = dataclasses.replace(CONFIG, hidden=3, top_k=1, max_tokens=2, recv_capacity=5)
+    first = support.open_buffer(CONFIG)
+    inputs = make_inputs(CONFIG, seed=2)
+    run = compiled(first)
+    jax.block_until_ready(run(*inputs))
+    if close_first:
+        first.close()
+    with support.open_buffer(other) as second:
+        small = make_inputs(other, seed=3)
+        got = jax.block_until_ready(compiled(second)(*small))
+        support.assert_same_bits(got, expected_output(other, small))
+        if not close_first:
+            support.assert_same_bits(run(*inputs), expected_output(CONFIG, inputs))
+            first.close()
+
+
+def test_equal_buffers_do_not_share_programs():
+    """A program compiled for a closed buffer is not run for its successor of the same sizes."""
+    inputs = make_inputs(CONFIG, seed=4)
+    want = expected_output(CONFIG, inputs)
+    for _ in range(3):
+        with support.open_buffer(CONFIG) as buffer:
+            support.assert_same_bits(jax.device_get(compiled(buffer)(*inputs)), want)
+
+
+def test_check_says_nothing_where_nothing_happened():
+    with support.open_buffer(CONFIG) as buffer:
+        buffer.check()
+        jax.block_until_ready(compiled(buffer)(*make_inputs(CONFIG)))
+        buffer.check()
+
+
+def test_a_program_of_either_api_reads_the_same():
+    """The reference takes the library's place, public method by public method."""
+
+    def public(cls):
+        return {name for name in vars(cls) if not name.startswith("_")}
+
+    assert public(reference.Buffer) <= public(smf.Buffer)
+    assert public(smf.Buffer) - public(reference.Buffer) == {"message_bytes"}

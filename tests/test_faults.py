@@ -1,0 +1,284 @@
+"""A rank that raises, stalls or is wrong: the others end with an error, and the next run works."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import support
+from support import make_config, make_inputs, make_rows
+
+import jax_sm_free as smf
+from jax_sm_free import primitives
+
+pytestmark = pytest.mark.skipif(support.MAX_RANKS < 2, reason="needs two ranks")
+
+TIMEOUT_S = 1.5
+# How much later than the timeout an error may come: two cores that others use, too.
+MARGIN_S = 8.0
+CONFIG = make_config(num_experts=2 * support.SOME_RANKS, timeout_s=TIMEOUT_S)
+BAD_RANK = support.SOME_RANKS - 1
+
+# Places in `layer` where a rank may be made to fail.
+PLACES = ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv")
+NOTHING, RAISE = 0.0, -1.0
+
+
+class RankDiedError(Exception):
+    """What the bad rank raises."""
+
+
+def act(x, action):
+    """NOTHING, RAISE, or seconds to sleep, on the host of this rank."""
+
+    def on_host(x, action):
+        if action == RAISE:
+            raise RankDiedError("this rank died")
+        time.sleep(float(action))
+        return np.asarray(x)
+
+    return jax.pure_callback(on_host, jax.typeof(x), x, action)
+
+
+def layer(api, x, topk_idx, weights, y, actions):
+    """`actions`: what this rank does before each of the PLACES."""
+    buffer = api.buffer
+    sent = buffer.dispatch_send(act(x, actions[0]), topk_idx, weights)
+    _, sent = api.overlap(sent, act, x, actions[1])
+    recv = buffer.dispatch_recv(sent)
+    rows = act(recv.x * y, actions[2])
+    sent = buffer.combine_send(rows, recv.layout, recv.weights)
+    out, sent = api.overlap(sent, act, x, actions[3])
+    return out + buffer.combine_recv(sent)
+
+
+@pytest.fixture
+def inputs():
+    return *make_inputs(CONFIG, seed=1), make_rows(CONFIG, CONFIG.recv_capacity, 2)
+
+
+@pytest.fixture
+def buffer():
+    with support.open_buffer(CONFIG) as buffer:
+        yield buffer
+
+
+def compiled(buffer):
+    return support.on_ranks(functools.partial(layer, support.Api(buffer, smf)), buffer.mesh)
+
+
+def actions_of(place=None, action=NOTHING, rank=BAD_RANK):
+    actions = np.zeros((CONFIG.ep_size, len(PLACES)), np.float32)
+    if place is not None:
+        actions[rank, PLACES.index(place)] = action
+    return actions
+
+
+@functools.cache
+def expected_output():
+    inputs = *make_inputs(CONFIG, seed=1), make_rows(CONFIG, CONFIG.recv_capacity, 2)
+    return support.runners(CONFIG, layer)[1](*inputs, actions_of())
+
+
+def errors_by_rank(out):
+    """For each rank the error that its result carries, or None."""
+    errors = [None] * CONFIG.ep_size
+    for shard in out.addressable_shards:
+        rank = shard.index[0].start or 0
+        try:
+            shard.data.block_until_ready()
+        except support.RUN_ERROR as error:
+            errors[rank] = str(error)
+    return errors
+
+
+def recv_that_waits_for(place):
+    return "dispatch_recv" if place.startswith("dispatch") else "combine_recv"
+
+
+def assert_times_out(error, place):
+    support.assert_matches(
+        error,
+        rf"{recv_that_waits_for(place)} on rank \d, peer rank {BAD_RANK}: ",
+        rf"expected messages from {CONFIG.ep_size} ranks within {TIMEOUT_S:g} s",
+        rf"seen {CONFIG.ep_size - 1} after {TIMEOUT_S:g} s, none from rank {BAD_RANK}",
+        r"exchange \d+, slot \d",
+    )
+
+
+def assert_works(run, inputs):
+    support.assert_same_bits(run(*inputs, actions_of()), expected_output())
+
+
+@pytest.mark.parametrize("place", ["dispatch_send", "combine_send"])
+@pytest.mark.parametrize("action", ["raises", "stalls"])
+def test_a_rank_that_does_not_send(place, action, buffer, inputs):
+    """The others end within the timeout, and name the rank, what they waited for and what came."""
+    run = compiled(buffer)
+    assert_works(run, inputs)
+    seconds = RAISE if action == "raises" else TIMEOUT_S + 1.5
+    start = time.monotonic()
+    out = run(*inputs, actions_of(place, seconds))
+    errors = errors_by_rank(out)
+    took = time.monotonic() - start
+    assert TIMEOUT_S <= took < TIMEOUT_S + MARGIN_S
+    for rank, error in enumerate(errors):
+        assert error is not None, f"rank {rank} gave a result"
+        if rank == BAD_RANK and action == "raises":
+            support.assert_matches(error, "this rank died")
+        else:
+            assert_times_out(error, place)
+    assert_times_out(support.fault_of(buffer), place)
+    assert_works(run, inputs)
+    buffer.check()
+
+
+@pytest.mark.parametrize("place", ["dispatch_recv", "combine_recv"])
+def test_a_rank_that_raises_between_send_and_recv(place, buffer, inputs):
+    """Its rows arrived, so the others go on: to the end, or to where they next wait for it."""
+    run = compiled(buffer)
+    errors = errors_by_rank(run(*inputs, actions_of(place, RAISE)))
+    support.assert_matches(errors[BAD_RANK], "this rank died")
+    others = errors[:BAD_RANK]
+    if place == "dispatch_recv":
+        for error in others:
+            assert_times_out(error, "combine_send")
+        assert_times_out(support.fault_of(buffer), "combine_send")
+    else:
+        assert others == [None] * len(others)
+    assert_works(run, inputs)
+    buffer.check()
+
+
+def test_a_rank_that_stalls_for_less_than_the_timeout_is_waited_for(buffer, inputs):
+    out = compiled(buffer)(*inputs, actions_of("dispatch_send", TIMEOUT_S / 3))
+    support.assert_same_bits(out, expected_output())
+    buffer.check()
+
+
+def test_a_new_buffer_works_beside_one_that_failed(buffer, inputs):
+    support.error_of(compiled(buffer), *inputs, actions_of("dispatch_send", RAISE))
+    with support.open_buffer(CONFIG) as other:
+        assert_works(compiled(other), inputs)
+        other.check()
+    support.fault_of(buffer)
+
+
+def test_faults_in_a_row_are_each_reported(buffer, inputs):
+    run = compiled(buffer)
+    x, topk_idx, *rest = inputs
+    for bad in (100, 200, 300):
+        wrong = topk_idx.copy()
+        wrong[0, 0, 0] = bad
+        support.assert_matches(support.error_of(run, x, wrong, *rest, actions_of()), f"seen {bad}")
+        support.assert_matches(support.fault_of(buffer), f"seen {bad}")
+    assert_works(run, inputs)
+
+
+def test_other_runs_in_flight_are_not_ended(buffer, inputs):
+    """A fault ends its own run: those before and behind it give their results."""
+    run = compiled(buffer)
+    x, topk_idx, *rest = inputs
+    wrong = topk_idx.copy()
+    wrong[0, 0, 0] = -2
+    outs = [run(x, idx, *rest, actions_of()) for idx in (topk_idx, wrong, topk_idx)]
+    support.assert_same_bits(outs[0], expected_output())
+    support.assert_same_bits(outs[2], expected_output())
+    assert all(errors_by_rank(outs[1]))
+
+
+# -------------------------------------------------------------------------- in the backward pass
+
+
+def loss_and_gradient(api, x, topk_idx, weights, y, actions):
+    """Fails between the mirrored calls: in the backward pass of what overlaps the combine."""
+
+    @jax.custom_vjp
+    def fail_backward(x, action):
+        return x
+
+    fail_backward.defvjp(lambda x, a: (x, a), lambda a, ct: (act(ct, a), None))
+
+    def loss(x):
+        recv = api.buffer.dispatch(x, topk_idx, weights)
+        rows = fail_backward(recv.x * y, actions[2])
+        return (api.buffer.combine(rows, recv.layout, weights=recv.weights) ** 2).sum()
+
+    return jax.grad(loss)(x)
+
+
+def test_a_rank_that_raises_in_the_backward_pass(buffer, inputs):
+    program = functools.partial(loss_and_gradient, support.Api(buffer, smf))
+    run = support.on_ranks(program, buffer.mesh)
+    errors = errors_by_rank(run(*inputs, actions_of("combine_send", RAISE)))
+    support.assert_matches(errors[BAD_RANK], "this rank died")
+    for error in errors[:BAD_RANK]:
+        support.assert_matches(error, f"dispatch_backward_recv on rank .*none from rank {BAD_RANK}")
+    support.fault_of(buffer)
+    want = support.runners(CONFIG, loss_and_gradient)[1](*inputs, actions_of())
+    support.assert_close(run(*inputs, actions_of()), want, rtol=1e-4, atol=1e-4)
+
+
+# -------------------------------------------------------------------------------- closed meanwhile
+
+
+def test_a_buffer_closed_while_results_are_pending(inputs):
+    """Who waits ends with an error at once, not after the timeout; nothing hangs."""
+    buffer = support.open_buffer(make_config(num_experts=2 * support.SOME_RANKS, timeout_s=60.0))
+    run = compiled(buffer)
+    jax.block_until_ready(run(*inputs, actions_of()))
+    closer = threading.Timer(0.5, buffer.close)
+    closer.start()
+    start = time.monotonic()
+    out = run(*inputs, actions_of("dispatch_send", 1.5))
+    errors = errors_by_rank(out)
+    closer.join()
+    assert time.monotonic() - start < 1.5 + MARGIN_S
+    for rank, error in enumerate(errors):
+        assert error is not None, f"rank {rank} gave a result"
+        support.assert_matches(error, "expected buffer .* to be open.* closed")
+
+
+def test_a_buffer_that_nobody_refers_to_is_closed(inputs):
+    """A program that was compiled for it and outlives it ends with an error."""
+    buffer = support.open_buffer(CONFIG)
+    number = buffer._target.buffer_id
+    run = compiled(buffer).lower(*inputs, actions_of()).compile()
+    jax.block_until_ready(run(*inputs, actions_of()))
+    assert primitives.is_open(number)
+    del buffer
+    gc.collect()
+    assert not primitives.is_open(number)
+    support.assert_matches(support.error_of(run, *inputs, actions_of()), "but it is closed")
+
+
+# ------------------------------------------------------------------------------ ranks out of step
+
+
+def test_ranks_that_take_other_branches_end_with_a_fault(inputs):
+    """One rank skips the layer: the others wait for it, and say so."""
+    with support.open_buffer(CONFIG) as buffer:
+        api = support.Api(buffer, smf)
+
+        def program(x, topk_idx, weights, y, actions):
+            return jax.lax.cond(
+                actions[0] > 0,
+                lambda *args: jnp.zeros_like(x),
+                lambda *args: api.buffer.dispatch(*args).x[: x.shape[0]],
+                x,
+                topk_idx,
+                weights,
+            )
+
+        run = support.on_ranks(program, buffer.mesh)
+        errors = errors_by_rank(run(*inputs, actions_of("dispatch_send", 1.0)))
+        assert errors[BAD_RANK] is None
+        for error in errors[:BAD_RANK]:
+            assert_times_out(error, "dispatch_send")
+        jax.block_until_ready(run(*inputs, actions_of()))

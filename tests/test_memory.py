@@ -1,0 +1,138 @@
+"""Memory: what a rank's messages take, against what was promised beforehand."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import support
+from support import make_config
+
+import jax_sm_free as smf
+
+pytestmark = pytest.mark.cpu_only
+
+CONFIG = make_config(hidden=64, num_experts=2 * support.SOME_RANKS, top_k=support.SOME_RANKS)
+
+
+def worst_case(config):
+    """Every token to every rank."""
+    x = support.make_rows(config, config.max_tokens, 0)
+    topk_idx = np.arange(config.top_k, dtype=np.int32) * config.num_local_experts
+    topk_idx = np.broadcast_to(topk_idx, (*x.shape[:2], config.top_k))
+    return x, topk_idx, np.ones(topk_idx.shape, np.float32)
+
+
+def all_slots_in_flight(api, x, topk_idx, weights):
+    """As many sends as there are slots, on every rank, before any recv."""
+    config = api.buffer.config
+    sents = []
+    for _ in range(config.num_slots):
+        sents.append(api.buffer.dispatch_send(x, topk_idx, weights))
+        x, sents[-1] = api.overlap(sents[-1], lambda x: x, x)
+    tokens = jnp.stack([sent.token for sent in sents])
+    everyone_sent = jax.lax.psum(tokens.sum(), "ep") * 0
+    total = everyone_sent
+    for sent, token in zip(sents, tokens, strict=True):
+        recv = api.buffer.dispatch_recv(dataclasses.replace(sent, token=token + everyone_sent))
+        total += recv.x.sum()
+    return total
+
+
+def message_bytes(buffer):
+    return [buffer.message_bytes(device) for device in buffer.mesh.devices.flat]
+
+
+@pytest.mark.parametrize("num_slots", [1, 2, 5])
+def test_messages_take_what_was_estimated(num_slots):
+    """All tokens to all ranks and all slots taken: within 10 % of estimate_memory, on each rank."""
+    config = dataclasses.replace(CONFIG, num_slots=num_slots)
+    estimate = smf.estimate_memory(config).messages
+    with support.open_buffer(config) as buffer:
+        assert message_bytes(buffer) == [0] * config.ep_size
+        program = functools.partial(all_slots_in_flight, support.Api(buffer, smf))
+        run = support.on_ranks(program, buffer.mesh)
+        for _ in range(3):
+            jax.block_until_ready(run(*worst_case(config)))
+        for taken in message_bytes(buffer):
+            assert 0.9 * estimate <= taken <= 1.1 * estimate
+
+
+def train_step(api, x, topk_idx, weights):
+    def loss(x, weights):
+        recv = api.buffer.dispatch(x, topk_idx, weights)
+        out = api.buffer.combine(jnp.tanh(recv.x), recv.layout, weights=recv.weights)
+        return (out**2).sum()
+
+    return jax.grad(loss, (0, 1))(x, weights)
+
+
+def test_messages_do_not_grow_over_a_hundred_steps():
+    """Forward and backward, routing that changes: blocks are used again."""
+    with support.open_buffer(CONFIG) as buffer:
+        program = functools.partial(train_step, support.Api(buffer, smf))
+        run = support.on_ranks(program, buffer.mesh)
+        estimate = smf.estimate_memory(CONFIG).messages
+        for step in range(100):
+            routing = support.make_routing(CONFIG, CONFIG.max_tokens, step)
+            inputs = worst_case(CONFIG) if step == 0 else (worst_case(CONFIG)[0], *routing)
+            jax.block_until_ready(run(*inputs))
+        assert max(message_bytes(buffer)) <= estimate
+
+
+def test_message_bytes_are_those_of_the_native_layout():
+    """One table in Python, one in C++: they must agree, whatever the sizes."""
+    from jax_sm_free import _cpu
+
+    sizes = itertools.product((1, 8), (1, 7, 7168), (8, 256), (1, 8, 32), (1, 63, 4096))
+    for ep_size, hidden, num_experts, top_k, max_tokens in sizes:
+        for dtype in (jnp.bfloat16, jnp.float32):
+            config = make_config(
+                ep_size,
+                hidden=hidden,
+                num_experts=num_experts,
+                top_k=top_k,
+                max_tokens=max_tokens,
+                dtype=dtype,
+            )
+            native = _cpu.Config()
+            for name in ("ep_size", "num_experts", "top_k", "max_tokens", "row_bytes"):
+                setattr(native, name, getattr(config, name))
+            assert native.max_message_bytes() == config.message_bytes, config
+
+
+def test_estimates_of_a_large_configuration():
+    """The sizes of the README, by hand: 4096 tokens x 7168 bfloat16, top-8 of 256 on 8 ranks."""
+    config = smf.Config(
+        ep_size=8, hidden=7168, num_experts=256, top_k=8, max_tokens=4096, recv_capacity=40000
+    )
+    rows = 4096 * 7168 * 2
+    message = rows + 3 * 4096 * 8 * 4 + 32 * 4 + 64
+    assert config.message_bytes == message
+    estimate = smf.estimate_memory(config)
+    assert estimate.messages == 2 * 8 * message
+    assert smf.get_rdma_size_hint(config) == 2 * 7 * message
+    received = 40000 * (7168 * 2 + 4) + (2 * 32 + 1) * 4 + (8 * 4096 * 8 + 8) * 4
+    assert estimate.recv == received
+    assert estimate.total == estimate.messages + estimate.recv
+
+
+def test_results_take_what_was_estimated():
+    """XLA's own account of a compiled dispatch, against estimate_memory(...).recv."""
+    config = dataclasses.replace(CONFIG, recv_capacity=200, max_tokens=32)
+    with support.open_buffer(config) as buffer:
+
+        def program(x, topk_idx, weights):
+            recv = buffer.dispatch(x, topk_idx, weights)
+            layout = dataclasses.replace(recv.layout, topk_idx=jnp.zeros((), jnp.int32))
+            return dataclasses.replace(recv, layout=layout)
+
+        run = support.on_ranks(program, buffer.mesh)
+        memory = run.lower(*worst_case(config)).compile().memory_analysis()
+    estimate = smf.estimate_memory(config).recv
+    assert estimate <= memory.output_size_in_bytes <= 1.1 * estimate
