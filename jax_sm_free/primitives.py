@@ -1,8 +1,8 @@
 """The custom calls as JAX primitives: their results' types, and their lowering.
 
 The only importer of the extension. Operands arrive checked (`buffer.py`), and all vary over the
-same mesh axes. A call has an HLO side effect but no JAX effect: XLA neither merges nor hoists it, and
-scan, remat and custom_vjp still take it.
+same mesh axes. A call has an HLO side effect but no JAX effect: XLA neither merges nor hoists it,
+and scan, remat and custom_vjp still take it.
 """
 
 from __future__ import annotations
