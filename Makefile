@@ -1,5 +1,6 @@
 # PYTHON chooses the interpreter. Each Python version has an environment of its own under .venv/,
 # so that several can be used side by side; nothing that is up to date is done again.
+# CUDA=1 builds the module for GPUs too, which needs nvcc, but no GPU.
 PYTHON ?= python3
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
@@ -20,6 +21,11 @@ endif
 
 BAZEL_FLAGS := --repo_env=JAX_SM_FREE_PYTHON=$(CURDIR)/$(VENV_PYTHON) \
   --repo_env=JAX_SM_FREE_HEADERS=$(CURDIR)/$(HEADERS)
+MODULES := _cpu
+ifneq ($(CUDA),)
+  BAZEL_FLAGS += --config=cuda
+  MODULES += _cuda
+endif
 BAZEL_TEST := bazel test $(BAZEL_FLAGS) --test_tag_filters=-python --build_tests_only
 PYTEST_FLAGS ?= -n 2
 # Without it, JAX complains that the CUDA compiler of the set-up finds no CUDA libraries.
@@ -39,6 +45,7 @@ help:
 	@echo "make docs             run what the documentation shows, write the API reference to out/docs"
 	@echo "make wheel            a wheel in dist/"
 	@echo "make clean            remove what make made"
+	@echo "CUDA=1                builds for GPUs too"
 	@echo "PYTHON=python3.12 chooses another interpreter (now $(PYTHON), $(VERSION))"
 
 # Set-up.
@@ -65,8 +72,8 @@ setup: $(VENV)/ready
 # Build. Bazel itself knows what is up to date.
 
 build: setup
-	bazel build $(BAZEL_FLAGS) //jax_sm_free:_cpu.so
-	@$(VENV_PYTHON) tools/place_extension.py "$$(bazel info $(BAZEL_FLAGS) bazel-bin)"
+	bazel build $(BAZEL_FLAGS) $(MODULES:%=//jax_sm_free:%.so)
+	@$(VENV_PYTHON) tools/place_extension.py "$$(bazel info $(BAZEL_FLAGS) bazel-bin)" $(MODULES)
 
 wheel: setup
 	$(VENV_PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .

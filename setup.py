@@ -1,5 +1,9 @@
-"""Builds the extension with Bazel; all else is in pyproject.toml."""
+"""Builds the extensions with Bazel; all else is in pyproject.toml.
 
+JAX_SM_FREE_CUDA=1 in the environment builds the module for GPUs too.
+"""
+
+import os
 import pathlib
 import shutil
 import subprocess
@@ -10,6 +14,8 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).parent
+CUDA = os.environ.get("JAX_SM_FREE_CUDA", "0") != "0"
+MODULES = ["_cpu", "_cuda"] if CUDA else ["_cpu"]
 
 
 class BazelBuildExt(build_ext):
@@ -24,6 +30,8 @@ class BazelBuildExt(build_ext):
             # In an isolated build, these lie apart from the interpreter's own packages.
             f"--repo_env=JAX_SM_FREE_HEADERS={pathlib.Path(nanobind.__file__).parents[1]}",
         ]
+        if CUDA:
+            flags.append("--config=cuda")
         build = subprocess.run(["bazel", "build", *flags, f"//{package}:{module}.so"], cwd=ROOT)
         if build.returncode:
             sys.exit("jax_sm_free: Bazel could not build the extension; its messages are above")
@@ -35,6 +43,6 @@ class BazelBuildExt(build_ext):
 
 
 setup(
-    ext_modules=[Extension("jax_sm_free._cpu", sources=[])],
+    ext_modules=[Extension(f"jax_sm_free.{module}", sources=[]) for module in MODULES],
     cmdclass={"build_ext": BazelBuildExt},
 )

@@ -37,7 +37,7 @@ def smf_cc_unit(name, deps = [], test_deps = [], **kwargs):
             ],
         )
 
-def smf_py_extension(name, deps):
+def smf_py_extension(name, deps, **kwargs):
     """The nanobind module <name>.so; deps are libraries with alwayslink."""
     native.cc_binary(
         name = name + ".so",
@@ -46,6 +46,7 @@ def smf_py_extension(name, deps):
         linkopts = ["-Wl,--exclude-libs,ALL"],
         tags = ["python"],
         deps = deps,
+        **kwargs
     )
 
 def smf_py_test(src, deps, **kwargs):

@@ -1,6 +1,6 @@
-"""Copies the built extension beside the Python sources, under this interpreter's own suffix.
+"""Copies built extensions beside the Python sources, under this interpreter's own suffix.
 
-Usage: place_extension.py BAZEL_BIN, in the root of the checkout.
+Usage: place_extension.py BAZEL_BIN MODULE..., in the root of the checkout.
 """
 
 import filecmp
@@ -11,9 +11,9 @@ import sys
 import sysconfig
 
 
-def main(bazel_bin: pathlib.Path) -> None:
-    source = bazel_bin / "jax_sm_free" / "_cpu.so"
-    target = pathlib.Path("jax_sm_free", "_cpu" + sysconfig.get_config_var("EXT_SUFFIX"))
+def place(bazel_bin: pathlib.Path, module: str) -> None:
+    source = bazel_bin / "jax_sm_free" / f"{module}.so"
+    target = pathlib.Path("jax_sm_free", module + sysconfig.get_config_var("EXT_SUFFIX"))
     if target.exists() and filecmp.cmp(source, target, shallow=False):
         return
     # Renamed into place: a process that has the old file mapped keeps it.
@@ -23,4 +23,5 @@ def main(bazel_bin: pathlib.Path) -> None:
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    for module in sys.argv[2:]:
+        place(pathlib.Path(sys.argv[1]), module)

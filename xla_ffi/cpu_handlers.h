@@ -6,14 +6,9 @@
 #include <vector>
 
 #include "xla/ffi/api/c_api.h"
+#include "xla_ffi/handler_entry.h"
 
 namespace jax_sm_free {
-
-struct HandlerEntry {
-  const char* target;
-  XLA_FFI_Handler* instantiate;  // null where the op keeps no state
-  XLA_FFI_Handler* execute;
-};
 
 // Every target of this platform.
 std::vector<HandlerEntry> CpuHandlers();

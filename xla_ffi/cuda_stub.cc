@@ -1,6 +1,7 @@
 #include "xla_ffi/cuda_stub.h"
 
 #include "xla/ffi/api/ffi.h"
+#include "xla_ffi/cpu_handlers.h"
 
 namespace jax_sm_free {
 namespace {

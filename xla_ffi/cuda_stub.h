@@ -5,7 +5,7 @@
 
 #include <vector>
 
-#include "xla_ffi/cpu_handlers.h"
+#include "xla_ffi/handler_entry.h"
 
 namespace jax_sm_free {
 

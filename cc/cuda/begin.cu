@@ -1,0 +1,69 @@
+// Opens an exchange: takes the next sequence number and its slot, and writes the token.
+
+#include <cuda_runtime.h>
+
+#include "cc/cuda/device.cuh"
+#include "cc/cuda/kernels.h"
+#include "cc/cuda/launch.h"
+
+namespace jax_sm_free::cuda {
+namespace {
+
+__device__ void WriteToken(const RankView& view, const BeginArgs& args, Kind kind) {
+  const Current& current = view.state->current;
+  for (int i = 0; i < kTokenSize; ++i) args.token[i] = 0;
+  if (current.failed == kNothing) return;  // no token: its recv finds that out
+  args.token[kMagicWord] = kTokenMagic;
+  args.token[kLowWord] = static_cast<float>(current.sequence % kTokenWordSize);
+  args.token[kHighWord] = static_cast<float>(current.sequence / kTokenWordSize);
+  args.token[kSlotWord] = static_cast<float>(current.slot);
+  args.token[kKindWord] = static_cast<float>(static_cast<int32_t>(kind));
+  args.token[kRankWord] = static_cast<float>(view.rank);
+  args.token[kBufferWord] = static_cast<float>(view.buffer_id % kTokenWordSize);
+}
+
+__global__ void BeginKernel(const RankView view, const BeginArgs args) {
+  DeviceState* state = view.state;
+  const auto num_slots = static_cast<uint64_t>(view.config.num_slots);
+  if (threadIdx.x == 0) {
+    const uint64_t sequence = ++state->sequence;
+    const auto slot = static_cast<int32_t>(sequence % num_slots);
+    state->current = {sequence, slot, kOk};
+    if (state->slot_phase[slot] != kFree) {
+      Raise(view, args.op,
+            {FaultCode::kSlots, -1, view.config.num_slots,
+             static_cast<int64_t>(state->slot_sequence[slot])});
+      state->current.failed = kNothing;
+    } else {
+      state->slot_phase[slot] = kSent;
+      state->slot_sequence[slot] = sequence;
+      if (args.position_of_program != nullptr && *args.position_of_program != view.position) {
+        Raise(view, args.op, {FaultCode::kPosition, -1, view.position, *args.position_of_program});
+        state->current.failed = kEmpty;
+      }
+    }
+    WriteToken(view, args, args.kind);
+  }
+  __syncthreads();
+  const Current current = state->current;
+  if (current.failed == kNothing || current.sequence <= num_slots) return;
+  const uint64_t before = current.sequence - num_slots;
+  for (int32_t peer = threadIdx.x; peer < view.config.ep_size; peer += blockDim.x) {
+    const uint64_t* ack = Ack(view, view.rank, current.slot, peer);
+    if (WaitFor(view, ack, before)) continue;
+    Raise(view, args.op,
+          {FaultCode::kTimeout, peer, static_cast<int64_t>(before),
+           static_cast<int64_t>(LoadAcquire(ack))});
+    state->current.failed = kNothing;
+  }
+}
+
+}  // namespace
+
+void LaunchBegin(const RankView& view, const BeginArgs& args, cudaStream_t stream) {
+  BeginKernel<<<1, kMaxRanks, 0, stream>>>(view, args);
+}
+
+cudaError_t LoadBegin() { return Load(BeginKernel); }
+
+}  // namespace jax_sm_free::cuda

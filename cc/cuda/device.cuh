@@ -1,0 +1,203 @@
+// Small device functions that every kernel uses: addresses, memory order, faults.
+
+#ifndef JAX_SM_FREE_CC_CUDA_DEVICE_CUH_
+#define JAX_SM_FREE_CC_CUDA_DEVICE_CUH_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cc/cuda/device_state.h"
+
+namespace jax_sm_free::cuda {
+
+inline constexpr int kWarpSize = 32;
+inline constexpr unsigned kFullWarp = 0xFFFFFFFFU;
+
+// Current::failed.
+enum Failure : int32_t {
+  kOk,
+  kEmpty,    // peers get a poisoned message, so that they need not wait
+  kNothing,  // the slot is not ours: nothing may be written
+};
+inline constexpr int32_t kPoisonedKind = -1;
+
+__device__ inline int64_t MessageIndex(const RankView& view, int32_t slot, int32_t peer) {
+  return int64_t{slot} * view.config.ep_size + peer;
+}
+
+// The message of `source` on this rank.
+__device__ inline std::byte* InMessage(const RankView& view, int32_t slot, int32_t source) {
+  return view.base[view.rank] + view.regions.recv +
+         MessageIndex(view, slot, source) * view.regions.message_bytes;
+}
+
+// Where the message for `dst` is packed: our own rows go straight to where they are received.
+__device__ inline std::byte* OutMessage(const RankView& view, int32_t slot, int32_t dst) {
+  if (dst == view.rank) return InMessage(view, slot, dst);
+  return view.base[view.rank] + view.regions.stage +
+         MessageIndex(view, slot, dst) * view.regions.message_bytes;
+}
+
+__device__ inline uint64_t* Signal(const RankView& view, int32_t slot, int32_t source) {
+  return reinterpret_cast<uint64_t*>(view.base[view.rank] + view.regions.signals) +
+         MessageIndex(view, slot, source);
+}
+
+// The acknowledgement by `dst`, in the region of `holder`.
+__device__ inline uint64_t* Ack(const RankView& view, int32_t holder, int32_t slot, int32_t dst) {
+  return reinterpret_cast<uint64_t*>(view.base[holder] + view.regions.acks) +
+         MessageIndex(view, slot, dst);
+}
+
+__device__ inline const MessageHeader& HeaderOf(const std::byte* message) {
+  return *reinterpret_cast<const MessageHeader*>(message);
+}
+
+template <typename T>
+__device__ inline T* PartOf(std::byte* message, int64_t offset) {
+  return reinterpret_cast<T*>(message + offset);
+}
+
+__device__ inline uint64_t LoadAcquire(const uint64_t* address) {
+  uint64_t value;
+  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+  return value;
+}
+
+__device__ inline void StoreRelease(uint64_t* address, uint64_t value) {
+  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
+__device__ inline uint64_t Nanoseconds() {
+  uint64_t now;
+  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+  return now;
+}
+
+// Waits until *address >= value. False after the timeout. Called by any number of threads of one
+// block; blocks nothing but this block.
+__device__ inline bool WaitFor(const RankView& view, const uint64_t* address, uint64_t value) {
+  const auto limit = static_cast<uint64_t>(view.config.timeout_s * 1e9);
+  const uint64_t start = Nanoseconds();
+  while (LoadAcquire(address) < value) {
+    if (Nanoseconds() - start > limit) return false;
+    __nanosleep(100);
+  }
+  return true;
+}
+
+struct FaultNumbers {
+  FaultCode code;
+  int32_t peer = -1;
+  int64_t expected = 0;
+  int64_t seen = 0;
+  int64_t detail = 0;
+};
+
+// Writes the first fault into pinned memory, where the host finds it.
+__device__ inline void Raise(const RankView& view, Op op, const FaultNumbers& fault) {
+  Status* status = view.status;
+  if (atomicCAS_system(&status->claimed, 0, 1) != 0) return;
+  status->op = static_cast<int32_t>(op);
+  status->rank = view.rank;
+  status->peer = fault.peer;
+  status->slot = view.state->current.slot;
+  status->sequence = static_cast<int64_t>(view.state->current.sequence);
+  status->expected = fault.expected;
+  status->seen = fault.seen;
+  status->detail = fault.detail;
+  __threadfence_system();
+  *const_cast<volatile int32_t*>(&status->code) = static_cast<int32_t>(fault.code);
+  __threadfence_system();
+}
+
+// True in all threads of the block that finishes last. Everything the other blocks wrote is
+// visible to it.
+__device__ inline bool IsLastBlock(DeviceState* state) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(&state->tickets, 1U) == gridDim.x - 1;
+    if (last) state->tickets = 0;
+  }
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
+}
+
+// Tells every source that its message in this slot has been read, and frees the slot. By one block.
+__device__ inline void Acknowledge(const RankView& view) {
+  const Current current = view.state->current;
+  for (int32_t peer = threadIdx.x; peer < view.config.ep_size; peer += blockDim.x) {
+    __threadfence_system();
+    StoreRelease(Ack(view, peer, current.slot, view.rank), current.sequence);
+  }
+  if (threadIdx.x == 0) view.state->slot_phase[current.slot] = kFree;
+}
+
+// Hands the packed messages over: to the mover for other ranks, by a signal for our own. By one
+// thread, after all of the messages are written.
+__device__ inline void Post(const RankView& view) {
+  DeviceState* state = view.state;
+  const Current current = state->current;
+  if (current.failed == kNothing) return;
+  __threadfence_system();
+  for (int32_t i = 1; i < view.config.ep_size; ++i) {
+    const int32_t dst = (view.rank + i) % view.config.ep_size;  // ranks start at different peers
+    const std::byte* message = OutMessage(view, current.slot, dst);
+    MailboxEntry* entry = view.mailbox + state->mailbox_head % kMailboxEntries;
+    entry->dst = dst;
+    entry->slot = current.slot;
+    entry->bytes = HeaderOf(message).kind == kPoisonedKind
+                       ? int64_t{sizeof(MessageHeader)}
+                       : LayoutOf(view.config, HeaderOf(message)).total;
+    entry->sequence = current.sequence;
+    StoreRelease(&entry->tag, ++state->mailbox_head);
+  }
+  StoreRelease(Signal(view, current.slot, view.rank), current.sequence);
+}
+
+// Copies `bytes` with all lanes of a warp, as wide as the addresses allow.
+__device__ inline void WarpCopy(std::byte* out, const std::byte* in, int64_t bytes) {
+  const int lane = threadIdx.x % kWarpSize;
+  const auto all = reinterpret_cast<uintptr_t>(out) | reinterpret_cast<uintptr_t>(in) |
+                   static_cast<uintptr_t>(bytes);
+  if (all % sizeof(uint4) == 0) {
+    for (int64_t i = lane; i < bytes / 16; i += kWarpSize) {
+      reinterpret_cast<uint4*>(out)[i] = reinterpret_cast<const uint4*>(in)[i];
+    }
+  } else if (all % sizeof(uint32_t) == 0) {
+    for (int64_t i = lane; i < bytes / 4; i += kWarpSize) {
+      reinterpret_cast<uint32_t*>(out)[i] = reinterpret_cast<const uint32_t*>(in)[i];
+    }
+  } else {
+    for (int64_t i = lane; i < bytes; i += kWarpSize) out[i] = in[i];
+  }
+}
+
+// Sets `bytes` to one value with all lanes of a warp.
+__device__ inline void WarpFill(std::byte* out, uint8_t value, int64_t bytes) {
+  const int lane = threadIdx.x % kWarpSize;
+  const uint32_t word = value * 0x01010101U;
+  if ((reinterpret_cast<uintptr_t>(out) | static_cast<uintptr_t>(bytes)) % sizeof(uint4) == 0) {
+    const uint4 wide = make_uint4(word, word, word, word);
+    for (int64_t i = lane; i < bytes / 16; i += kWarpSize) reinterpret_cast<uint4*>(out)[i] = wide;
+  } else {
+    for (int64_t i = lane; i < bytes; i += kWarpSize) out[i] = static_cast<std::byte>(value);
+  }
+}
+
+// This warp's number among all of the grid, and their count.
+struct Warps {
+  int64_t index;
+  int64_t count;
+};
+__device__ inline Warps WarpsOfGrid() {
+  const int64_t per_block = blockDim.x / kWarpSize;
+  return {blockIdx.x * per_block + threadIdx.x / kWarpSize, gridDim.x * per_block};
+}
+
+}  // namespace jax_sm_free::cuda
+
+#endif  // JAX_SM_FREE_CC_CUDA_DEVICE_CUH_

@@ -1,0 +1,262 @@
+#include "cc/cuda/device_buffer.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <atomic>
+#include <utility>
+
+#include "cc/cuda/kernels.h"
+
+namespace jax_sm_free::cuda {
+namespace {
+
+const char* const kOpNames[] = {"dispatch_send",          "dispatch_recv",
+                                "combine_send",           "combine_recv",
+                                "combine_backward_send",  "combine_backward_recv",
+                                "dispatch_backward_send", "dispatch_backward_recv"};
+
+// What a fault's numbers say.
+std::pair<std::string, std::string> Explain(const Status& status, const Config& config) {
+  const std::string expected = std::to_string(status.expected);
+  const std::string seen = std::to_string(status.seen);
+  switch (static_cast<FaultCode>(status.code)) {
+    case FaultCode::kNone:
+      break;
+    case FaultCode::kTimeout:
+      return {"exchange " + expected + " within " + std::to_string(config.timeout_s) + " s",
+              "none after exchange " + seen};
+    case FaultCode::kSlots:
+      return {"at most " + expected + " exchanges in flight (num_slots)",
+              "one send more while exchange " + seen + " was not received"};
+    case FaultCode::kToken:
+      return {"the token of one send", "magic word " + seen +
+                                           ": a sent value that was used more than once, or an "
+                                           "array that no send returned"};
+    case FaultCode::kTokenUsed:
+      return {"the token of a send not yet received", "exchange " + seen + ", received before"};
+    case FaultCode::kTokenOrigin:
+      return {"a token of this buffer and rank " + expected, "one of rank " + seen};
+    case FaultCode::kTokenKind:
+      return {std::string("a ") + KindName(static_cast<Kind>(status.expected)) + " token",
+              std::string("a ") + KindName(static_cast<Kind>(status.seen)) + " token"};
+    case FaultCode::kIndex:
+      return {"topk_idx in [-1, " + expected + ")",
+              seen + " at token " + std::to_string(status.detail / config.top_k) + ", k " +
+                  std::to_string(status.detail % config.top_k)};
+    case FaultCode::kPosition:
+      return {"shard_map over the buffer's own mesh, where this device has position " + expected,
+              "position " + seen};
+    case FaultCode::kLayout:
+      return {"a layout with values up to " + expected, seen};
+    case FaultCode::kPeer:
+      return {"a message", "one poisoned by the peer's own fault"};
+    case FaultCode::kOutOfStep: {
+      const char* what = status.detail == kKindDiffers      ? "kind "
+                         : status.detail == kRowBytesDiffer ? "row bytes "
+                                                            : "rows ";
+      return {"a message with " + std::string(what) + expected, what + seen};
+    }
+  }
+  return {"no fault", "fault code " + std::to_string(status.code)};
+}
+
+cudaError_t LoadKernels() {
+  for (const auto load :
+       {LoadBegin, LoadRoute, LoadPack, LoadWait, LoadUnpack, LoadPackSums, LoadSum, LoadSpread}) {
+    if (const cudaError_t error = load(); error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+std::string Describe(const char* step, int32_t device, cudaError_t error) {
+  return std::string(step) + " on device " + std::to_string(device) + ": " +
+         cudaGetErrorString(error);
+}
+
+// Lets `device` reach the memory of `peer`. Empty if it does.
+std::string EnablePeer(int32_t device, int32_t peer) {
+  int can = 0;
+  (void)cudaDeviceCanAccessPeer(&can, device, peer);
+  if (can == 0)
+    return "device " + std::to_string(device) + " has no peer access to " + std::to_string(peer);
+  (void)cudaSetDevice(device);
+  const cudaError_t error = cudaDeviceEnablePeerAccess(peer, 0);
+  if (error == cudaErrorPeerAccessAlreadyEnabled) (void)cudaGetLastError();
+  return error == cudaSuccess || error == cudaErrorPeerAccessAlreadyEnabled
+             ? ""
+             : Describe("peer access", device, error);
+}
+
+// Returns to the caller's device when a scope ends.
+class DeviceScope {
+ public:
+  DeviceScope() { (void)cudaGetDevice(&device_); }
+  ~DeviceScope() { (void)cudaSetDevice(device_); }
+  DeviceScope(const DeviceScope&) = delete;
+  DeviceScope& operator=(const DeviceScope&) = delete;
+
+ private:
+  int device_ = 0;
+};
+
+}  // namespace
+
+void Freer::operator()(void* memory) const {
+  (void)cudaSetDevice(device);
+  (void)(host ? cudaFreeHost(memory) : cudaFree(memory));
+}
+
+std::optional<Fault> DeviceRank::SeenFault() const {
+  Status& status = *view.status;
+  if (mover != nullptr) {
+    if (const std::string error = mover->TakeError(); !error.empty()) {
+      return Fault{
+          .op = "copy", .rank = view.rank, .expected = "success", .seen = error, .exchange = {}};
+    }
+  }
+  if (std::atomic_ref(status.code).load(std::memory_order_acquire) == 0) return std::nullopt;
+  auto [expected, seen] = Explain(status, view.config);
+  return Fault{.op = kOpNames[status.op],
+               .rank = status.rank,
+               .peer = status.peer,
+               .expected = std::move(expected),
+               .seen = std::move(seen),
+               .exchange = "exchange " + std::to_string(status.sequence) + ", slot " +
+                           std::to_string(status.slot)};
+}
+
+std::optional<Fault> DeviceBuffer::SeenFault() const {
+  std::optional<Fault> first;
+  for (const auto& rank : ranks_) {
+    if (rank == nullptr) continue;
+    std::optional<Fault> fault = rank->SeenFault();
+    if (!fault) continue;
+    // A poisoned message is only the echo of another rank's fault.
+    const bool echo = rank->view.status->code == static_cast<int32_t>(FaultCode::kPeer);
+    if (!first || !echo) first = std::move(fault);
+    if (!echo) break;
+  }
+  return first;
+}
+
+void* DeviceBuffer::Take(int32_t device, bool host, int64_t bytes, std::string& error) {
+  if (!error.empty()) return nullptr;
+  void* memory = nullptr;
+  const int64_t size = std::max<int64_t>(bytes, 1);
+  const cudaError_t status =
+      host ? cudaHostAlloc(&memory, size, cudaHostAllocPortable) : cudaMalloc(&memory, size);
+  if (status != cudaSuccess) {
+    (void)cudaGetLastError();
+    error = "taking " + std::to_string(bytes) + " bytes of " + (host ? "pinned" : "device") +
+            " memory, " + Describe("", device, status);
+    return nullptr;
+  }
+  memory_.emplace_back(memory, Freer{device, host});
+  return memory;
+}
+
+std::string DeviceBuffer::Allocate(int32_t device, const Place& place) {
+  (void)cudaSetDevice(device);
+  const Config& config = this->config();
+  auto rank = std::make_unique<DeviceRank>();
+  RankView& view = rank->view;
+  view = {};
+  view.config = config;
+  view.regions = RegionsOf(config);
+  view.buffer_id = id();
+  view.rank = place.rank;
+  view.position = place.position;
+  const int64_t num_local = config.num_local_experts();
+  const int64_t num_runs = config.ep_size * num_local;
+  const int64_t max_rows = std::max(config.recv_capacity, config.max_recv_tokens());
+  std::string error;
+  const auto take = [&](auto*& pointer, bool host, int64_t count) {
+    using T = std::remove_reference_t<decltype(*pointer)>;
+    pointer = static_cast<T*>(Take(device, host, count * int64_t{sizeof(T)}, error));
+  };
+  take(view.base[place.rank], false, view.regions.total);
+  take(view.state, false, 1);
+  take(view.mailbox, true, kMailboxEntries);
+  take(view.status, true, 1);
+  take(view.row_of, false, int64_t{config.max_tokens} * config.ep_size);
+  take(view.place, false, int64_t{config.max_tokens} * config.top_k);
+  take(view.group_row, false, num_runs);
+  take(view.group_end, false, num_local);
+  take(view.group_next, false, num_local);
+  take(view.covered, false, max_rows);
+  if (!error.empty()) return error;
+  std::fill_n(view.mailbox, kMailboxEntries, MailboxEntry{});
+  *view.status = Status{};
+  (void)cudaMemset(view.base[place.rank], 0, view.regions.recv);
+  (void)cudaMemset(view.state, 0, sizeof(DeviceState));
+  if (const cudaError_t status = LoadKernels(); status != cudaSuccess) {
+    return Describe("loading kernels", device, status);
+  }
+  if (const cudaError_t status = cudaDeviceSynchronize(); status != cudaSuccess) {
+    return Describe("preparing memory", device, status);
+  }
+  ranks_[device] = std::move(rank);
+  return "";
+}
+
+Result<std::shared_ptr<DeviceBuffer>> DeviceBuffer::Make(
+    int64_t id, const Config& config, const std::vector<std::optional<Place>>& places) {
+  const DeviceScope scope;
+  const auto refuse = [](std::string expected, std::string seen) {
+    return Fault{
+        .op = "Buffer", .expected = std::move(expected), .seen = std::move(seen), .exchange = {}};
+  };
+  if (config.ep_size > kMaxRanks) {
+    return refuse("at most " + std::to_string(kMaxRanks) + " ranks with peer access",
+                  std::to_string(config.ep_size));
+  }
+  std::shared_ptr<DeviceBuffer> buffer(new DeviceBuffer(id, config, places));
+  buffer->ranks_.resize(places.size());
+  for (size_t device = 0; device < places.size(); ++device) {
+    if (!places[device]) continue;
+    const std::string error = buffer->Allocate(static_cast<int32_t>(device), *places[device]);
+    if (!error.empty()) return refuse("memory for the buffer", error);
+  }
+  for (size_t device = 0; device < places.size(); ++device) {
+    for (size_t peer = 0; peer < places.size() && places[device]; ++peer) {
+      if (peer == device || !places[peer] || places[peer]->group != places[device]->group) continue;
+      const std::string error =
+          EnablePeer(static_cast<int32_t>(device), static_cast<int32_t>(peer));
+      if (!error.empty()) return refuse("peer access between the devices of a group", error);
+      const int32_t rank = places[peer]->rank;
+      buffer->ranks_[device]->view.base[rank] = buffer->ranks_[peer]->view.base[rank];
+    }
+  }
+  for (size_t device = 0; device < places.size() && config.ep_size > 1; ++device) {
+    if (!places[device]) continue;
+    DeviceRank& rank = *buffer->ranks_[device];
+    rank.mover = std::make_unique<Mover>(static_cast<int>(device), rank.view);
+  }
+  return buffer;
+}
+
+DeviceRank* DeviceBuffer::RankOf(int32_t device) const {
+  return PlaceOf(device) && !ranks_.empty() ? ranks_[device].get() : nullptr;
+}
+
+int64_t DeviceBuffer::MessageBytes(int32_t device) const {
+  return PlaceOf(device) ? RegionsOf(config()).total : 0;
+}
+
+void DeviceBuffer::Free() {
+  const DeviceScope scope;
+  for (size_t device = 0; device < ranks_.size(); ++device) {
+    if (ranks_[device] == nullptr) continue;
+    // What was enqueued still uses the memory; the movers go on until it has ended.
+    (void)cudaSetDevice(static_cast<int>(device));
+    (void)cudaDeviceSynchronize();
+  }
+  for (const auto& rank : ranks_) {
+    if (rank != nullptr) rank->mover.reset();
+  }
+  memory_.clear();
+  ranks_.clear();
+}
+
+}  // namespace jax_sm_free::cuda

@@ -1,0 +1,63 @@
+// A buffer over GPUs of one process that have peer access to each other.
+
+#ifndef JAX_SM_FREE_CC_CUDA_DEVICE_BUFFER_H_
+#define JAX_SM_FREE_CC_CUDA_DEVICE_BUFFER_H_
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cc/cuda/device_state.h"
+#include "cc/cuda/mover.h"
+#include "cc/fault.h"
+#include "cc/runtime.h"
+
+namespace jax_sm_free::cuda {
+
+// Memory of one kind on one device, freed with its owner.
+struct Freer {
+  int device;
+  bool host;
+  void operator()(void* memory) const;
+};
+using Memory = std::unique_ptr<void, Freer>;
+
+struct DeviceRank {
+  RankView view;
+  std::unique_ptr<Mover> mover;  // null for a group of one
+
+  // The fault that this rank has met, if any. It stays.
+  std::optional<Fault> SeenFault() const;
+};
+
+class DeviceBuffer : public Buffer {
+ public:
+  // Takes all memory and loads all kernels.
+  static Result<std::shared_ptr<DeviceBuffer>> Make(
+      int64_t id, const Config& config, const std::vector<std::optional<Place>>& places);
+  ~DeviceBuffer() override { Free(); }
+
+  // Null for a device outside the buffer's mesh.
+  DeviceRank* RankOf(int32_t device) const;
+
+  // The first fault of any rank.
+  std::optional<Fault> SeenFault() const;
+
+  void Close() override { Free(); }
+  int64_t MessageBytes(int32_t device) const override;
+
+ private:
+  using Buffer::Buffer;
+  std::string Allocate(int32_t device, const Place& place);
+  void* Take(int32_t device, bool host, int64_t bytes, std::string& error);
+  void Free();
+
+  std::vector<std::unique_ptr<DeviceRank>> ranks_;  // by device
+  std::vector<Memory> memory_;
+};
+
+}  // namespace jax_sm_free::cuda
+
+#endif  // JAX_SM_FREE_CC_CUDA_DEVICE_BUFFER_H_

@@ -1,0 +1,154 @@
+// What lives in device memory and in pinned memory, as kernels and the host both see it.
+//
+// Every rank holds one region with the same byte offsets (RegionLayout), so that a kernel or a copy
+// finds the same place on another rank by that rank's base address:
+//
+//   signals  u64 [num_slots, ep_size]  from each source: the sequence number whose message is there
+//   acks     u64 [num_slots, ep_size]  from each destination: the last one it has read from this
+//   slot recv     [num_slots, ep_size] messages, by source stage    [num_slots, ep_size] messages,
+//   by destination
+//
+// Slot = sequence number mod num_slots. A slot of this rank goes through
+//
+//          begin (send)            wait (recv)               unpacked (recv)
+//   free ---------------> sent ----------------> receiving ----------------> free
+//
+// `begin` waits until every destination has acknowledged the exchange that used the slot before:
+// then its part of `recv` may be overwritten, and so may `stage`, for what was read has left.
+
+#ifndef JAX_SM_FREE_CC_CUDA_DEVICE_STATE_H_
+#define JAX_SM_FREE_CC_CUDA_DEVICE_STATE_H_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cc/config.h"
+#include "cc/layout.h"
+#include "cc/routing.h"
+#include "cc/token.h"
+
+namespace jax_sm_free::cuda {
+
+inline constexpr int kMaxRanks = 32;  // with peer access to each other; one lane of a warp each
+inline constexpr int kMaxSlots = 64;
+inline constexpr int kMailboxEntries = 8192;  // more than can be on their way: slots x ranks
+
+struct RegionLayout {
+  int64_t signals = 0;
+  int64_t acks = 0;
+  int64_t recv = 0;
+  int64_t stage = 0;
+  int64_t message_bytes = 0;  // from one message to the next
+  int64_t total = 0;
+};
+
+constexpr RegionLayout RegionsOf(const Config& config) {
+  constexpr int64_t kPage = 4096;
+  const int64_t num_messages = int64_t{config.num_slots} * config.ep_size;
+  RegionLayout regions;
+  regions.message_bytes = RoundUp(MaxMessageBytes(config), kPage);
+  regions.acks = RoundUp(num_messages * 8, kPage);
+  regions.recv = 2 * regions.acks;
+  regions.stage = regions.recv + num_messages * regions.message_bytes;
+  regions.total = regions.stage + num_messages * regions.message_bytes;
+  return regions;
+}
+
+// What went wrong, as numbers; the host turns it into a Fault.
+enum class FaultCode : int32_t {
+  kNone,
+  kTimeout,      // expected: sequence number; seen: the last one
+  kSlots,        // seen: the sequence number still in flight
+  kToken,        // seen: the magic word
+  kTokenUsed,    // seen: sequence number
+  kTokenOrigin,  // expected, seen: rank
+  kTokenKind,    // expected, seen: Kind
+  kIndex,        // expected: num_experts; seen: the index
+  kPosition,     // expected, seen: position in the mesh
+  kLayout,       // expected: bound; seen: the value
+  kPeer,         // the peer's own fault poisoned its message
+  kOutOfStep,    // expected, seen: what `detail` says of the message: see Difference
+};
+
+enum Difference : int64_t { kRowBytesDiffer, kKindDiffers, kNumRowsDiffer };
+
+// In pinned host memory. The first fault stays until the host takes it.
+struct Status {
+  int32_t code;  // FaultCode, written last
+  int32_t op;    // Op
+  int32_t rank;
+  int32_t peer;
+  int32_t slot;
+  int32_t claimed;
+  int64_t sequence;
+  int64_t expected;
+  int64_t seen;
+  int64_t detail;  // of kIndex: token * top_k + k
+};
+
+// A copy to issue: the first `bytes` of the message for `dst` in `slot`.
+struct MailboxEntry {
+  uint64_t tag;  // number of this entry, from 1, written last
+  int32_t dst;
+  int32_t slot;
+  int64_t bytes;
+  uint64_t sequence;
+};
+
+// One exchange while the kernels of one op pass it on.
+struct Current {
+  uint64_t sequence;
+  int32_t slot;
+  int32_t failed;  // then messages are empty and results are poisoned
+};
+
+// In device memory, one for each rank.
+struct DeviceState {
+  uint64_t sequence;      // of the last send
+  uint64_t mailbox_head;  // entries posted
+  Current current;
+  uint64_t slot_sequence[kMaxSlots];
+  int32_t slot_phase[kMaxSlots];   // SlotPhase
+  uint32_t tickets;                // blocks of the running kernel that are done
+  int32_t num_rows[kMaxRanks];     // of the messages being packed or unpacked, by peer
+  int32_t routed_rows[kMaxRanks];  // tokens that the last route sent to each rank
+  int32_t first_row[kMaxRanks + 1];
+};
+enum SlotPhase : int32_t { kFree, kSent, kReceiving };
+
+// All that a kernel needs of its rank, passed by value.
+struct RankView {
+  Config config;
+  RegionLayout regions;
+  int64_t buffer_id;
+  int32_t rank;
+  int32_t position;
+  std::byte* base[kMaxRanks];  // the region of each rank; base[rank] is local
+  DeviceState* state;
+  MailboxEntry* mailbox;
+  Status* status;
+
+  // Scratch, valid within one op.
+  int32_t* row_of;      // [max_tokens, ep_size]: row of a token in the message to a rank, or -1
+  int32_t* place;       // [max_tokens, top_k]: position within the (source, expert) run
+  int64_t* group_row;   // [ep_size, num_local_experts]: first expert row of a (source, expert) run
+  int64_t* group_end;   // [num_local_experts]: end of the rows kept
+  int64_t* group_next;  // [num_local_experts]: end of the group, padding included
+  uint8_t* covered;     // [max(recv_capacity, max_recv_tokens)]: rows that the layout names
+};
+
+// The ops, for faults.
+enum class Op : int32_t {
+  kDispatchSend,
+  kDispatchRecv,
+  kCombineSend,
+  kCombineRecv,
+  kCombineBackwardSend,
+  kCombineBackwardRecv,
+  kDispatchBackwardSend,
+  kDispatchBackwardRecv,
+};
+
+}  // namespace jax_sm_free::cuda
+
+#endif  // JAX_SM_FREE_CC_CUDA_DEVICE_STATE_H_

@@ -1,0 +1,142 @@
+// The launchers of all kernels. Each enqueues on `stream` and returns; none blocks or allocates.
+
+#ifndef JAX_SM_FREE_CC_CUDA_KERNELS_H_
+#define JAX_SM_FREE_CC_CUDA_KERNELS_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "cc/cuda/device_state.h"
+#include "cc/operands.h"
+
+namespace jax_sm_free::cuda {
+
+// begin.cu
+
+// Opens the next exchange and writes its token. One block.
+struct BeginArgs {
+  Op op;
+  Kind kind;
+  const int32_t* position_of_program;  // i32 [], or null where it is not checked
+  float* token;                        // [kTokenSize]
+};
+void LaunchBegin(const RankView& view, const BeginArgs& args, cudaStream_t stream);
+
+// route.cu
+
+// Rows and positions of every (token, k) into scratch. With `kind` a kind that travels from source
+// to experts, the headers of all messages too. One block.
+struct RouteArgs {
+  Op op;
+  bool writes_headers;
+  Kind kind;
+  int64_t row_bytes;
+  const int32_t* topk_idx;  // [num_tokens, top_k]
+  int64_t num_tokens;
+};
+void LaunchRoute(const RankView& view, const RouteArgs& args, cudaStream_t stream);
+
+// pack.cu
+
+// Token rows into messages, then posts them.
+struct PackArgs {
+  bool routed;  // with the routing parts: dispatch
+  ConstRows rows;
+  const int32_t* topk_idx;
+  const float* topk_weights;
+  int64_t num_tokens;
+};
+void LaunchPack(const RankView& view, const PackArgs& args, cudaStream_t stream);
+
+// wait.cu
+
+// Takes the exchange that the token names and waits for its messages. One block.
+struct WaitArgs {
+  Op op;
+  Kind kind;
+  int64_t row_bytes;
+  const int32_t* expected_rows;  // [ep_size], rows that each source must have sent; null for any
+  const float* token;            // [kTokenSize]
+};
+void LaunchWait(const RankView& view, const WaitArgs& args, cudaStream_t stream);
+
+// unpack.cu
+
+struct ExpertsOut {
+  MutableRows rows;        // [recv_capacity]
+  int32_t* group_sizes;    // [num_local_experts]
+  int32_t* counts;         // [num_local_experts]
+  float* weights;          // [recv_capacity]
+  int32_t* dropped;        // []
+  int32_t* layout_rows;    // [max_recv_tokens, top_k]
+  int32_t* num_rows_from;  // [ep_size]
+};
+void LaunchUnpackExperts(const RankView& view, const ExpertsOut& out, cudaStream_t stream);
+
+struct TokensOut {
+  MutableRows rows;        // [max_recv_tokens]
+  int32_t* topk_idx;       // [max_recv_tokens, top_k]
+  float* topk_weights;     // [max_recv_tokens, top_k]
+  int32_t* counts;         // [num_local_experts]
+  int32_t* num_tokens;     // []
+  int32_t* layout_rows;    // [max_recv_tokens]
+  int32_t* num_rows_from;  // [ep_size]
+};
+void LaunchUnpackTokens(const RankView& view, const TokensOut& out, cudaStream_t stream);
+
+// pack_sums.cu
+
+// Sums of expert rows into messages, then posts them: PackSums of cc/cpu/reduce.h.
+struct PackSumsArgs {
+  Op op;
+  Kind kind;
+  Matrix matrix;
+  const std::byte* y;
+  const float* weights;       // null for a plain sum
+  const float* weight_grads;  // null unless kind is kDispatchBackward
+  LayoutIn layout;
+};
+void LaunchPackSums(const RankView& view, const PackSumsArgs& args, cudaStream_t stream);
+
+// sum.cu
+
+// Sums over ranks into out, as SumOverRanks of cc/cpu/reduce.h.
+struct SumArgs {
+  Op op;
+  Matrix matrix;
+  const int32_t* topk_idx;
+  int64_t num_tokens;
+  std::byte* out;
+  float* weight_grads;  // null in the forward pass
+};
+void LaunchSum(const RankView& view, const SumArgs& args, cudaStream_t stream);
+
+// spread.cu
+
+// Gradients of token rows to expert rows, as SpreadGradients of cc/cpu/reduce.h.
+struct SpreadArgs {
+  Op op;
+  Matrix matrix;
+  LayoutIn layout;
+  const std::byte* y;
+  const float* weights;  // null for a plain sum
+  std::byte* y_grad;
+  float* weight_grads;
+};
+void LaunchSpread(const RankView& view, const SpreadArgs& args, cudaStream_t stream);
+
+// Each loads the kernels of its file on the current device: a kernel that is loaded behind one that
+// waits may deadlock.
+cudaError_t LoadBegin();
+cudaError_t LoadRoute();
+cudaError_t LoadPack();
+cudaError_t LoadWait();
+cudaError_t LoadUnpack();
+cudaError_t LoadPackSums();
+cudaError_t LoadSum();
+cudaError_t LoadSpread();
+
+}  // namespace jax_sm_free::cuda
+
+#endif  // JAX_SM_FREE_CC_CUDA_KERNELS_H_

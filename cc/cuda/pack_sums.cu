@@ -1,0 +1,123 @@
+// Sums of expert rows into messages back to the tokens' ranks: reduce and pack.
+
+#include <cuda_runtime.h>
+
+#include "cc/cuda/kernels.h"
+#include "cc/cuda/launch.h"
+#include "cc/cuda/rows.cuh"
+
+namespace jax_sm_free::cuda {
+namespace {
+
+// Headers, and the number of rows for each destination. One block of one thread for each rank.
+__global__ void PackSumsHeadersKernel(const RankView view, const PackSumsArgs args) {
+  DeviceState* state = view.state;
+  if (state->current.failed == kNothing) return;
+  for (int32_t dst = threadIdx.x; dst < view.config.ep_size; dst += blockDim.x) {
+    const int32_t num_rows = args.layout.num_rows_from[dst];
+    if (num_rows < 0 || num_rows > view.config.max_tokens) {
+      Raise(view, args.op, {FaultCode::kLayout, dst, view.config.max_tokens, num_rows});
+      state->current.failed = kEmpty;
+    }
+    state->num_rows[dst] = num_rows;
+  }
+  __syncthreads();
+  const Current current = state->current;
+  for (int32_t dst = threadIdx.x; dst < view.config.ep_size; dst += blockDim.x) {
+    const bool failed = current.failed != kOk;
+    MessageHeader header;
+    header.kind = failed ? kPoisonedKind : static_cast<int32_t>(args.kind);
+    header.num_rows = failed ? 0 : state->num_rows[dst];
+    header.row_bytes = args.matrix.row_bytes();
+    *PartOf<MessageHeader>(OutMessage(view, current.slot, dst), 0) = header;
+  }
+  if (threadIdx.x != 0) return;
+  int32_t next = 0;
+  for (int32_t dst = 0; dst < view.config.ep_size; ++dst) {
+    state->first_row[dst] = next;
+    next += current.failed == kOk ? state->num_rows[dst] : 0;
+  }
+  state->first_row[view.config.ep_size] = next;
+}
+
+// This lane's term: the k-th expert row of token row i.
+__device__ Terms TermsOf(const RankView& view, const PackSumsArgs& args, int64_t i) {
+  const int k = threadIdx.x % kWarpSize;
+  int32_t row = k < args.layout.fanout ? args.layout.rows[i * args.layout.fanout + k] : -1;
+  if (row < -1 || row >= args.layout.num_rows) {
+    Raise(view, args.op, {FaultCode::kLayout, -1, args.layout.num_rows, row});
+    row = -1;
+  }
+  Terms terms;
+  terms.present = __ballot_sync(kFullWarp, row >= 0);
+  if (row < 0) return terms;
+  terms.row = args.y + row * args.matrix.row_bytes();
+  if (args.weights != nullptr) terms.weight = args.weights[row];
+  return terms;
+}
+
+template <typename T, int kWidth, bool kWeighted>
+__global__ void __launch_bounds__(kRowThreads)
+    PackSumsKernel(const RankView view, const PackSumsArgs args) {
+  const DeviceState* state = view.state;
+  const Current current = state->current;
+  if (current.failed == kOk) {
+    const Warps warps = WarpsOfGrid();
+    const int lane = threadIdx.x % kWarpSize;
+    const int32_t top_k = view.config.top_k;
+    int32_t dst = 0;
+    for (int64_t i = warps.index; i < state->first_row[view.config.ep_size]; i += warps.count) {
+      while (i >= state->first_row[dst + 1]) ++dst;
+      const int64_t row = i - state->first_row[dst];
+      std::byte* message = OutMessage(view, current.slot, dst);
+      const MessageLayout layout = LayoutOf(view.config, HeaderOf(message));
+      WarpSum<T, kWidth, kWeighted>(TermsOf(view, args, i), args.matrix.hidden,
+                                    message + layout.rows + row * layout.row_stride);
+      if (args.weight_grads != nullptr && lane < top_k) {
+        PartOf<float>(message, layout.weight)[row * top_k + lane] =
+            args.weight_grads[i * top_k + lane];
+      }
+    }
+  }
+  if (IsLastBlock(view.state) && threadIdx.x == 0) Post(view);
+}
+
+struct Launch {
+  const RankView& view;
+  const PackSumsArgs& args;
+  cudaStream_t stream;
+
+  template <typename T, int kWidth, bool kWeighted>
+  void Run() const {
+    static const int blocks = RowBlocks(PackSumsKernel<T, kWidth, kWeighted>, INT32_MAX);
+    PackSumsKernel<T, kWidth, kWeighted><<<blocks, kRowThreads, 0, stream>>>(view, args);
+  }
+  template <typename T, int kWidth>
+  void operator()() const {
+    args.weights != nullptr ? Run<T, kWidth, true>() : Run<T, kWidth, false>();
+  }
+};
+
+struct LoadAll {
+  cudaError_t* error;
+  template <typename T, int kWidth>
+  void operator()() const {
+    if (*error == cudaSuccess) *error = Load(PackSumsKernel<T, kWidth, true>);
+    if (*error == cudaSuccess) *error = Load(PackSumsKernel<T, kWidth, false>);
+  }
+};
+
+}  // namespace
+
+void LaunchPackSums(const RankView& view, const PackSumsArgs& args, cudaStream_t stream) {
+  PackSumsHeadersKernel<<<1, kMaxRanks, 0, stream>>>(view, args);
+  Dispatch(args.matrix, Launch{view, args, stream});
+}
+
+cudaError_t LoadPackSums() {
+  cudaError_t error = Load(PackSumsHeadersKernel);
+  ForEachElement(LoadAll{&error});
+  return error;
+}
+
+}  // namespace jax_sm_free::cuda

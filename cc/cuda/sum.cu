@@ -1,0 +1,95 @@
+// Sums over the ranks: the end of a combine, and of a dispatch's gradient.
+
+#include <cuda_runtime.h>
+
+#include "cc/cuda/kernels.h"
+#include "cc/cuda/launch.h"
+#include "cc/cuda/rows.cuh"
+
+namespace jax_sm_free::cuda {
+namespace {
+
+static_assert(kMaxRanks <= kWarpSize, "a lane for each rank");
+
+__device__ Terms TermsOf(const RankView& view, int64_t token) {
+  const int rank = threadIdx.x % kWarpSize;
+  const int32_t ep_size = view.config.ep_size;
+  const int32_t row = rank < ep_size ? view.row_of[token * ep_size + rank] : -1;
+  Terms terms;
+  terms.present = __ballot_sync(kFullWarp, row >= 0);
+  if (row < 0) return terms;
+  const std::byte* message = InMessage(view, view.state->current.slot, rank);
+  const MessageLayout layout = LayoutOf(view.config, HeaderOf(message));
+  terms.row = message + layout.rows + row * layout.row_stride;
+  return terms;
+}
+
+// Each weight's gradient lies in the message of the rank that owns its expert.
+__device__ void TakeWeightGrads(const RankView& view, const SumArgs& args, int64_t token) {
+  const int32_t top_k = view.config.top_k;
+  const int k = threadIdx.x % kWarpSize;
+  if (k >= top_k) return;
+  const int32_t expert = args.topk_idx[token * top_k + k];
+  float grad = 0;
+  if (expert >= 0) {
+    const int32_t rank = OwnerRank(expert, view.config.num_local_experts());
+    std::byte* message = InMessage(view, view.state->current.slot, rank);
+    const MessageLayout layout = LayoutOf(view.config, HeaderOf(message));
+    const int64_t row = view.row_of[token * view.config.ep_size + rank];
+    grad = PartOf<float>(message, layout.weight)[row * top_k + k];
+  }
+  args.weight_grads[token * top_k + k] = grad;
+}
+
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kRowThreads) SumKernel(const RankView view, const SumArgs args) {
+  const Current current = view.state->current;
+  const Warps warps = WarpsOfGrid();
+  const int lane = threadIdx.x % kWarpSize;
+  for (int64_t token = warps.index; token < args.num_tokens; token += warps.count) {
+    std::byte* out = args.out + token * args.matrix.row_bytes();
+    if (current.failed != kOk) {
+      WarpFill(out, 0xFF, args.matrix.row_bytes());
+      if (args.weight_grads != nullptr && lane < view.config.top_k) {
+        args.weight_grads[token * view.config.top_k + lane] = __int_as_float(-1);
+      }
+      continue;
+    }
+    WarpSum<T, kWidth, false>(TermsOf(view, token), args.matrix.hidden, out);
+    if (args.weight_grads != nullptr) TakeWeightGrads(view, args, token);
+  }
+  if (current.failed != kNothing && IsLastBlock(view.state)) Acknowledge(view);
+}
+
+struct Launch {
+  const RankView& view;
+  const SumArgs& args;
+  cudaStream_t stream;
+  template <typename T, int kWidth>
+  void operator()() const {
+    static const int blocks = RowBlocks(SumKernel<T, kWidth>, INT32_MAX);
+    SumKernel<T, kWidth><<<blocks, kRowThreads, 0, stream>>>(view, args);
+  }
+};
+
+struct LoadAll {
+  cudaError_t* error;
+  template <typename T, int kWidth>
+  void operator()() const {
+    if (*error == cudaSuccess) *error = Load(SumKernel<T, kWidth>);
+  }
+};
+
+}  // namespace
+
+void LaunchSum(const RankView& view, const SumArgs& args, cudaStream_t stream) {
+  Dispatch(args.matrix, Launch{view, args, stream});
+}
+
+cudaError_t LoadSum() {
+  cudaError_t error = cudaSuccess;
+  ForEachElement(LoadAll{&error});
+  return error;
+}
+
+}  // namespace jax_sm_free::cuda

@@ -1,0 +1,102 @@
+// Takes the exchange that a token names and waits until its messages are here. One block, so that a
+// wait holds one SM at most; it gives up after the configured timeout.
+
+#include <cuda_runtime.h>
+
+#include "cc/cuda/device.cuh"
+#include "cc/cuda/kernels.h"
+#include "cc/cuda/launch.h"
+
+namespace jax_sm_free::cuda {
+namespace {
+
+// Sets state->current from the token. By one thread.
+__device__ void Take(const RankView& view, const WaitArgs& args) {
+  DeviceState* state = view.state;
+  const float* token = args.token;
+  state->current = {0, 0, kNothing};
+  if (token[kMagicWord] != kTokenMagic) {
+    Raise(view, args.op, {FaultCode::kToken, -1, 0, static_cast<int64_t>(token[kMagicWord])});
+    return;
+  }
+  const auto word = [token](TokenWord w) { return static_cast<int64_t>(token[w]); };
+  if (word(kRankWord) != view.rank || word(kBufferWord) != view.buffer_id % kTokenWordSize) {
+    Raise(view, args.op, {FaultCode::kTokenOrigin, -1, view.rank, word(kRankWord)});
+    return;
+  }
+  if (word(kKindWord) != static_cast<int64_t>(args.kind)) {
+    Raise(view, args.op,
+          {FaultCode::kTokenKind, -1, static_cast<int64_t>(args.kind), word(kKindWord)});
+    return;
+  }
+  const auto sequence = static_cast<uint64_t>(word(kHighWord) * kTokenWordSize + word(kLowWord));
+  const auto slot = static_cast<int32_t>(sequence % view.config.num_slots);
+  if (state->slot_sequence[slot] != sequence || state->slot_phase[slot] != kSent) {
+    Raise(view, args.op, {FaultCode::kTokenUsed, -1, 0, static_cast<int64_t>(sequence)});
+    return;
+  }
+  state->slot_phase[slot] = kReceiving;
+  state->current = {sequence, slot, kOk};
+}
+
+// Waits for one source and looks at what it sent.
+__device__ void AwaitSource(const RankView& view, const WaitArgs& args, int32_t source) {
+  DeviceState* state = view.state;
+  const Current current = state->current;
+  const uint64_t* signal = Signal(view, current.slot, source);
+  state->num_rows[source] = 0;
+  if (!WaitFor(view, signal, current.sequence)) {
+    Raise(view, args.op,
+          {FaultCode::kTimeout, source, static_cast<int64_t>(current.sequence),
+           static_cast<int64_t>(LoadAcquire(signal))});
+    state->current.failed = kEmpty;
+    return;
+  }
+  const MessageHeader& header = HeaderOf(InMessage(view, current.slot, source));
+  const auto refuse = [&](const FaultNumbers& fault) {
+    Raise(view, args.op, fault);
+    state->current.failed = kEmpty;
+  };
+  const auto kind = static_cast<int32_t>(args.kind);
+  if (header.kind == kPoisonedKind) return refuse({FaultCode::kPeer, source});
+  if (header.kind != kind) {
+    return refuse({FaultCode::kOutOfStep, source, kind, header.kind, kKindDiffers});
+  }
+  if (header.row_bytes != args.row_bytes) {
+    return refuse(
+        {FaultCode::kOutOfStep, source, args.row_bytes, header.row_bytes, kRowBytesDiffer});
+  }
+  if (args.expected_rows != nullptr && header.num_rows != args.expected_rows[source]) {
+    return refuse({FaultCode::kOutOfStep, source, args.expected_rows[source], header.num_rows,
+                   kNumRowsDiffer});
+  }
+  state->num_rows[source] = header.num_rows;
+}
+
+__global__ void WaitKernel(const RankView view, const WaitArgs args) {
+  DeviceState* state = view.state;
+  if (threadIdx.x == 0) Take(view, args);
+  __syncthreads();
+  if (state->current.failed == kNothing) return;
+  for (int32_t source = threadIdx.x; source < view.config.ep_size; source += blockDim.x) {
+    AwaitSource(view, args, source);
+  }
+  __syncthreads();
+  if (threadIdx.x != 0) return;
+  int32_t next = 0;
+  for (int32_t source = 0; source < view.config.ep_size; ++source) {
+    state->first_row[source] = next;
+    next += state->num_rows[source];
+  }
+  state->first_row[view.config.ep_size] = next;
+}
+
+}  // namespace
+
+void LaunchWait(const RankView& view, const WaitArgs& args, cudaStream_t stream) {
+  WaitKernel<<<1, kMaxRanks, 0, stream>>>(view, args);
+}
+
+cudaError_t LoadWait() { return Load(WaitKernel); }
+
+}  // namespace jax_sm_free::cuda

@@ -1,0 +1,379 @@
+#include "xla_ffi/cuda_handlers.h"
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "cc/cuda/device_buffer.h"
+#include "cc/cuda/kernels.h"
+#include "cc/runtime.h"
+#include "xla/ffi/api/ffi.h"
+#include "xla_ffi/decode.h"
+
+namespace jax_sm_free::cuda {
+namespace {
+
+// One call of an op by one rank.
+struct Call {
+  const char* name = "";
+  std::shared_ptr<DeviceBuffer> buffer;
+  DeviceRank* rank = nullptr;
+
+  const Config& config() const { return buffer->config(); }
+  const RankView& view() const { return rank->view; }
+};
+
+ffi::Error Precondition(const std::string& message) {
+  return {ffi::ErrorCode::kFailedPrecondition, "jax_sm_free: " + message};
+}
+
+// Finds the buffer and the rank; an earlier fault of the buffer is this call's error.
+ffi::Error Locate(const char* name, int64_t buffer_id, int32_t device, Call& call) {
+  auto buffer = std::dynamic_pointer_cast<DeviceBuffer>(Registry::Get().Find(buffer_id));
+  if (buffer == nullptr) {
+    return Precondition(std::string(name) + ": expected buffer " + std::to_string(buffer_id) +
+                        " to be open, but it is closed");
+  }
+  DeviceRank* rank = buffer->RankOf(device);
+  if (rank == nullptr) {
+    return Precondition(std::string(name) + ": expected a device of the mesh of buffer " +
+                        std::to_string(buffer_id) + ", seen device " + std::to_string(device));
+  }
+  if (const std::optional<Fault> fault = buffer->SeenFault()) {
+    return ffi::Error::Internal(fault->Describe());
+  }
+  call = {name, std::move(buffer), rank};
+  return ffi::Error::Success();
+}
+
+ffi::Error Enqueued(const Call& call) {
+  const cudaError_t error = cudaGetLastError();
+  if (error == cudaSuccess) return ffi::Error::Success();
+  return ffi::Error::Internal(std::string("jax_sm_free: ") + call.name +
+                              ": a kernel could not be enqueued: " + cudaGetErrorString(error));
+}
+
+// Begins an exchange from this rank.
+void Begin(const Call& call, Op op, Kind kind, const int32_t* position, float* token,
+           cudaStream_t stream) {
+  if (call.rank->mover != nullptr) call.rank->mover->Wake();
+  LaunchBegin(call.view(), {op, kind, position, token}, stream);
+}
+
+// ------------------------------------------------------------------------------------------ sends
+
+ffi::Error DispatchSendImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
+                            ffi::AnyBuffer values,  // [T, values columns]
+                            ffi::AnyBuffer scales,  // [T, scales columns], 0 columns if none
+                            S32 topk_idx,           // [T, top_k]
+                            F32 topk_weights,       // [T, top_k]
+                            S32 position,           // [], in the mesh
+                            Out<F32> token) {       // [kTokenSize]
+  Call call;
+  if (auto error = Locate("dispatch_send", buffer_id, device, call); error.failure()) return error;
+  const ConstRows rows = RowsOf(values, scales);
+  const int64_t num_tokens = topk_idx.dimensions()[0];
+  if (auto error = CheckRows(call.name, call.config(), num_tokens, rows.row_bytes());
+      error.failure()) {
+    return error;
+  }
+  Begin(call, Op::kDispatchSend, Kind::kDispatch, position.typed_data(), token->typed_data(),
+        stream);
+  LaunchRoute(call.view(),
+              {Op::kDispatchSend, true, Kind::kDispatch, rows.row_bytes(), topk_idx.typed_data(),
+               num_tokens},
+              stream);
+  LaunchPack(call.view(),
+             {true, rows, topk_idx.typed_data(), topk_weights.typed_data(), num_tokens}, stream);
+  return Enqueued(call);
+}
+
+ffi::Error CombineBackwardSendImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
+                                   ffi::AnyBuffer out_grad,  // [T, hidden]
+                                   S32 topk_idx,             // [T, top_k]
+                                   Out<F32> token) {         // [kTokenSize]
+  Call call;
+  if (auto error = Locate("combine_backward_send", buffer_id, device, call); error.failure()) {
+    return error;
+  }
+  ConstRows rows;
+  rows.values = static_cast<const std::byte*>(out_grad.untyped_data());
+  rows.values_bytes = RowBytes(out_grad);
+  const int64_t num_tokens = topk_idx.dimensions()[0];
+  if (auto error = CheckRows(call.name, call.config(), num_tokens, rows.row_bytes());
+      error.failure()) {
+    return error;
+  }
+  constexpr Op kOp = Op::kCombineBackwardSend;
+  Begin(call, kOp, Kind::kCombineBackward, nullptr, token->typed_data(), stream);
+  LaunchRoute(
+      call.view(),
+      {kOp, true, Kind::kCombineBackward, rows.row_bytes(), topk_idx.typed_data(), num_tokens},
+      stream);
+  LaunchPack(call.view(), {false, rows, topk_idx.typed_data(), nullptr, num_tokens}, stream);
+  return Enqueued(call);
+}
+
+ffi::Error SendSums(const Call& call, const PackSumsArgs& args, float* token, cudaStream_t stream) {
+  Begin(call, args.op, args.kind, nullptr, token, stream);
+  LaunchPackSums(call.view(), args, stream);
+  return Enqueued(call);
+}
+
+ffi::Error CombineSendImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
+                           ffi::AnyBuffer y,   // [N, hidden]
+                           F32 weights,        // [N], or [0] for a plain sum
+                           S32 rows,           // [ep_size * max_tokens, fanout]
+                           S32 num_rows_from,  // [ep_size]
+                           Out<F32> token) {   // [kTokenSize]
+  Call call;
+  if (auto error = Locate("combine_send", buffer_id, device, call); error.failure()) return error;
+  if (auto error = CheckLayout(call.name, call.config(), rows, RowBytes(y)); error.failure()) {
+    return error;
+  }
+  const PackSumsArgs args{Op::kCombineSend,
+                          Kind::kCombine,
+                          MatrixOf(y),
+                          static_cast<const std::byte*>(y.untyped_data()),
+                          DataOrNull(weights),
+                          nullptr,
+                          LayoutOf(rows, num_rows_from, y.dimensions()[0])};
+  return SendSums(call, args, token->typed_data(), stream);
+}
+
+ffi::Error DispatchBackwardSendImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
+                                    ffi::AnyBuffer x_grad,  // [N, hidden]
+                                    F32 weight_grads,       // [ep_size * max_tokens, top_k]
+                                    S32 rows,               // [ep_size * max_tokens, fanout]
+                                    S32 num_rows_from,      // [ep_size]
+                                    Out<F32> token) {       // [kTokenSize]
+  Call call;
+  if (auto error = Locate("dispatch_backward_send", buffer_id, device, call); error.failure()) {
+    return error;
+  }
+  if (auto error = CheckLayout(call.name, call.config(), rows, RowBytes(x_grad)); error.failure()) {
+    return error;
+  }
+  const PackSumsArgs args{Op::kDispatchBackwardSend,
+                          Kind::kDispatchBackward,
+                          MatrixOf(x_grad),
+                          static_cast<const std::byte*>(x_grad.untyped_data()),
+                          nullptr,
+                          weight_grads.typed_data(),
+                          LayoutOf(rows, num_rows_from, x_grad.dimensions()[0])};
+  return SendSums(call, args, token->typed_data(), stream);
+}
+
+// --------------------------------------------------------------------------------------- receives
+
+ffi::Error DispatchRecvImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
+                            F32 token,                   // [kTokenSize]
+                            Out<ffi::AnyBuffer> values,  // [recv_capacity, values columns]
+                            Out<ffi::AnyBuffer> scales,  // [recv_capacity, scales columns]
+                            Out<S32> group_sizes,        // [num_local_experts]
+                            Out<S32> counts,             // [num_local_experts]
+                            Out<F32> weights,            // [recv_capacity]
+                            Out<S32> dropped,            // []
+                            Out<S32> rows,               // [ep_size * max_tokens, top_k]
+                            Out<S32> num_rows_from) {    // [ep_size]
+  Call call;
+  if (auto error = Locate("dispatch_recv", buffer_id, device, call); error.failure()) return error;
+  if (auto error = CheckLayout(call.name, call.config(), *rows, 0); error.failure()) return error;
+  const int64_t capacity = call.config().recv_capacity;
+  const int64_t num_rows = values->dimensions()[0];
+  if (auto error = CheckSizes(call.name, "recv_capacity", num_rows == capacity, capacity, num_rows);
+      error.failure()) {
+    return error;
+  }
+  const ExpertsOut out{RowsOf(values, scales),     group_sizes->typed_data(), counts->typed_data(),
+                       weights->typed_data(),      dropped->typed_data(),     rows->typed_data(),
+                       num_rows_from->typed_data()};
+  LaunchWait(
+      call.view(),
+      {Op::kDispatchRecv, Kind::kDispatch, out.rows.row_bytes(), nullptr, token.typed_data()},
+      stream);
+  LaunchUnpackExperts(call.view(), out, stream);
+  return Enqueued(call);
+}
+
+ffi::Error DispatchRecvTokensImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
+                                  F32 token,                   // [kTokenSize]
+                                  Out<ffi::AnyBuffer> values,  // [R, values columns]
+                                  Out<ffi::AnyBuffer> scales,  // [R, scales columns]
+                                  Out<S32> topk_idx,           // [R, top_k]; R is
+                                  Out<F32> topk_weights,       // [R, top_k]  ep_size * max_tokens
+                                  Out<S32> counts,             // [num_local_experts]
+                                  Out<S32> num_tokens,         // []
+                                  Out<S32> rows,               // [R, 1]
+                                  Out<S32> num_rows_from) {    // [ep_size]
+  Call call;
+  if (auto error = Locate("dispatch_recv", buffer_id, device, call); error.failure()) return error;
+  if (auto error = CheckLayout(call.name, call.config(), *rows, 0); error.failure()) return error;
+  const TokensOut out{RowsOf(values, scales),     topk_idx->typed_data(),
+                      topk_weights->typed_data(), counts->typed_data(),
+                      num_tokens->typed_data(),   rows->typed_data(),
+                      num_rows_from->typed_data()};
+  LaunchWait(
+      call.view(),
+      {Op::kDispatchRecv, Kind::kDispatch, out.rows.row_bytes(), nullptr, token.typed_data()},
+      stream);
+  LaunchUnpackTokens(call.view(), out, stream);
+  return Enqueued(call);
+}
+
+// The sum over ranks; `weight_grads` is null in the forward pass.
+ffi::Error ReceiveSums(const Call& call, Op op, Kind kind, const float* token, const S32& topk_idx,
+                       Out<ffi::AnyBuffer>& out, float* weight_grads, cudaStream_t stream) {
+  const int64_t num_tokens = topk_idx.dimensions()[0];
+  const Matrix matrix = MatrixOf(*out);
+  if (auto error = CheckRows(call.name, call.config(), num_tokens, matrix.row_bytes());
+      error.failure()) {
+    return error;
+  }
+  const int32_t* idx = topk_idx.typed_data();
+  // The routing is found again while the messages are still on their way.
+  LaunchRoute(call.view(), {op, false, kind, matrix.row_bytes(), idx, num_tokens}, stream);
+  LaunchWait(call.view(), {op, kind, matrix.row_bytes(), call.view().state->routed_rows, token},
+             stream);
+  LaunchSum(
+      call.view(),
+      {op, matrix, idx, num_tokens, static_cast<std::byte*>(out->untyped_data()), weight_grads},
+      stream);
+  return Enqueued(call);
+}
+
+ffi::Error CombineRecvImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
+                           F32 token,                  // [kTokenSize]
+                           S32 topk_idx,               // [T, top_k]
+                           Out<ffi::AnyBuffer> out) {  // [T, hidden]
+  Call call;
+  if (auto error = Locate("combine_recv", buffer_id, device, call); error.failure()) return error;
+  return ReceiveSums(call, Op::kCombineRecv, Kind::kCombine, token.typed_data(), topk_idx, out,
+                     nullptr, stream);
+}
+
+ffi::Error DispatchBackwardRecvImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
+                                    F32 token,                   // [kTokenSize]
+                                    S32 topk_idx,                // [T, top_k]
+                                    Out<ffi::AnyBuffer> x_grad,  // [T, hidden]
+                                    Out<F32> weight_grads) {     // [T, top_k]
+  Call call;
+  if (auto error = Locate("dispatch_backward_recv", buffer_id, device, call); error.failure()) {
+    return error;
+  }
+  return ReceiveSums(call, Op::kDispatchBackwardRecv, Kind::kDispatchBackward, token.typed_data(),
+                     topk_idx, x_grad, weight_grads->typed_data(), stream);
+}
+
+ffi::Error CombineBackwardRecvImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
+                                   F32 token,                   // [kTokenSize]
+                                   ffi::AnyBuffer y,            // [N, hidden], or [0, hidden]
+                                   F32 weights,                 // [N], or [0] for a plain sum
+                                   S32 rows,                    // [ep_size * max_tokens, fanout]
+                                   S32 num_rows_from,           // [ep_size]
+                                   Out<ffi::AnyBuffer> y_grad,  // [N, hidden]
+                                   Out<F32> weight_grads) {     // [N], or [0]
+  Call call;
+  if (auto error = Locate("combine_backward_recv", buffer_id, device, call); error.failure()) {
+    return error;
+  }
+  const Matrix matrix = MatrixOf(*y_grad);
+  if (auto error = CheckLayout(call.name, call.config(), rows, matrix.row_bytes());
+      error.failure()) {
+    return error;
+  }
+  const SpreadArgs args{Op::kCombineBackwardRecv,
+                        matrix,
+                        LayoutOf(rows, num_rows_from, y_grad->dimensions()[0]),
+                        static_cast<const std::byte*>(y.untyped_data()),
+                        DataOrNull(weights),
+                        static_cast<std::byte*>(y_grad->untyped_data()),
+                        weight_grads->typed_data()};
+  LaunchWait(call.view(),
+             {args.op, Kind::kCombineBackward, matrix.row_bytes(), args.layout.num_rows_from,
+              token.typed_data()},
+             stream);
+  LaunchSpread(call.view(), args, stream);
+  return Enqueued(call);
+}
+
+// Every op: the buffer by its id, the device, and the stream to enqueue on.
+auto BindOp() {
+  return ffi::Ffi::Bind()
+      .Attr<int64_t>("buffer")
+      .Ctx<ffi::DeviceOrdinal>()
+      .Ctx<ffi::PlatformStream<cudaStream_t>>();
+}
+auto BindRecv() { return BindOp().Arg<F32>(); }
+
+XLA_FFI_DEFINE_HANDLER(kDispatchSendHandler, DispatchSendImpl,
+                       BindOp()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<S32>()
+                           .Arg<F32>()
+                           .Arg<S32>()
+                           .Ret<F32>());
+XLA_FFI_DEFINE_HANDLER(kCombineBackwardSendHandler, CombineBackwardSendImpl,
+                       BindOp().Arg<ffi::AnyBuffer>().Arg<S32>().Ret<F32>());
+XLA_FFI_DEFINE_HANDLER(kCombineSendHandler, CombineSendImpl,
+                       BindOp().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<S32>().Arg<S32>().Ret<F32>());
+XLA_FFI_DEFINE_HANDLER(kDispatchBackwardSendHandler, DispatchBackwardSendImpl,
+                       BindOp().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<S32>().Arg<S32>().Ret<F32>());
+XLA_FFI_DEFINE_HANDLER(kDispatchRecvHandler, DispatchRecvImpl,
+                       BindRecv()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<S32>()
+                           .Ret<S32>()
+                           .Ret<F32>()
+                           .Ret<S32>()
+                           .Ret<S32>()
+                           .Ret<S32>());
+XLA_FFI_DEFINE_HANDLER(kDispatchRecvTokensHandler, DispatchRecvTokensImpl,
+                       BindRecv()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<S32>()
+                           .Ret<F32>()
+                           .Ret<S32>()
+                           .Ret<S32>()
+                           .Ret<S32>()
+                           .Ret<S32>());
+XLA_FFI_DEFINE_HANDLER(kCombineRecvHandler, CombineRecvImpl,
+                       BindRecv().Arg<S32>().Ret<ffi::AnyBuffer>());
+XLA_FFI_DEFINE_HANDLER(kDispatchBackwardRecvHandler, DispatchBackwardRecvImpl,
+                       BindRecv().Arg<S32>().Ret<ffi::AnyBuffer>().Ret<F32>());
+XLA_FFI_DEFINE_HANDLER(kCombineBackwardRecvHandler, CombineBackwardRecvImpl,
+                       BindRecv()
+                           .Arg<ffi::AnyBuffer>()
+                           .Arg<F32>()
+                           .Arg<S32>()
+                           .Arg<S32>()
+                           .Ret<ffi::AnyBuffer>()
+                           .Ret<F32>());
+
+}  // namespace
+}  // namespace jax_sm_free::cuda
+
+namespace jax_sm_free {
+
+std::vector<HandlerEntry> CudaHandlers() {
+  return {
+      {"smf_dispatch_send", nullptr, cuda::kDispatchSendHandler},
+      {"smf_dispatch_recv", nullptr, cuda::kDispatchRecvHandler},
+      {"smf_dispatch_recv_tokens", nullptr, cuda::kDispatchRecvTokensHandler},
+      {"smf_combine_send", nullptr, cuda::kCombineSendHandler},
+      {"smf_combine_recv", nullptr, cuda::kCombineRecvHandler},
+      {"smf_combine_backward_send", nullptr, cuda::kCombineBackwardSendHandler},
+      {"smf_combine_backward_recv", nullptr, cuda::kCombineBackwardRecvHandler},
+      {"smf_dispatch_backward_send", nullptr, cuda::kDispatchBackwardSendHandler},
+      {"smf_dispatch_backward_recv", nullptr, cuda::kDispatchBackwardRecvHandler},
+  };
+}
+
+}  // namespace jax_sm_free

@@ -1,0 +1,90 @@
+// What the extension modules of all platforms offer to Python in the same way.
+
+#ifndef JAX_SM_FREE_XLA_FFI_MODULE_H_
+#define JAX_SM_FREE_XLA_FFI_MODULE_H_
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cc/config.h"
+#include "cc/layout.h"
+#include "cc/runtime.h"
+#include "nanobind/nanobind.h"
+#include "nanobind/stl/optional.h"
+#include "nanobind/stl/string.h"  // IWYU pragma: keep
+#include "nanobind/stl/tuple.h"
+#include "nanobind/stl/vector.h"
+#include "xla_ffi/handler_entry.h"
+
+namespace jax_sm_free {
+
+namespace nb = nanobind;
+
+// For each device ordinal its (group, rank, position in the mesh), or None.
+using PythonPlaces = std::vector<std::optional<std::tuple<int32_t, int32_t, int32_t>>>;
+
+inline std::vector<std::optional<Place>> ToPlaces(const PythonPlaces& places) {
+  std::vector<std::optional<Place>> by_device;
+  for (const auto& place : places) {
+    std::optional<Place>& added = by_device.emplace_back();
+    if (place) added = Place{std::get<0>(*place), std::get<1>(*place), std::get<2>(*place)};
+  }
+  return by_device;
+}
+
+inline nb::capsule Capsule(XLA_FFI_Handler* handler) {
+  return nb::capsule(reinterpret_cast<void*>(handler));
+}
+
+// {target: {stage: capsule}}, as jax.ffi.register_ffi_target takes them.
+inline nb::dict Handlers(const std::vector<HandlerEntry>& entries) {
+  nb::dict handlers;
+  for (const HandlerEntry& entry : entries) {
+    nb::dict stages;
+    if (entry.instantiate != nullptr) stages["instantiate"] = Capsule(entry.instantiate);
+    stages["execute"] = Capsule(entry.execute);
+    handlers[entry.target] = stages;
+  }
+  return handlers;
+}
+
+inline std::shared_ptr<Buffer> FindOpen(int64_t id) {
+  auto buffer = Registry::Get().Find(id);
+  if (buffer == nullptr) {
+    throw std::runtime_error("jax_sm_free: buffer " + std::to_string(id) + " is closed");
+  }
+  return buffer;
+}
+
+// Config, and the functions on buffers by id. The module adds its `handlers` and `open_buffer`.
+inline void DefineCommon(nb::module_& module) {
+  // Each module has a type of its own: the two know nothing of each other.
+  nb::class_<Config>(module, "Config", nb::is_final())
+      .def(nb::init<>())
+      .def_rw("ep_size", &Config::ep_size)
+      .def_rw("num_experts", &Config::num_experts)
+      .def_rw("top_k", &Config::top_k)
+      .def_rw("max_tokens", &Config::max_tokens)
+      .def_rw("recv_capacity", &Config::recv_capacity)
+      .def_rw("num_slots", &Config::num_slots)
+      .def_rw("expert_alignment", &Config::expert_alignment)
+      .def_rw("row_bytes", &Config::row_bytes)
+      .def_rw("timeout_s", &Config::timeout_s)
+      .def("max_message_bytes", &MaxMessageBytes);
+  module.def(
+      "close_buffer", [](int64_t id) { return Registry::Get().Close(id); },
+      nb::call_guard<nb::gil_scoped_release>());
+  module.def("is_open", [](int64_t id) { return Registry::Get().Find(id) != nullptr; });
+  module.def("take_fault", [](int64_t id) { return FindOpen(id)->TakeFault(); });
+  module.def("message_bytes",
+             [](int64_t id, int32_t device) { return FindOpen(id)->MessageBytes(device); });
+}
+
+}  // namespace jax_sm_free
+
+#endif  // JAX_SM_FREE_XLA_FFI_MODULE_H_
