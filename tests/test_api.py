@@ -257,7 +257,7 @@ def test_second_derivatives_are_refused(overlap):
         return (hook().x ** 2).sum()
 
     for second in (jax.hessian(loss), jax.grad(lambda *a: jax.grad(loss)(*a).sum())):
-        with pytest.raises((TypeError, NotImplementedError, ValueError)):
+        with pytest.raises(NotImplementedError, match=r"'smf_.*_send' not implemented"):
             traced(second, X, IDX, WEIGHTS)
 
 
@@ -267,8 +267,9 @@ def test_forward_derivatives_are_refused():
     def program(x, topk_idx, weights):
         return jax.jvp(lambda x: layer(buffer, x, topk_idx, weights), (x,), (x,))
 
+    run = support.on_ranks(program, buffer.mesh)
     with pytest.raises(TypeError, match="forward-mode"):
-        traced(program, X, IDX, WEIGHTS)
+        run.lower(*make_inputs(CONFIG))
 
 
 def quantised_loss(wrap, buffer, x, topk_idx, weights):
@@ -316,8 +317,8 @@ def test_weights_have_gradients_beside_values_and_scales():
         ({"num_slots": 65}, ValueError, r"num_slots must be in \[1, 64\], got 65"),
         ({"expert_alignment": 0}, ValueError, r"expert_alignment must be at least 1, got 0"),
         ({"dtype": jnp.int8}, TypeError, r"one of bfloat16, float16, float32, got int8"),
-        ({"timeout_s": 0}, ValueError, r"timeout_s must be positive and finite, got 0"),
-        ({"timeout_s": float("inf")}, ValueError, r"timeout_s must be positive .* got inf"),
+        ({"timeout_s": 0}, ValueError, r"timeout_s must be .*, got 0"),
+        ({"timeout_s": float("inf")}, ValueError, r"timeout_s must be .*, got inf"),
         ({"max_tokens": 2**31 - 1}, ValueError, r"must fit int32, got \d+"),
     ],
 )

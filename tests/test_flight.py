@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import support
-from support import make_config, make_inputs, make_rows
+from support import after, make_config, make_inputs, make_rows
 
 import jax_sm_free as smf
 
@@ -23,11 +23,6 @@ NUM_ROWS = CONFIG.recv_capacity
 def inputs():
     """x, topk_idx, topk_weights, y of all ranks."""
     return *make_inputs(CONFIG, seed=1), make_rows(CONFIG, NUM_ROWS, 2)
-
-
-def after(value, api, sent):
-    """`value`, held back until `sent` was sent; and `sent`, held back until `value` is there."""
-    return api.overlap(sent, lambda v: v, value)
 
 
 def layer(api, x, topk_idx, weights, y):
@@ -42,11 +37,11 @@ def two_in_flight(first_sent_ends_first, api, x, topk_idx, weights, y):
     del y
     buffer = api.buffer
     one = buffer.dispatch_send(x, topk_idx, weights)
-    x2, one = after(x + 1, api, one)
+    x2, one = after(x + 1, one)
     two = buffer.dispatch_send(x2, topk_idx[::-1], weights)
     first, second = (one, two) if first_sent_ends_first else (two, one)
     first = buffer.dispatch_recv(first)
-    received, second = after(first.x, api, second)
+    received, second = after(first.x, second)
     return received, first, buffer.dispatch_recv(second)
 
 
@@ -63,10 +58,10 @@ def dispatch_beside_combine(api, x, topk_idx, weights, y):
     buffer = api.buffer
     a = buffer.dispatch(x, topk_idx, weights)
     combine_a = buffer.combine_send(a.x * y, a.layout, a.weights)
-    x_b, combine_a = after(x + 1, api, combine_a)
+    x_b, combine_a = after(x + 1, combine_a)
     dispatch_b = buffer.dispatch_send(x_b, topk_idx[::-1], weights)
     out_a = buffer.combine_recv(combine_a)
-    out_a, dispatch_b = after(out_a, api, dispatch_b)
+    out_a, dispatch_b = after(out_a, dispatch_b)
     b = buffer.dispatch_recv(dispatch_b)
     return out_a, buffer.combine(b.x * y, b.layout, weights=b.weights)
 
@@ -161,7 +156,7 @@ def send_before_recv(num_sends, api, x, topk_idx, weights, y):
     sents = []
     for _ in range(num_sends):
         sents.append(api.buffer.dispatch_send(x, topk_idx, weights))
-        x, sents[-1] = after(x, api, sents[-1])
+        x, sents[-1] = after(x, sents[-1])
     tokens = jnp.stack([sent.token for sent in sents])
     total = jnp.zeros_like(x[0, 0])
     for i, sent in enumerate(sents):  # each recv needs all tokens
@@ -294,15 +289,19 @@ def wait(x, seconds):
     return jax.pure_callback(on_host, jax.typeof(x), x, seconds)
 
 
+def wait_between(x, sent, seconds):
+    """Sleeps after the send and before the recv."""
+    x, _ = after(x, sent)
+    return after(wait(x, seconds), sent)[1]
+
+
 def layer_with_waits(api, x, topk_idx, weights, y, before_send, before_recv, before_combine):
     """Seconds that this rank sleeps in three places."""
     buffer = api.buffer
     sent = buffer.dispatch_send(wait(x, before_send), topk_idx, weights)
-    _, sent = api.overlap(sent, wait, x, before_recv)
-    recv = buffer.dispatch_recv(sent)
+    recv = buffer.dispatch_recv(wait_between(x, sent, before_recv))
     sent = buffer.combine_send(recv.x * y, recv.layout, recv.weights)
-    waited, sent = api.overlap(sent, wait, x, before_combine)
-    return buffer.combine_recv(sent) + waited
+    return buffer.combine_recv(wait_between(x, sent, before_combine))
 
 
 @pytest.mark.parametrize("milliseconds", [0, 1, 10, 100])
@@ -328,7 +327,8 @@ def test_one_rank_late_by_seconds(inputs):
 
 def overwritten_source(api, x, topk_idx, weights, y):
     sent = api.buffer.dispatch_send(x, topk_idx, weights)
-    other, sent = api.overlap(sent, lambda x: x * 0 - 1, x)
+    x, _ = after(x, sent)
+    other, sent = after(x * 0 - 1, sent)
     return other, (api.buffer.dispatch_recv(sent).x * y).sum(axis=1)
 
 

@@ -34,7 +34,7 @@ def all_slots_in_flight(api, x, topk_idx, weights):
     sents = []
     for _ in range(config.num_slots):
         sents.append(api.buffer.dispatch_send(x, topk_idx, weights))
-        x, sents[-1] = api.overlap(sents[-1], lambda x: x, x)
+        x, sents[-1] = support.after(x, sents[-1])
     tokens = jnp.stack([sent.token for sent in sents])
     everyone_sent = jax.lax.psum(tokens.sum(), "ep") * 0
     total = everyone_sent

@@ -30,14 +30,14 @@ def step(api, x, routing):
     buffer = api.buffer
     (idx_a, idx_b), (weights_a, weights_b) = routing
     dispatch_a = buffer.dispatch_send(x, idx_a, weights_a)
-    x_b, dispatch_a = api.overlap(dispatch_a, lambda x: -x, x)
+    x_b, dispatch_a = support.after(-x, dispatch_a)
     dispatch_b = buffer.dispatch_send(x_b, idx_b, weights_b)
     b = buffer.dispatch_recv(dispatch_b)
-    x_b, dispatch_a = api.overlap(dispatch_a, lambda v: v, b.x)
+    x_b, dispatch_a = support.after(b.x, dispatch_a)
     a = buffer.dispatch_recv(dispatch_a)
 
     combine_a = buffer.combine_send(a.x, a.layout, a.weights)
-    x_b, combine_a = api.overlap(combine_a, lambda v: v, x_b)
+    x_b, combine_a = support.after(x_b, combine_a)
     combine_b = buffer.combine_send(x_b, b.layout)
     out_a = buffer.combine_recv(combine_a)
     out_b = buffer.combine_recv(combine_b)
@@ -58,7 +58,9 @@ def make_steps(seed):
         ]
         for i in range(STEPS)
     ]
-    idx, weights = (np.array([[pair[part] for pair in step] for step in routing]) for part in (0, 1))
+    idx, weights = (
+        np.array([[pair[part] for pair in step] for step in routing]) for part in (0, 1)
+    )
     by_rank = (2, 0, 1, 3, 4)
     x = support.make_rows(CONFIG, CONFIG.max_tokens, seed)
     return x, idx.transpose(by_rank), weights.transpose(by_rank)
@@ -68,7 +70,8 @@ def test_two_thousand_exchanges_with_random_routing():
     assert STEPS * ROUNDS * EXCHANGES_PER_STEP >= 2000
     ours, theirs = (
         support.on_ranks(
-            functools.partial(many_steps, support.Api(buffer, module)), support.mesh_of(CONFIG.ep_size)
+            functools.partial(many_steps, support.Api(buffer, module)),
+            support.mesh_of(CONFIG.ep_size),
         )
         for module, buffer in (
             (smf, support.apis(CONFIG)[0].buffer),
