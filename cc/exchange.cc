@@ -50,7 +50,10 @@ Result<Exchange> Ledger::Begin(const OpInfo& op, int64_t run, int64_t call_site)
   const std::lock_guard lock(mutex_);
   Run* state = FindRun(run);
   if (state == nullptr) {
-    while (!ages_.empty()) Forget(ages_.begin());
+    while (!ages_.empty()) {
+      lost_runs_.push_back(ages_.begin()->second);
+      Forget(ages_.begin());
+    }
     return Refuse(op, "every sent value to be received",
                   std::to_string(kMaxRuns) + " earlier runs with a sent value that never was");
   }
@@ -111,6 +114,11 @@ void Ledger::Release(const Exchange& exchange) {
 void Ledger::MarkFailed(int64_t run) {
   const std::lock_guard lock(mutex_);
   if (Run* state = FindRun(run)) state->failed = true;
+}
+
+std::vector<int64_t> Ledger::TakeLostRuns() {
+  const std::lock_guard lock(mutex_);
+  return std::exchange(lost_runs_, {});
 }
 
 void Ledger::WriteToken(const Exchange& exchange, float* token) const {

@@ -25,6 +25,7 @@
 #include <mutex>
 #include <string>
 #include <unordered_map>
+#include <vector>
 
 #include "cc/fault.h"
 #include "cc/layout.h"
@@ -79,6 +80,10 @@ class Ledger {
   // What `run` still holds is forgotten once the table of runs is full.
   void MarkFailed(int64_t run);
 
+  // The runs that Begin has given up since the last call, because so many held exchanges. Their
+  // messages are still there, on this rank and on others.
+  std::vector<int64_t> TakeLostRuns();
+
   void WriteToken(const Exchange& exchange, float* token) const;
 
  private:
@@ -109,7 +114,8 @@ class Ledger {
   int64_t next_sequence_ = 1;
   int64_t next_age_ = 0;
   std::unordered_map<int64_t, Run> runs_;
-  std::map<int64_t, int64_t> ages_;             // age -> run, oldest first
+  std::map<int64_t, int64_t> ages_;  // age -> run, oldest first
+  std::vector<int64_t> lost_runs_;
   std::unordered_map<int64_t, Entry> entries_;  // by sequence number
 };
 

@@ -21,7 +21,10 @@ template <typename Pack>
 std::optional<Fault> SendAll(const HostCall& call, int64_t call_site, Pack pack, float* token) {
   HostRank& rank = *call.rank;
   const Result<Exchange> begun = rank.ledger.Begin(call.op, call.run, call_site);
-  if (const Fault* fault = FaultOf(begun)) return Fail(call, call.run, *fault);
+  if (const Fault* fault = FaultOf(begun)) {
+    for (const int64_t lost : rank.ledger.TakeLostRuns()) Fail(call, lost, *fault);
+    return Fail(call, call.run, *fault);
+  }
   const Exchange& exchange = std::get<Exchange>(begun);
   for (int32_t i = 0; i < call.config().ep_size; ++i) {
     // Starting behind the own rank spreads the senders over the receivers.
