@@ -220,6 +220,18 @@ TEST_F(LedgerTest, WorksAgainAfterTooManyRunsLostATokenInThem) {
   EXPECT_TRUE(Receive(ledger_, TokenOf(ledger_, Begun(ledger_, kMaxRuns + 1))));
 }
 
+TEST_F(LedgerTest, NamesTheRunsItHasGivenUpOnce) {
+  std::vector<int64_t> runs;
+  for (int run = 0; run < kMaxRuns; ++run) {
+    Begun(ledger_, run);
+    runs.push_back(run);
+  }
+  EXPECT_TRUE(ledger_.TakeLostRuns().empty());
+  EXPECT_NE(FaultOf(ledger_.Begin(kSend, kMaxRuns, 0)), nullptr);
+  EXPECT_EQ(ledger_.TakeLostRuns(), runs);
+  EXPECT_TRUE(ledger_.TakeLostRuns().empty());
+}
+
 TEST_F(LedgerTest, ARunThatHoldsAnExchangeOutlivesIdleOnes) {
   const Token token = TokenOf(ledger_, Begun(ledger_, -1));
   for (int run = 0; run < 3 * kMaxRuns; ++run) {

@@ -31,6 +31,7 @@ using testing::Random;
 using testing::RandomSource;
 using testing::Rounded;
 using testing::Source;
+using testing::Visits;
 
 using Token = std::array<float, kTokenSize>;
 
@@ -51,6 +52,7 @@ Config ConfigFor(int32_t ep_size) {
 // Device i is rank i.
 std::shared_ptr<HostBuffer> BufferOf(const Config& config) {
   std::vector<std::optional<Place>> places;
+  places.reserve(config.ep_size);
   for (int32_t rank = 0; rank < config.ep_size; ++rank) {
     places.push_back(Place{.group = 0, .rank = rank, .position = rank});
   }
@@ -96,6 +98,7 @@ float Expert(int32_t expert, float value) {
 std::vector<std::byte> ExpectedSums(const Config& config, const std::vector<Source>& sources,
                                     int32_t rank) {
   std::vector<Placement> placements;
+  placements.reserve(config.ep_size);
   for (int32_t r = 0; r < config.ep_size; ++r) {
     placements.push_back(PlacementOf(config, sources, r));
   }
@@ -258,69 +261,82 @@ TEST_P(RoundTest, MemoryIsThatOfTheExchangesInFlight) {
   for (int32_t rank = 0; rank < config.ep_size; ++rank) {
     // Another rank may hold messages a little longer than their sender knows.
     EXPECT_LE(buffer->MessageBytes(rank),
-              2 * config.num_slots * config.ep_size * MaxMessageBytes(config));
+              int64_t{2} * config.num_slots * config.ep_size * MaxMessageBytes(config));
   }
 }
 
 // ------------------------------------------------------------------------------------- backward
 
-TEST(BackwardTest, WeightGradientsAndRowsComeBackToTheirTokens) {
+// The gradient that `rank` sends for the weight of (token, k).
+float GradOf(int32_t rank, int64_t token, int32_t k) {
+  return static_cast<float>(int64_t{1000} * rank + 10 * token + k);
+}
+
+// The token rows that `rank` received, as a layout of one row each, and a gradient for each weight.
+struct TokenRows {
+  std::vector<int32_t> rows, num_rows_from;
+  std::vector<float> weight_grads;
+};
+
+TokenRows TokenRowsOf(const Config& config, const std::vector<Source>& sources, int32_t rank) {
+  TokenRows made;
+  for (const Source& source : sources) {
+    made.num_rows_from.push_back(0);
+    for (int64_t t = 0; t < source.num_tokens; ++t) {
+      if (!Visits(config, source, t, rank)) continue;
+      ++made.num_rows_from.back();
+      made.rows.push_back(static_cast<int32_t>(made.rows.size()));
+      for (int32_t k = 0; k < config.top_k; ++k) made.weight_grads.push_back(GradOf(rank, t, k));
+    }
+  }
+  made.rows.resize(config.max_recv_tokens(), -1);
+  made.weight_grads.resize(config.max_recv_tokens() * config.top_k);
+  return made;
+}
+
+// Every rank sends ones back: a token's sum is the number of ranks it visited.
+void ExpectGradients(const Config& config, const Source& source, const std::vector<float>& sums,
+                     const std::vector<float>& weight_grads) {
+  for (int64_t t = 0; t < source.num_tokens; ++t) {
+    int ranks = 0;
+    for (int32_t r = 0; r < config.ep_size; ++r) ranks += Visits(config, source, t, r) ? 1 : 0;
+    EXPECT_EQ(sums[t * kMatrix.hidden], static_cast<float>(ranks));
+    for (int32_t k = 0; k < config.top_k; ++k) {
+      const int64_t entry = t * config.top_k + k;
+      const int32_t expert = source.idx[entry];
+      const int32_t owner = expert / config.num_local_experts();
+      EXPECT_EQ(weight_grads[entry], expert < 0 ? 0.0F : GradOf(owner, t, k));
+    }
+  }
+}
+
+TEST(BackwardTest, DispatchBackwardBringsGradientsToTheirTokens) {
   const Config config = ConfigFor(4);
   const auto buffer = BufferOf(config);
   const std::vector<Source> sources = SourcesOf(config, 1);
+  const std::vector<float> ones(config.max_recv_tokens() * kMatrix.hidden, 1.0F);
+  const std::vector<std::byte> x_grad = Encode(kMatrix.dtype, ones);
   OnEveryRank(config.ep_size, [&](int32_t rank) {
     const Source& source = sources[rank];
-    Layer layer(buffer, rank, 1, 0);
-    ASSERT_EQ(Describe(layer.SendDispatch(source)), "");
-    ASSERT_EQ(Describe(layer.ReceiveDispatch()), "");
-
-    // Each token's row is one message row on each rank it visits, in the order of the layout.
-    std::vector<int32_t> rows(config.max_recv_tokens(), -1);
-    std::vector<int32_t> num_rows_from(config.ep_size, 0);
-    std::vector<float> grads(config.max_recv_tokens() * kMatrix.hidden, 1.0F);
-    std::vector<float> weight_grads;
-    int32_t next = 0;
-    for (int32_t s = 0; s < config.ep_size; ++s) {
-      for (int64_t t = 0; t < sources[s].num_tokens; ++t) {
-        if (!testing::Visits(config, sources[s], t, rank)) continue;
-        ++num_rows_from[s];
-        rows[next] = next;
-        ++next;
-        for (int32_t k = 0; k < config.top_k; ++k) {
-          weight_grads.push_back(static_cast<float>(1000 * rank + 10 * t + k));
-        }
-      }
-    }
-    weight_grads.resize(config.max_recv_tokens() * config.top_k);
-    const auto x_grad = Encode(kMatrix.dtype, grads);
+    const TokenRows token_rows = TokenRowsOf(config, sources, rank);
+    const SumOperands operands{.matrix = kMatrix,
+                               .y = x_grad.data(),
+                               .weight_grads = token_rows.weight_grads.data(),
+                               .layout = {token_rows.rows.data(), token_rows.num_rows_from.data(),
+                                          1, config.max_recv_tokens()}};
     Token token{};
-    ASSERT_EQ(Describe(SendSums(
-                  CallOf(kDispatchBackwardSend, buffer, rank, 1), 5,
-                  {.matrix = kMatrix,
-                   .y = x_grad.data(),
-                   .weight_grads = weight_grads.data(),
-                   .layout = {rows.data(), num_rows_from.data(), 1, config.max_recv_tokens()}},
-                  token.data())),
-              "");
+    const HostCall send = CallOf(kDispatchBackwardSend, buffer, rank, 1);
+    ASSERT_EQ(Describe(SendSums(send, 0, operands, token.data())), "");
+
     auto out = Poisoned<std::byte>(source.num_tokens * kMatrix.row_bytes());
-    auto returned = Poisoned<float>(source.num_tokens * config.top_k);
+    auto weight_grads = Poisoned<float>(source.num_tokens * config.top_k);
     const auto unpack = [&](const Config& c, const std::vector<Message>& messages) {
-      return SumOverRanks(c, kMatrix, source.topk(), messages, out.data(), returned.data());
+      return SumOverRanks(c, kMatrix, source.topk(), messages, out.data(), weight_grads.data());
     };
-    ASSERT_EQ(Describe(Received(CallOf(kDispatchBackwardRecv, buffer, rank, 1), token, unpack)),
-              "");
+    const HostCall recv = CallOf(kDispatchBackwardRecv, buffer, rank, 1);
+    ASSERT_EQ(Describe(Received(recv, token, unpack)), "");
     const auto sums = Decode(kMatrix.dtype, out.data(), source.num_tokens * kMatrix.hidden);
-    for (int64_t t = 0; t < source.num_tokens; ++t) {
-      int ranks = 0;
-      for (int32_t r = 0; r < config.ep_size; ++r) ranks += testing::Visits(config, source, t, r);
-      EXPECT_EQ(sums[t * kMatrix.hidden], static_cast<float>(ranks));
-      for (int32_t k = 0; k < config.top_k; ++k) {
-        const int32_t expert = source.idx[t * config.top_k + k];
-        const int32_t owner = expert / config.num_local_experts();
-        EXPECT_EQ(returned[t * config.top_k + k],
-                  expert < 0 ? 0.0F : static_cast<float>(1000 * owner + 10 * t + k));
-      }
-    }
+    ExpectGradients(config, source, sums, weight_grads);
   });
 }
 
@@ -338,7 +354,7 @@ TEST(BackwardTest, CombineBackwardSendsATokensGradientToEveryRankOfItsExperts) {
       for (int32_t s = 0; s < config.ep_size; ++s) {
         int64_t row = 0;
         for (int64_t t = 0; t < sources[s].num_tokens; ++t) {
-          if (!testing::Visits(config, sources[s], t, rank)) continue;
+          if (!Visits(config, sources[s], t, rank)) continue;
           const std::byte* sent = sources[s].values.data() + t * kMatrix.row_bytes();
           EXPECT_TRUE(std::equal(sent, sent + kMatrix.row_bytes(), messages[s].row(row++)));
         }
@@ -416,6 +432,19 @@ TEST_F(FaultsTest, MoreSendsThanSlotsEndTheRun) {
   }
   EXPECT_EQ(SeenBy(layer.SendDispatch(sources[0])), "one send more without a recv");
   ExpectThatARunWorks(2);
+}
+
+TEST_F(FaultsTest, RunsThatLostATokenGiveTheirMessagesBack) {
+  const std::vector<Source> sources = SourcesOf(config_, 1);
+  const auto lose_tokens = [&](int64_t first_run) {
+    int64_t run = first_run;
+    while (!Layer(buffer_, 0, run, 0).SendDispatch(sources[0])) ++run;
+    return run;
+  };
+  const int64_t last_run = lose_tokens(0);
+  const int64_t bytes = buffer_->MessageBytes(0);
+  lose_tokens(last_run + 1);
+  EXPECT_EQ(buffer_->MessageBytes(0), bytes);
 }
 
 TEST_F(FaultsTest, ADeviceAtAnotherPlaceOfTheMeshIsAFault) {

@@ -158,7 +158,7 @@ Placement PlacementOf(const Config& config, const std::vector<Source>& sources, 
   const int64_t level = LevelOf(config, groups);
   Placement placement;
   for (const auto& group : groups) {
-    const int64_t count = static_cast<int64_t>(group.size());
+    const auto count = static_cast<int64_t>(group.size());
     const int64_t kept = std::min(count, level);
     const int64_t size = Padded(kept, config.expert_alignment);
     placement.counts.push_back(static_cast<int32_t>(count));

@@ -103,6 +103,7 @@ TEST(WatchdogTest, TheLongestTimeoutIsNotOverAtOnce) {
 
 TEST(WatchdogTest, ThreadsMayStartAndCancelAtOnce) {
   std::vector<std::thread> threads;
+  threads.reserve(4);
   for (int t = 0; t < 4; ++t) {
     threads.emplace_back([] {
       for (int i = 0; i < 500; ++i) {

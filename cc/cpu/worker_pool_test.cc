@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <cstddef>
 #include <future>
 #include <latch>
 #include <memory>
@@ -88,7 +89,7 @@ TEST(WorkerPoolTest, ThreadsMayStartTasksAtOnce) {
   constexpr int kThreads = 4;
   constexpr int kTasks = 200;
   std::atomic<int> sum = 0;
-  std::latch all_run(kThreads * kTasks);
+  std::latch all_run(std::ptrdiff_t{kThreads} * kTasks);
   std::vector<std::thread> threads;
   threads.reserve(kThreads);
   for (int t = 0; t < kThreads; ++t) {
