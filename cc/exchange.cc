@@ -122,10 +122,11 @@ std::vector<int64_t> Ledger::TakeLostRuns() {
 }
 
 void Ledger::WriteToken(const Exchange& exchange, float* token) const {
+  const int64_t high_word = exchange.sequence / kTokenWordSize;
   for (int i = 0; i < kTokenSize; ++i) token[i] = 0;
   token[kMagicWord] = kTokenMagic;
   token[kLowWord] = static_cast<float>(exchange.sequence % kTokenWordSize);
-  token[kHighWord] = static_cast<float>(exchange.sequence / kTokenWordSize);
+  token[kHighWord] = static_cast<float>(high_word);
   token[kSlotWord] = static_cast<float>(exchange.slot);
   token[kKindWord] = static_cast<float>(exchange.kind);
   token[kRankWord] = static_cast<float>(rank_);

@@ -73,8 +73,9 @@ ffi::Error DispatchSendImpl(int64_t buffer_id, ffi::RunId run, int32_t device, C
                             S32 position,           // [], in the mesh
                             Out<F32> token) {       // [kTokenSize]
   HostCall call;
-  if (auto error = Locate(kDispatchSend, buffer_id, device, run, call); error.failure())
+  if (auto error = Locate(kDispatchSend, buffer_id, device, run, call); error.failure()) {
     return error;
+  }
   const ConstRows rows = RowsOf(values, scales);
   const int64_t num_tokens = topk_idx.dimensions()[0];
   if (auto error = CheckRows(call.op.name, call.config(), num_tokens, rows.row_bytes());
@@ -111,10 +112,12 @@ ffi::Error CombineSendImpl(int64_t buffer_id, ffi::RunId run, int32_t device, Ca
                            S32 num_rows_from,  // [ep_size]
                            Out<F32> token) {   // [kTokenSize]
   HostCall call;
-  if (auto error = Locate(kCombineSend, buffer_id, device, run, call); error.failure())
+  if (auto error = Locate(kCombineSend, buffer_id, device, run, call); error.failure()) {
     return error;
-  if (auto error = CheckLayout(call.op.name, call.config(), rows, RowBytes(y)); error.failure())
+  }
+  if (auto error = CheckLayout(call.op.name, call.config(), rows, RowBytes(y)); error.failure()) {
     return error;
+  }
   const SumOperands operands{.matrix = MatrixOf(y),
                              .y = static_cast<const std::byte*>(y.untyped_data()),
                              .weights = DataOrNull(weights),
@@ -175,8 +178,9 @@ ffi::Future DispatchRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
   if (auto error = Locate(kDispatchRecv, buffer_id, device, run, call); error.failure()) {
     return Failed(error);
   }
-  if (auto error = CheckLayout(call.op.name, call.config(), *rows, 0); error.failure())
+  if (auto error = CheckLayout(call.op.name, call.config(), *rows, 0); error.failure()) {
     return Failed(error);
+  }
   const int64_t capacity = call.config().recv_capacity;
   const int64_t num_rows = values->dimensions()[0];
   if (auto error =
@@ -209,8 +213,9 @@ ffi::Future DispatchRecvTokensImpl(int64_t buffer_id, ffi::RunId run, int32_t de
   if (auto error = Locate(kDispatchRecv, buffer_id, device, run, call); error.failure()) {
     return Failed(error);
   }
-  if (auto error = CheckLayout(call.op.name, call.config(), *rows, 0); error.failure())
+  if (auto error = CheckLayout(call.op.name, call.config(), *rows, 0); error.failure()) {
     return Failed(error);
+  }
   const TokensOut out{.rows = RowsOf(values, scales),
                       .topk_idx = topk_idx->typed_data(),
                       .topk_weights = topk_weights->typed_data(),

@@ -23,7 +23,7 @@ using Out = ffi::Result<T>;
 // Bytes of one row: of everything behind the first dimension.
 inline int64_t RowBytes(const ffi::AnyBuffer& buffer) {
   const auto dims = buffer.dimensions();
-  int64_t bytes = static_cast<int64_t>(ffi::ByteWidth(buffer.element_type()));
+  auto bytes = static_cast<int64_t>(ffi::ByteWidth(buffer.element_type()));
   for (size_t i = 1; i < dims.size(); ++i) bytes *= dims[i];
   return bytes;
 }

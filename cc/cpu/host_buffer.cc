@@ -6,7 +6,8 @@
 
 namespace jax_sm_free {
 
-HostBuffer::HostBuffer(int64_t id, const Config& config, std::vector<std::optional<Place>> places)
+HostBuffer::HostBuffer(int64_t id, const Config& config,
+                       const std::vector<std::optional<Place>>& places)
     : Buffer(id, config, places) {
   for (const std::optional<Place>& place : places) {
     if (!place) continue;

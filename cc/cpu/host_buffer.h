@@ -33,7 +33,7 @@ struct HostRank {
 
 class HostBuffer : public Buffer {
  public:
-  HostBuffer(int64_t id, const Config& config, std::vector<std::optional<Place>> places);
+  HostBuffer(int64_t id, const Config& config, const std::vector<std::optional<Place>>& places);
   ~HostBuffer() override { CloseTransports(); }
 
   // Null for a device outside the buffer's mesh.

@@ -91,8 +91,9 @@ void InProcess::ArmTimer(Inbox& inbox, const OpInfo& op, const Exchange& exchang
   const double until =
       waited < kSlowWaitSeconds ? std::min(kSlowWaitSeconds, timeout_s_) : timeout_s_;
   auto expire = [weak = weak_from_this(), op, exchange, dst, until] {
-    if (const std::shared_ptr<InProcess> self = weak.lock())
+    if (const std::shared_ptr<InProcess> self = weak.lock()) {
       self->OnTimer(op, exchange, dst, until);
+    }
   };
   inbox.timer = Watchdog::Get().Start(std::chrono::duration<double>(until - waited), expire);
 }

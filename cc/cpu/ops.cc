@@ -25,7 +25,7 @@ std::optional<Fault> SendAll(const HostCall& call, int64_t call_site, Pack pack,
     for (const int64_t lost : rank.ledger.TakeLostRuns()) Fail(call, lost, *fault);
     return Fail(call, call.run, *fault);
   }
-  const Exchange& exchange = std::get<Exchange>(begun);
+  const auto& exchange = std::get<Exchange>(begun);
   for (int32_t i = 0; i < call.config().ep_size; ++i) {
     // Starting behind the own rank spreads the senders over the receivers.
     const int32_t dst = (rank.rank + 1 + i) % call.config().ep_size;
@@ -49,7 +49,7 @@ std::optional<Fault> DispatchSend(const HostCall& call, int64_t call_site, int32
   }
   const Result<Route> made = Route::Make(call.config(), topk);
   if (const Fault* fault = FaultOf(made)) return Fail(call, call.run, *fault);
-  const Route& route = std::get<Route>(made);
+  const auto& route = std::get<Route>(made);
   const auto pack = [&](int32_t dst) {
     return PackDispatch(call.config(), route.tokens(dst), topk, dst, rows, call.rank->pool.Take());
   };
@@ -60,7 +60,7 @@ std::optional<Fault> CombineBackwardSend(const HostCall& call, int64_t call_site
                                          const ConstRows& rows, float* token) {
   const Result<Route> made = Route::Make(call.config(), topk);
   if (const Fault* fault = FaultOf(made)) return Fail(call, call.run, *fault);
-  const Route& route = std::get<Route>(made);
+  const auto& route = std::get<Route>(made);
   const auto pack = [&](int32_t dst) {
     return PackRows(call.config(), call.op.kind, route.tokens(dst), rows, call.rank->pool.Take());
   };
