@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import weakref
 from types import TracebackType
@@ -23,6 +24,10 @@ _log = logging.getLogger(__name__)
 
 Output = Literal["experts", "tokens"]
 Rows = Array | tuple[Array, Array]
+
+# Buffers without memory have numbers, too, which tell them apart in a compiled program: below zero,
+# so that no handler takes one for an open buffer.
+_abstract_ids = itertools.count(-1, -1)
 
 
 class FaultError(RuntimeError):
@@ -99,13 +104,13 @@ class Buffer:
             timeout_s=timeout_s,
         )
         self.transport = _choose_transport(mesh, transport)
-        buffer_id = 0
         if self.transport == "in_process":
             primitives.register_cpu()
             buffer_id = primitives.open_buffer(self.config, _places(mesh, self.axes))
             self._closer = weakref.finalize(self, primitives.close_buffer, buffer_id)
         else:
             primitives.register_cuda()
+            buffer_id = next(_abstract_ids)
             self._closer = weakref.finalize(self, lambda: None)
         self._target = Target(self.config, buffer_id)
 
@@ -385,7 +390,7 @@ def _vary_alike(*arrays: Array) -> tuple[Array, ...]:
 
 def _is_abstract(device: Any) -> bool:
     """Whether a device is of a topology that was only described, to compile for."""
-    return not isinstance(device, jax.Device)
+    return str(device.client.runtime_type) == "compile_only_runtime"
 
 
 def _choose_transport(mesh: Mesh, transport: str) -> str:
@@ -393,7 +398,7 @@ def _choose_transport(mesh: Mesh, transport: str) -> str:
         raise ValueError(f"expected transport 'auto' or 'in_process', got {transport!r}")
     devices = list(mesh.devices.flat)
     platforms = {device.platform for device in devices}
-    if all(_is_abstract(device) for device in devices):
+    if platforms == {"gpu"} and all(_is_abstract(device) for device in devices):
         return "abstract"
     if platforms != {"cpu"}:
         raise NotImplementedError(

@@ -1,0 +1,253 @@
+"""`inspect`: what the compiler made of an overlap, read from a compiled program.
+
+A compiled module holds its schedule: the lines of a computation are in the order in which they are
+issued. XLA:GPU keeps it. XLA:CPU does not: there only the flow of data orders calls.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import re
+from collections import Counter
+from typing import Any, Literal
+
+from jax_sm_free import hlo
+
+Kind = Literal["send", "recv", "gemm"]
+
+_PREFIX = "smf_"
+_BUFFER = re.compile(r'"?\bbuffer"?\s*[=:]\s*"?(-?\d+)')
+_MATRIX_OPS = frozenset({"dot", "convolution", "ragged-dot", "scaled-dot"})
+_MATRIX_CALL = re.compile(r"gemm|matmul|cublas|cudnn|onednn|triton|mosaic", re.IGNORECASE)
+_NESTING_OPS = ("while", "call", "conditional", "async")
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One of our calls, or a matrix product, in a schedule.
+
+    Attributes:
+      kind: "send", "recv" or "gemm". A gemm is a dot, convolution or ragged dot, a fusion that
+        contains one, or a call of a library or a hand-written kernel (cuBLAS, cuDNN, Triton,
+        Mosaic).
+      op: "dispatch_send", "combine_backward_recv", ...; of a gemm its opcode.
+      name: of the HLO instruction.
+      callers: names of the loops, calls and conditionals that it lies in, outermost first.
+      buffer: the number of our call's buffer; None for a gemm.
+      op_name: what of the JAX program it was made of, as far as XLA tells.
+    """
+
+    kind: Kind
+    op: str
+    name: str
+    callers: tuple[str, ...] = ()
+    buffer: int | None = None
+    op_name: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """A send, its recv, and the gemms scheduled between them.
+
+    Attributes:
+      send: the send.
+      recv: the recv that the send's token reaches: the next one, if it reaches several; None if it
+        reaches none.
+      gemms: steps between the two. If the token is carried to the next round of a loop, those from
+        the send to the end of the loop, and from its beginning to the recv.
+    """
+
+    send: Step
+    recv: Step | None
+    gemms: tuple[Step, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """Our calls and the gemms of a compiled program, in schedule order.
+
+    What a loop runs comes once, as do all branches of a conditional.
+
+    Attributes:
+      steps: all of them.
+      pairs: one for each send, in the order of the sends.
+      unmatched: sends whose token reaches no recv, and recvs whose token is of no send.
+      num_slots: the most exchanges of one buffer that are in flight at once: what `Buffer` needs as
+        its `num_slots`. 0 without our calls.
+    """
+
+    steps: tuple[Step, ...]
+    pairs: tuple[Pair, ...]
+    unmatched: tuple[Step, ...]
+    num_slots: int
+
+    def __str__(self) -> str:
+        """The timeline, one step a line, indented by what it lies in."""
+        lines = []
+        callers: tuple[str, ...] = ()
+        for step in self.steps:
+            common = _num_common(callers, step.callers)
+            for depth, caller in enumerate(step.callers[common:], common):
+                lines.append(f"{'  ' * depth}{caller}:")
+            callers = step.callers
+            lines.append("  " * len(callers) + self._describe(step))
+        lines.append(f"slots needed: {self.num_slots}")
+        return "\n".join(lines)
+
+    def _describe(self, step: Step) -> str:
+        if step.kind == "gemm":
+            return f"  {step.op:<26}{step.name}"
+        text = f"{step.op:<28}{step.name}, buffer {step.buffer}"
+        sends = [pair.send.name for pair in self.pairs if pair.recv == step]
+        if sends:
+            text += f", of {' or '.join(sends)}"
+        return f"{text}, UNMATCHED" if step in self.unmatched else text
+
+
+def inspect(compiled: Any) -> Schedule:
+    """Reads from a compiled program where our calls lie, and the matrix products between them.
+
+    On CUDA this is the order in which the program is issued. XLA:CPU does not keep the order that
+    it prints: there the pairs mean something, but what lies between them may run before or after,
+    and `num_slots` is what that one order would need.
+
+    Args:
+      compiled: what `jax.jit(f).lower(...).compile()` returned, or its HLO text.
+
+    Returns:
+      The schedule; an empty one for a program without our calls and without gemms.
+
+    Raises:
+      TypeError: if `compiled` is neither.
+      ValueError: if it has no schedule (a lowered program that was not compiled), or is no HLO.
+    """
+    module = hlo.parse(_text_of(compiled))
+    if not module.is_scheduled:
+        raise ValueError(
+            "inspect: expected a compiled program with a schedule (is_scheduled=true), got one "
+            "without; pass what .lower(...).compile() returned"
+        )
+    steps = {}
+    for place in hlo.walk(module, functools.partial(_is_entered, module)):
+        step = _step(module, place)
+        if step is not None:
+            steps[place] = step
+    if all(step.kind == "gemm" for step in steps.values()):
+        return Schedule((), (), (), 0)
+    return _schedule(tuple(steps.values()), _senders(module, steps))
+
+
+def _text_of(compiled: Any) -> str:
+    text = compiled if isinstance(compiled, str) else getattr(compiled, "as_text", lambda: None)()
+    if not isinstance(text, str):
+        raise TypeError(
+            "inspect: expected what .lower(...).compile() returned, or HLO text, got "
+            f"{type(compiled).__name__}"
+        )
+    return text
+
+
+def _is_entered(module: hlo.Module, instruction: hlo.Instruction) -> bool:
+    """Whether what it calls is part of the timeline.
+
+    Newer XLA:GPU puts a call that reads slices of a loop's state into a fusion with the slices.
+    """
+    if instruction.is_op("fusion"):
+        return module.contains(instruction, _is_ours)
+    return any(map(instruction.is_op, _NESTING_OPS))
+
+
+def _is_ours(instruction: hlo.Instruction) -> bool:
+    return instruction.target.startswith(_PREFIX)
+
+
+def _step(module: hlo.Module, place: hlo.Place) -> Step | None:
+    instruction = module.at(place)
+    outer = (place[:depth] for depth in range(1, len(place)))
+    callers = tuple(p[-1][1] for p in outer if not module.at(p).is_op("fusion"))
+    op_name = re.search(r'op_name="((?:[^"\\]|\\.)*)"', instruction.attributes)
+    describe = functools.partial(
+        Step, name=instruction.name, callers=callers, op_name=op_name[1] if op_name else ""
+    )
+    if _is_ours(instruction):
+        op = instruction.target.removeprefix(_PREFIX)
+        buffer = _BUFFER.search(instruction.attributes.partition("backend_config=")[2])
+        kind: Kind = "send" if op.endswith("_send") else "recv"
+        return describe(kind, op, buffer=int(buffer[1]) if buffer else None)
+    is_gemm = _is_gemm(instruction) or (
+        instruction.is_op("fusion")
+        and not _is_entered(module, instruction)
+        and module.contains(instruction, _is_gemm)
+    )
+    return describe("gemm", instruction.opcode) if is_gemm else None
+
+
+def _is_gemm(instruction: hlo.Instruction) -> bool:
+    return any(map(instruction.is_op, _MATRIX_OPS)) or bool(_MATRIX_CALL.search(instruction.target))
+
+
+def _senders(module: hlo.Module, steps: dict[hlo.Place, Step]) -> dict[Step, frozenset[Step]]:
+    """For each recv the sends that its token, the first operand, can come from."""
+    sends = frozenset(place for place, step in steps.items() if step.kind == "send")
+    senders = {}
+    for place, step in steps.items():
+        if step.kind == "recv":
+            token = hlo.operand(place, module.at(place).operands[0])
+            senders[step] = frozenset(steps[s] for s in hlo.origins(module, token, (), sends))
+    return senders
+
+
+def _schedule(steps: tuple[Step, ...], senders: dict[Step, frozenset[Step]]) -> Schedule:
+    pairs = []
+    for position, step in enumerate(steps):
+        if step.kind == "send":
+            recvs = [i for i, recv in enumerate(steps) if step in senders.get(recv, ())]
+            pairs.append(_pair(steps, position, recvs))
+    unmatched = [pair.send for pair in pairs if pair.recv is None]
+    unmatched += [recv for recv, sends in senders.items() if not sends]
+    return Schedule(steps, tuple(pairs), tuple(unmatched), _num_slots(steps, senders))
+
+
+def _pair(steps: tuple[Step, ...], position: int, recvs: list[int]) -> Pair:
+    """The pair of the send at `position`; its token reaches the recvs at the positions `recvs`."""
+    send = steps[position]
+    if not recvs:
+        return Pair(send, None)
+
+    # Where a loop hands tokens on to its next round, that round's recv before one behind the loop.
+    def distance(recv: int) -> tuple[int, bool, int]:
+        return -_num_common(send.callers, steps[recv].callers), recv < position, recv
+
+    recv = min(recvs, key=distance)
+    between = range(position, recv)
+    wrapped: tuple[Step, ...] = ()
+    if recv < position:
+        loop = send.callers[: _num_common(send.callers, steps[recv].callers)]
+        inside = [i for i, step in enumerate(steps) if step.callers[: len(loop)] == loop]
+        between = range(position, inside[-1] + 1)
+        wrapped = steps[inside[0] : recv]
+    gemms = tuple(s for s in (*steps[between.start : between.stop], *wrapped) if s.kind == "gemm")
+    return Pair(send, steps[recv], gemms)
+
+
+def _num_slots(steps: tuple[Step, ...], senders: dict[Step, frozenset[Step]]) -> int:
+    """The most sends of one buffer without their recv at any time."""
+    in_flight: list[Step] = []
+    most = 0
+    for step in steps:
+        if step.kind == "send":
+            in_flight.append(step)
+            most = max(most, Counter(s.buffer for s in in_flight)[step.buffer])
+        elif step.kind == "recv":
+            # Where several sends reach a recv, one of each round of a loop, it takes the oldest.
+            for send in [s for s in in_flight if s in senders[step]][:1]:
+                in_flight.remove(send)
+    return most
+
+
+def _num_common(a: tuple[str, ...], b: tuple[str, ...]) -> int:
+    """The length of the longest beginning that both have."""
+    same = (x == y for x, y in zip(a, b, strict=False))
+    return sum(1 for _ in itertools.takewhile(bool, same))
