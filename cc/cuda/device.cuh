@@ -158,6 +158,13 @@ __device__ inline void Post(const RankView& view) {
   StoreRelease(Signal(view, current.slot, view.rank), current.sequence);
 }
 
+// The pointer that another lane of the warp holds.
+template <typename T>
+__device__ inline T* ShufflePointer(T* pointer, int lane) {
+  return reinterpret_cast<T*>(
+      __shfl_sync(kFullWarp, reinterpret_cast<unsigned long long>(pointer), lane));
+}
+
 // Copies `bytes` with all lanes of a warp, as wide as the addresses allow.
 __device__ inline void WarpCopy(std::byte* out, const std::byte* in, int64_t bytes) {
   const int lane = threadIdx.x % kWarpSize;

@@ -181,6 +181,7 @@ std::string DeviceBuffer::Allocate(int32_t device, const Place& place) {
   take(view.status, true, 1);
   take(view.row_of, false, int64_t{config.max_tokens} * config.ep_size);
   take(view.place, false, int64_t{config.max_tokens} * config.top_k);
+  take(view.tile_counts, false, (MaxTiles(config) + 1) * NumKeys(config));
   take(view.group_row, false, num_runs);
   take(view.group_end, false, num_local);
   take(view.group_next, false, num_local);
@@ -210,6 +211,10 @@ Result<std::shared_ptr<DeviceBuffer>> DeviceBuffer::Make(
   if (config.ep_size > kMaxRanks) {
     return refuse("at most " + std::to_string(kMaxRanks) + " ranks with peer access",
                   std::to_string(config.ep_size));
+  }
+  if (NumKeys(config) > kTileEntries * 64) {
+    return refuse("at most " + std::to_string(kTileEntries * 64) + " experts and ranks",
+                  std::to_string(NumKeys(config)));
   }
   std::shared_ptr<DeviceBuffer> buffer(new DeviceBuffer(id, config, places));
   buffer->ranks_.resize(places.size());

@@ -33,6 +33,24 @@ inline constexpr int kMaxRanks = 32;  // with peer access to each other; one lan
 inline constexpr int kMaxSlots = 64;
 inline constexpr int kMailboxEntries = 8192;  // more than can be on their way: slots x ranks
 
+// Routing cuts the tokens into tiles of at most this many (token, k), a block and a histogram each.
+inline constexpr int kTileEntries = 512;
+
+// A tile counts its entries by expert, and its token rows by destination.
+constexpr int32_t NumKeys(const Config& config) { return config.num_experts + config.ep_size; }
+
+// Warps of a tile's block: fewer where a histogram for each would not fit shared memory.
+constexpr int32_t TileWarps(const Config& config) {
+  constexpr int32_t kHistogramBytes = 160 * 1024;
+  const int32_t fit = kHistogramBytes / (NumKeys(config) * static_cast<int32_t>(sizeof(int32_t)));
+  const int32_t most = kTileEntries / 32;
+  return fit < 1 ? 1 : fit > most ? most : fit;
+}
+constexpr int32_t TileTokens(const Config& config) { return TileWarps(config) * 32 / config.top_k; }
+constexpr int64_t MaxTiles(const Config& config) {
+  return (config.max_tokens + int64_t{TileTokens(config)} - 1) / TileTokens(config);
+}
+
 struct RegionLayout {
   int64_t signals = 0;
   int64_t acks = 0;
@@ -129,12 +147,13 @@ struct RankView {
   Status* status;
 
   // Scratch, valid within one op.
-  int32_t* row_of;      // [max_tokens, ep_size]: row of a token in the message to a rank, or -1
-  int32_t* place;       // [max_tokens, top_k]: position within the (source, expert) run
-  int64_t* group_row;   // [ep_size, num_local_experts]: first expert row of a (source, expert) run
-  int64_t* group_end;   // [num_local_experts]: end of the rows kept
-  int64_t* group_next;  // [num_local_experts]: end of the group, padding included
-  uint8_t* covered;     // [max(recv_capacity, max_recv_tokens)]: rows that the layout names
+  int32_t* row_of;       // [max_tokens, ep_size]: row of a token in the message to a rank, or -1
+  int32_t* place;        // [max_tokens, top_k]: position within the (source, expert) run
+  int32_t* tile_counts;  // [tiles + 1, keys]: first place of each key in each tile; totals
+  int64_t* group_row;    // [ep_size, num_local_experts]: first expert row of a (source, expert) run
+  int64_t* group_end;    // [num_local_experts]: end of the rows kept
+  int64_t* group_next;   // [num_local_experts]: end of the group, padding included
+  uint8_t* covered;      // [max(recv_capacity, max_recv_tokens)]: rows that the layout names
 };
 
 // The ops, for faults.

@@ -11,31 +11,6 @@ namespace {
 
 constexpr int kUnroll = 4;  // 16-byte loads of a lane in flight
 
-// Where a token's row goes: its row in the message for each rank, -1 for none; one lane a rank.
-class Targets {
- public:
-  __device__ Targets(const RankView& view, const int32_t* row_of) : view_(view), row_of_(row_of) {}
-
-  // Calls fn(dst, row) for each rank that gets the token, in all lanes.
-  template <typename Fn>
-  __device__ void ForEach(Fn fn) const {
-    const int lane = threadIdx.x % kWarpSize;
-    for (int32_t first = 0; first < view_.config.ep_size; first += kWarpSize) {
-      const int32_t mine = first + lane < view_.config.ep_size ? row_of_[first + lane] : -1;
-      unsigned present = __ballot_sync(kFullWarp, mine >= 0);
-      while (present != 0) {
-        const int source = __ffs(static_cast<int>(present)) - 1;
-        present &= present - 1;
-        fn(first + source, __shfl_sync(kFullWarp, mine, source));
-      }
-    }
-  }
-
- private:
-  const RankView& view_;
-  const int32_t* row_of_;
-};
-
 // A message being packed: its address and offsets.
 struct OutRows {
   std::byte* message;
@@ -71,28 +46,51 @@ __device__ void PackRouting(const RankView& view, const PackArgs& args, int64_t 
   PartOf<float>(out.message, out.weight)[entry] = here ? args.topk_weights[source] : 0.0F;
 }
 
-// All rows are multiples of 16 bytes: lanes keep kUnroll loads in flight and store each to all
-// ranks.
-__device__ void PackWide(const Targets& targets, const OutRows* outs, const std::byte* in,
-                         int64_t bytes) {
+// Rows of whole 16-byte words: lanes keep kUnroll loads in flight and store each word to all
+// targets. `target` is this lane's; `present` says which lanes have one.
+__device__ void PackWide(unsigned present, std::byte* target, const std::byte* in, int64_t bytes) {
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t num_words = bytes / int64_t{sizeof(uint4)};
-  const auto* source = reinterpret_cast<const uint4*>(in);
-  for (int64_t first = 0; first < num_words; first += kUnroll * kWarpSize) {
+  const auto num_words = static_cast<int32_t>(bytes / int64_t{sizeof(uint4)});
+  const auto* source = reinterpret_cast<const uint4*>(in) + lane;
+  for (int32_t first = 0; first < num_words; first += kUnroll * kWarpSize) {
     uint4 words[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int64_t i = first + u * kWarpSize + lane;
-      if (i < num_words) words[u] = __ldcs(source + i);
+      const int32_t i = first + u * kWarpSize;
+      if (i + lane < num_words) words[u] = __ldcs(source + i);
     }
-    targets.ForEach([&](int32_t dst, int32_t row) {
-      auto* out = reinterpret_cast<uint4*>(outs[dst].row(row));
+    for (unsigned left = present; left != 0; left &= left - 1) {
+      const int from = __ffs(static_cast<int>(left)) - 1;
+      auto* out = reinterpret_cast<uint4*>(ShufflePointer(target, from)) + lane;
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        const int64_t i = first + u * kWarpSize + lane;
-        if (i < num_words) out[i] = words[u];
+        const int32_t i = first + u * kWarpSize;
+        if (i + lane < num_words) out[i] = words[u];
       }
-    });
+    }
+  }
+}
+
+__device__ void PackToken(const RankView& view, const PackArgs& args, const OutRows* outs,
+                          int64_t token) {
+  const int dst = threadIdx.x % kWarpSize;  // a lane for each rank
+  const int32_t ep_size = view.config.ep_size;
+  const int32_t row = dst < ep_size ? view.row_of[token * ep_size + dst] : -1;
+  std::byte* target = row >= 0 ? outs[dst].row(row) : nullptr;
+  const unsigned present = __ballot_sync(kFullWarp, row >= 0);
+  const std::byte* values = args.rows.values + token * args.rows.values_bytes;
+  const bool wide = args.rows.scales_bytes == 0 && args.rows.values_bytes % 16 == 0;
+  if (wide) PackWide(present, target, values, args.rows.values_bytes);
+  if (wide && !args.routed) return;
+  for (unsigned left = present; left != 0; left &= left - 1) {
+    const int to = __ffs(static_cast<int>(left)) - 1;
+    const int32_t to_row = __shfl_sync(kFullWarp, row, to);
+    if (args.routed) PackRouting(view, args, token, outs[to], to, to_row);
+    if (wide) continue;
+    std::byte* out = outs[to].row(to_row);
+    WarpCopy(out, values, args.rows.values_bytes);
+    WarpCopy(out + args.rows.values_bytes, args.rows.scales + token * args.rows.scales_bytes,
+             args.rows.scales_bytes);
   }
 }
 
@@ -106,19 +104,8 @@ __global__ void __launch_bounds__(kRowThreads)
     }
     __syncthreads();
     const Warps warps = WarpsOfGrid();
-    const bool wide = args.rows.scales_bytes == 0 && args.rows.values_bytes % 16 == 0;
     for (int64_t token = warps.index; token < args.num_tokens; token += warps.count) {
-      const Targets targets(view, view.row_of + token * view.config.ep_size);
-      const std::byte* values = args.rows.values + token * args.rows.values_bytes;
-      if (wide) PackWide(targets, outs, values, args.rows.values_bytes);
-      targets.ForEach([&](int32_t dst, int32_t row) {
-        if (args.routed) PackRouting(view, args, token, outs[dst], dst, row);
-        if (wide) return;
-        std::byte* out = outs[dst].row(row);
-        WarpCopy(out, values, args.rows.values_bytes);
-        WarpCopy(out + args.rows.values_bytes, args.rows.scales + token * args.rows.scales_bytes,
-                 args.rows.scales_bytes);
-      });
+      PackToken(view, args, outs, token);
     }
   }
   if (IsLastBlock(view.state) && threadIdx.x == 0) Post(view);

@@ -1,8 +1,10 @@
-// Counts and places every (token, k), per destination and expert, in order: no atomics decide.
+// Counts and places every (token, k), per destination and expert, in order: no atomic decides a
+// place.
 //
-// One block. Each warp owns a run of consecutive entries and a histogram of its own over experts
-// and destinations. Pass one counts; a scan over the warps turns counts into first places; pass two
-// gives every entry its place, lanes with the same key ranked by lane.
+// Tokens are cut into tiles, a block each, a thread for each entry. `Count` makes a histogram of
+// every tile over its keys (experts, then destinations); its last block turns the histograms into
+// the first place of each key in each tile. `Place` ranks the entries of a tile: by tile, warp and
+// lane.
 
 #include <cuda_runtime.h>
 
@@ -18,71 +20,35 @@ struct Entry {
   int32_t dst = -1;     // its rank, if this is the token's first entry for that rank, else -1
 };
 
-class Router {
+// This thread's entry of the tile, read through shared memory.
+class Tile {
  public:
-  __device__ Router(const RankView& view, const RouteArgs& args, int32_t* histograms)
-      : view_(view),
-        args_(args),
-        num_keys_(view.config.num_experts + view.config.ep_size),
-        histogram_(histograms + threadIdx.x / kWarpSize * num_keys_),
-        num_entries_(args.num_tokens * view.config.top_k) {
-    const int64_t num_warps = blockDim.x / kWarpSize;
-    const int64_t share = RoundUp((num_entries_ + num_warps - 1) / num_warps, kWarpSize);
-    begin_ = threadIdx.x / kWarpSize * share;
-    end_ = begin_ + share < num_entries_ ? begin_ + share : num_entries_;
+  __device__ Tile(const RankView& view, const RouteArgs& args)
+      : top_k_(view.config.top_k), num_experts_(view.config.num_experts) {
+    const int32_t tile_tokens = TileTokens(view.config);
+    first_token_ = int64_t{blockIdx.x} * tile_tokens;
+    const int64_t left = args.num_tokens - first_token_;
+    size_ = static_cast<int32_t>(left < tile_tokens ? left : tile_tokens) * top_k_;
   }
 
-  __device__ void Count() {
-    for (int64_t i = begin_ + threadIdx.x % kWarpSize; i < end_; i += kWarpSize) {
-      const Entry entry = Read(i);
-      if (entry.expert >= 0) atomicAdd(&histogram_[entry.expert], 1);
-      if (entry.dst >= 0) atomicAdd(&histogram_[view_.config.num_experts + entry.dst], 1);
+  __device__ Entry Read(const RankView& view, const RouteArgs& args) const {
+    __shared__ int32_t experts[kTileEntries];
+    const auto i = static_cast<int32_t>(threadIdx.x);
+    if (i < size_) experts[i] = args.topk_idx[first_token_ * top_k_ + i];
+    __syncthreads();
+    Entry entry;
+    if (i >= size_ || experts[i] == -1) return entry;
+    if (experts[i] < -1 || experts[i] >= num_experts_) {
+      const int64_t detail = first_token_ * top_k_ + i;
+      Raise(view, args.op, {FaultCode::kIndex, -1, num_experts_, experts[i], detail});
+      atomicMax(&view.state->current.failed, int32_t{kEmpty});
+      return entry;
     }
-  }
-
-  __device__ void Place() {
-    const int32_t num_experts = view_.config.num_experts;
-    for (int64_t first = begin_; first < end_; first += kWarpSize) {
-      const int64_t i = first + threadIdx.x % kWarpSize;
-      const Entry entry = i < end_ ? Read(i) : Entry{};
-      const int32_t place = Take(entry.expert);
-      if (entry.expert >= 0) view_.place[i] = place;
-      const int32_t row = Take(entry.dst < 0 ? -1 : num_experts + entry.dst);
-      if (entry.dst >= 0) {
-        view_.row_of[i / view_.config.top_k * view_.config.ep_size + entry.dst] = row;
-      }
-    }
-  }
-
- private:
-  // The next place of `key`, in lane order; all lanes of the warp call it.
-  __device__ int32_t Take(int32_t key) {
-    const int lane = threadIdx.x % kWarpSize;
-    const unsigned same = __match_any_sync(kFullWarp, key);
-    const int rank = __popc(same & ((1U << lane) - 1));
-    const int32_t base = key < 0 ? 0 : histogram_[key];
-    __syncwarp();
-    if (key >= 0 && rank == 0) histogram_[key] = base + __popc(same);
-    __syncwarp();
-    return base + rank;
-  }
-
-  __device__ Entry Read(int64_t i) {
-    const int32_t top_k = view_.config.top_k;
-    const int32_t num_local = view_.config.num_local_experts();
-    const int32_t k = static_cast<int32_t>(i % top_k);
-    const int32_t* token = args_.topk_idx + (i - k);
-    Entry entry{token[k], -1};
-    if (entry.expert == -1) return entry;
-    if (entry.expert < -1 || entry.expert >= view_.config.num_experts) {
-      Raise(view_, args_.op, {FaultCode::kIndex, -1, view_.config.num_experts, entry.expert, i});
-      view_.state->current.failed = max(view_.state->current.failed, int32_t{kEmpty});
-      return Entry{};
-    }
+    const int32_t num_local = view.config.num_local_experts();
+    entry.expert = experts[i];
     entry.dst = OwnerRank(entry.expert, num_local);
-    for (int32_t before = 0; before < k; ++before) {
-      const int32_t expert = token[before];
-      if (expert >= 0 && OwnerRank(expert, num_local) == entry.dst) {
+    for (int32_t before = i - i % top_k_; before < i; ++before) {
+      if (experts[before] >= 0 && OwnerRank(experts[before], num_local) == entry.dst) {
         entry.dst = -1;
         break;
       }
@@ -90,27 +56,17 @@ class Router {
     return entry;
   }
 
-  const RankView& view_;
-  const RouteArgs& args_;
-  const int32_t num_keys_;
-  int32_t* const histogram_;
-  const int64_t num_entries_;
-  int64_t begin_;
-  int64_t end_;
-};
+  __device__ int64_t entry() const { return first_token_ * top_k_ + threadIdx.x; }
+  __device__ int64_t token() const { return first_token_ + threadIdx.x / top_k_; }
+  __device__ int64_t first_token() const { return first_token_; }
+  __device__ int32_t num_tokens() const { return size_ / top_k_; }
 
-// Turns each warp's counts into its first places. Leaves the totals behind the histograms.
-__device__ void ScanWarps(int32_t* histograms, int32_t num_keys, int32_t num_warps) {
-  for (int32_t key = threadIdx.x; key < num_keys; key += blockDim.x) {
-    int32_t total = 0;
-    for (int32_t warp = 0; warp < num_warps; ++warp) {
-      const int32_t count = histograms[warp * num_keys + key];
-      histograms[warp * num_keys + key] = total;
-      total += count;
-    }
-    histograms[num_warps * num_keys + key] = total;
-  }
-}
+ private:
+  int32_t top_k_;
+  int32_t num_experts_;
+  int64_t first_token_;
+  int32_t size_;
+};
 
 __device__ void WriteHeaders(const RankView& view, const RouteArgs& args, const int32_t* totals) {
   const Config& config = view.config;
@@ -127,49 +83,132 @@ __device__ void WriteHeaders(const RankView& view, const RouteArgs& args, const 
   for (int32_t expert = threadIdx.x; expert < config.num_experts; expert += blockDim.x) {
     const int32_t num_local = config.num_local_experts();
     std::byte* message = OutMessage(view, current.slot, OwnerRank(expert, num_local));
-    // The parts before the routing arrays lie at the same place whatever the number of rows.
+    // The part before the routing arrays lies at the same place whatever the number of rows.
     PartOf<int32_t>(message, sizeof(MessageHeader))[LocalExpert(expert, num_local)] =
         totals[expert];
   }
 }
 
-__global__ void __launch_bounds__(1024) RouteKernel(const RankView view, const RouteArgs args) {
-  extern __shared__ int32_t histograms[];
-  if (args.writes_headers && view.state->current.failed == kNothing) return;
-  const int32_t num_keys = view.config.num_experts + view.config.ep_size;
-  const int32_t num_warps = blockDim.x / kWarpSize;
-  for (int32_t i = threadIdx.x; i < num_keys * num_warps; i += blockDim.x) histograms[i] = 0;
-  for (int64_t i = threadIdx.x; i < args.num_tokens * view.config.ep_size; i += blockDim.x) {
-    view.row_of[i] = -1;
+// Turns the tiles' counts into first places, and leaves the totals behind them. One block.
+__device__ void ScanTiles(const RankView& view, int32_t num_tiles) {
+  constexpr int kUnroll = 8;
+  const int32_t num_keys = NumKeys(view.config);
+  for (int32_t key = threadIdx.x; key < num_keys; key += blockDim.x) {
+    int32_t* column = view.tile_counts + key;
+    int32_t total = 0;
+    for (int32_t first = 0; first < num_tiles; first += kUnroll) {
+      int32_t counts[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (first + u < num_tiles) counts[u] = __ldcg(column + int64_t{first + u} * num_keys);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (first + u >= num_tiles) break;
+        column[int64_t{first + u} * num_keys] = total;
+        total += counts[u];
+      }
+    }
+    column[int64_t{num_tiles} * num_keys] = total;
   }
-  __syncthreads();
-  Router router(view, args, histograms);
-  router.Count();
-  __syncthreads();
-  ScanWarps(histograms, num_keys, num_warps);
-  __syncthreads();
-  router.Place();
-  const int32_t* totals = histograms + num_warps * num_keys;
-  for (int32_t dst = threadIdx.x; dst < view.config.ep_size; dst += blockDim.x) {
-    view.state->routed_rows[dst] = totals[view.config.num_experts + dst];
-  }
-  if (args.writes_headers) WriteHeaders(view, args, totals);
 }
 
-constexpr int64_t kMaxSharedBytes = 200 * 1024;
+__global__ void __launch_bounds__(kTileEntries)
+    CountKernel(const RankView view, const RouteArgs args) {
+  extern __shared__ int32_t histogram[];  // [num_keys]
+  const int32_t num_keys = NumKeys(view.config);
+  const int32_t num_experts = view.config.num_experts;
+  for (int32_t key = threadIdx.x; key < num_keys; key += blockDim.x) histogram[key] = 0;
+  __syncthreads();
+  const Tile tile(view, args);
+  const Entry entry = tile.Read(view, args);
+  if (entry.expert >= 0) atomicAdd(&histogram[entry.expert], 1);
+  if (entry.dst >= 0) atomicAdd(&histogram[num_experts + entry.dst], 1);
+  __syncthreads();
+  for (int32_t key = threadIdx.x; key < num_keys; key += blockDim.x) {
+    view.tile_counts[int64_t{blockIdx.x} * num_keys + key] = histogram[key];
+  }
+  if (!IsLastBlock(view.state)) return;
+  ScanTiles(view, static_cast<int32_t>(gridDim.x));
+  __syncthreads();
+  const int32_t* totals = view.tile_counts + int64_t{gridDim.x} * num_keys;
+  for (int32_t dst = threadIdx.x; dst < view.config.ep_size; dst += blockDim.x) {
+    view.state->routed_rows[dst] = totals[num_experts + dst];
+  }
+  if (args.writes_headers && view.state->current.failed != kNothing) {
+    WriteHeaders(view, args, totals);
+  }
+}
+
+// The rank of this thread among the threads of its warp with the same key, and those threads.
+struct Rank {
+  int32_t rank;
+  int32_t count;
+};
+__device__ Rank RankInWarp(int32_t key) {
+  const unsigned same = __match_any_sync(kFullWarp, key);
+  const unsigned before = (1U << (threadIdx.x % kWarpSize)) - 1;
+  return {__popc(same & before), __popc(same)};
+}
+
+__global__ void __launch_bounds__(kTileEntries)
+    PlaceKernel(const RankView view, const RouteArgs args) {
+  extern __shared__ int32_t histograms[];  // [warps, num_keys]
+  const Config& config = view.config;
+  const int32_t num_keys = NumKeys(config);
+  const auto num_warps = static_cast<int32_t>(blockDim.x / kWarpSize);
+  int32_t* own = histograms + threadIdx.x / kWarpSize * num_keys;
+  for (int32_t i = threadIdx.x; i < num_keys * num_warps; i += blockDim.x) histograms[i] = 0;
+  const Tile tile(view, args);
+  for (int32_t i = threadIdx.x; i < tile.num_tokens() * config.ep_size; i += blockDim.x) {
+    view.row_of[tile.first_token() * config.ep_size + i] = -1;
+  }
+  const Entry entry = tile.Read(view, args);  // with a barrier, behind the zeros
+  const int32_t dst_key = entry.dst < 0 ? -1 : config.num_experts + entry.dst;
+  const Rank expert_rank = RankInWarp(entry.expert);
+  const Rank dst_rank = RankInWarp(dst_key);
+  if (entry.expert >= 0 && expert_rank.rank == 0) own[entry.expert] = expert_rank.count;
+  if (dst_key >= 0 && dst_rank.rank == 0) own[dst_key] = dst_rank.count;
+  __syncthreads();
+  for (int32_t key = threadIdx.x; key < num_keys; key += blockDim.x) {
+    int32_t place = view.tile_counts[int64_t{blockIdx.x} * num_keys + key];
+    for (int32_t warp = 0; warp < num_warps; ++warp) {
+      const int32_t count = histograms[warp * num_keys + key];
+      histograms[warp * num_keys + key] = place;
+      place += count;
+    }
+  }
+  __syncthreads();
+  if (entry.expert >= 0) view.place[tile.entry()] = own[entry.expert] + expert_rank.rank;
+  if (dst_key >= 0) {
+    view.row_of[tile.token() * config.ep_size + entry.dst] = own[dst_key] + dst_rank.rank;
+  }
+}
+
+constexpr int kMaxSharedBytes = 160 * 1024;
+
+int64_t PlaceSharedBytes(const Config& config) {
+  return int64_t{NumKeys(config)} * TileWarps(config) * int64_t{sizeof(int32_t)};
+}
 
 }  // namespace
 
 void LaunchRoute(const RankView& view, const RouteArgs& args, cudaStream_t stream) {
-  const int64_t num_keys = view.config.num_experts + view.config.ep_size;
-  const int64_t fit = kMaxSharedBytes / (num_keys * int64_t{sizeof(int32_t)}) - 1;
-  const int num_warps = static_cast<int>(fit < 1 ? 1 : fit > 32 ? 32 : fit);
-  const int64_t shared = num_keys * (num_warps + 1) * int64_t{sizeof(int32_t)};
-  RouteKernel<<<1, num_warps * kWarpSize, shared, stream>>>(view, args);
+  const int64_t tile_tokens = TileTokens(view.config);
+  const auto tiles = static_cast<int>((args.num_tokens + tile_tokens - 1) / tile_tokens);
+  const int blocks =
+      tiles > 0 ? tiles : 1;  // without tokens there are headers to write all the same
+  const int threads = TileWarps(view.config) * kWarpSize;
+  const auto count_bytes = NumKeys(view.config) * sizeof(int32_t);
+  CountKernel<<<blocks, threads, count_bytes, stream>>>(view, args);
+  PlaceKernel<<<blocks, threads, PlaceSharedBytes(view.config), stream>>>(view, args);
 }
 
 cudaError_t LoadRoute() {
-  return cudaFuncSetAttribute(RouteKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+  const cudaError_t error = cudaFuncSetAttribute(
+      CountKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
+  if (error != cudaSuccess) return error;
+  return cudaFuncSetAttribute(PlaceKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
                               kMaxSharedBytes);
 }
 

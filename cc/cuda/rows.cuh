@@ -18,17 +18,12 @@ struct Terms {
   float weight = 1;                // this lane's
 };
 
-__device__ inline const std::byte* ShufflePointer(const std::byte* pointer, int lane) {
-  return reinterpret_cast<const std::byte*>(
-      __shfl_sync(kFullWarp, reinterpret_cast<unsigned long long>(pointer), lane));
-}
-
 // out = sum over the terms of weight * row, from zero, in float32, cast once. kWeighted false: a
 // plain sum. All lanes of the warp call it.
 template <typename T, int kWidth, bool kWeighted>
 __device__ void WarpSum(const Terms& terms, int64_t hidden, std::byte* out) {
   using V = Vector<T, kWidth>;
-  constexpr int kUnroll = 2;
+  constexpr int kUnroll = kWidth == 1 ? 1 : 4;  // loads of a lane in flight
   const int lane = threadIdx.x % kWarpSize;
   const int64_t num_vectors = hidden / kWidth;
   for (int64_t first = 0; first < num_vectors; first += kUnroll * kWarpSize) {

@@ -79,6 +79,44 @@ __device__ int64_t BlockCutLevel(const Config& config, const int64_t* counts, in
   return low;
 }
 
+// Sum of a value over the lanes before this one, and over all of them.
+struct WarpPrefix {
+  int64_t before;
+  int64_t total;
+};
+__device__ WarpPrefix PrefixOf(int64_t value) {
+  const int lane = threadIdx.x % kWarpSize;
+  int64_t sum = value;
+  for (int offset = 1; offset < kWarpSize; offset *= 2) {
+    const int64_t other = __shfl_up_sync(kFullWarp, sum, offset);
+    if (lane >= offset) sum += other;
+  }
+  return {sum - value, __shfl_sync(kFullWarp, sum, kWarpSize - 1)};
+}
+
+// First rows and ends of the groups, from their counts, which become the first rows. One warp.
+__device__ void PlaceGroups(const RankView& view, const ExpertsOut& out, int64_t* counts,
+                            int64_t level) {
+  const int32_t num_local = view.config.num_local_experts();
+  int64_t next = 0;
+  int64_t dropped = 0;
+  for (int32_t first = 0; first < num_local; first += kWarpSize) {
+    const int32_t e = first + static_cast<int32_t>(threadIdx.x);
+    const int64_t count = e < num_local ? counts[e] : 0;
+    const int64_t kept = count < level ? count : level;
+    const int64_t size = RoundUp(kept, view.config.expert_alignment);
+    const WarpPrefix prefix = PrefixOf(size);
+    dropped += PrefixOf(count - kept).total;
+    if (e < num_local) {
+      counts[e] = next + prefix.before;
+      view.group_end[e] = counts[e] + kept;
+      view.group_next[e] = counts[e] + size;
+    }
+    next += prefix.total;
+  }
+  if (threadIdx.x == 0) *out.dropped = static_cast<int32_t>(dropped);
+}
+
 // Places the groups: GroupPlan of cc/routing.h. One block.
 __global__ void PlanKernel(const RankView view, const ExpertsOut out) {
   extern __shared__ int64_t counts[];  // [num_local_experts]
@@ -102,19 +140,7 @@ __global__ void PlanKernel(const RankView view, const ExpertsOut out) {
   __syncthreads();
   const int64_t level = BlockCutLevel(config, counts, static_cast<int64_t>(highest));
   __syncthreads();
-  if (threadIdx.x == 0) {
-    int64_t next = 0;
-    int64_t dropped = 0;
-    for (int32_t e = 0; e < num_local; ++e) {
-      const int64_t kept = counts[e] < level ? counts[e] : level;
-      dropped += counts[e] - kept;
-      counts[e] = next;  // from here on: the first row
-      view.group_end[e] = next + kept;
-      next += RoundUp(kept, config.expert_alignment);
-      view.group_next[e] = next;
-    }
-    *out.dropped = static_cast<int32_t>(dropped);
-  }
+  if (threadIdx.x < kWarpSize) PlaceGroups(view, out, counts, level);
   __syncthreads();
   for (int32_t e = threadIdx.x; e < num_local; e += blockDim.x) {
     out.group_sizes[e] = static_cast<int32_t>(view.group_next[e] - counts[e]);
