@@ -16,8 +16,8 @@ using std::chrono::duration;
 using std::chrono::milliseconds;
 using Clock = Watchdog::Clock;
 
-// How long a test sleeps to see that something does not happen.
-constexpr milliseconds kAWhile(60);
+// A delay that leaves a busy machine the time to do something before it is over.
+constexpr milliseconds kDelay(200);
 
 TEST(WatchdogTest, CallsBackNotBeforeTheDelayIsOver) {
   std::promise<Clock::time_point> expired;
@@ -42,9 +42,9 @@ TEST(WatchdogTest, ExpiresInTheOrderOfTheTimes) {
       all.count_down();
     };
   };
-  Watchdog::Get().Start(milliseconds(60), expire(3));
-  Watchdog::Get().Start(milliseconds(20), expire(1));
-  Watchdog::Get().Start(milliseconds(40), expire(2));
+  Watchdog::Get().Start(3 * kDelay, expire(3));
+  Watchdog::Get().Start(1 * kDelay, expire(1));
+  Watchdog::Get().Start(2 * kDelay, expire(2));
   all.wait();
   EXPECT_EQ(order, (std::vector<int>{1, 2, 3}));
 }
@@ -58,15 +58,15 @@ TEST(WatchdogTest, AnEarlyTimerDoesNotWaitForALateOne) {
 }
 
 TEST(WatchdogTest, ACancelledTimerNeverExpires) {
-  const Watchdog::Timer timer = Watchdog::Get().Start(milliseconds(20), [] { FAIL(); });
+  const Watchdog::Timer timer = Watchdog::Get().Start(kDelay, [] { FAIL(); });
   Watchdog::Get().Cancel(timer);
-  std::this_thread::sleep_for(kAWhile);
+  std::this_thread::sleep_for(kDelay + milliseconds(50));
 }
 
 TEST(WatchdogTest, CancelLeavesOtherTimersAlone) {
   std::promise<void> expired;
-  const Watchdog::Timer timer = Watchdog::Get().Start(milliseconds(10), [] { FAIL(); });
-  Watchdog::Get().Start(milliseconds(10), [&expired] { expired.set_value(); });
+  const Watchdog::Timer timer = Watchdog::Get().Start(kDelay, [] { FAIL(); });
+  Watchdog::Get().Start(kDelay, [&expired] { expired.set_value(); });
   Watchdog::Get().Cancel(timer);
   expired.get_future().wait();
 }
@@ -97,7 +97,7 @@ TEST(WatchdogTest, AnExpiringTimerMayStartAnother) {
 
 TEST(WatchdogTest, TheLongestTimeoutIsNotOverAtOnce) {
   const Watchdog::Timer timer = Watchdog::Get().Start(duration<double>(1e6), [] { FAIL(); });
-  std::this_thread::sleep_for(kAWhile);
+  std::this_thread::sleep_for(milliseconds(50));
   Watchdog::Get().Cancel(timer);
 }
 
