@@ -49,6 +49,21 @@ __device__ inline uint64_t* Ack(const RankView& view, int32_t holder, int32_t sl
          MessageIndex(view, slot, dst);
 }
 
+// The notice of `source`, and its sequence number, in the region of `holder`.
+__device__ inline std::byte* Notice(const RankView& view, int32_t holder, int32_t slot,
+                                    int32_t source) {
+  return view.base[holder] + view.regions.notices +
+         MessageIndex(view, slot, source) * view.regions.notice_bytes;
+}
+__device__ inline uint64_t* Noticed(const RankView& view, int32_t holder, int32_t slot,
+                                    int32_t source) {
+  return reinterpret_cast<uint64_t*>(view.base[holder] + view.regions.noticed) +
+         MessageIndex(view, slot, source);
+}
+__device__ inline int32_t* RowsPerExpert(std::byte* notice) {
+  return reinterpret_cast<int32_t*>(notice + sizeof(MessageHeader));
+}
+
 __device__ inline const MessageHeader& HeaderOf(const std::byte* message) {
   return *reinterpret_cast<const MessageHeader*>(message);
 }
@@ -136,27 +151,59 @@ __device__ inline void Acknowledge(const RankView& view) {
   if (threadIdx.x == 0) view.state->slot_phase[current.slot] = kFree;
 }
 
-// Hands the packed messages over: to the mover for other ranks, by a signal for our own. By one
-// thread, after all of the messages are written.
-__device__ inline void Post(const RankView& view) {
+// Writes the header of the message for `dst`, and the notice of it. By one thread; the notice
+// counts once SendNotice says so.
+__device__ inline void WriteHeader(const RankView& view, int32_t dst, const MessageHeader& header) {
+  const int32_t slot = view.state->current.slot;
+  *reinterpret_cast<MessageHeader*>(OutMessage(view, slot, dst)) = header;
+  *reinterpret_cast<MessageHeader*>(Notice(view, dst, slot, view.rank)) = header;
+}
+__device__ inline void SendNotice(const RankView& view, int32_t dst) {
+  const Current current = view.state->current;
+  __threadfence_system();
+  StoreRelease(Noticed(view, dst, current.slot, view.rank), current.sequence);
+}
+
+// Hands a packed message over: to the mover for another rank, by a signal for our own. By one
+// thread, after all of the message is written.
+__device__ inline void Post(const RankView& view, int32_t dst) {
   DeviceState* state = view.state;
   const Current current = state->current;
-  if (current.failed == kNothing) return;
   __threadfence_system();
-  for (int32_t i = 1; i < view.config.ep_size; ++i) {
-    const int32_t dst = (view.rank + i) % view.config.ep_size;  // ranks start at different peers
-    const std::byte* message = OutMessage(view, current.slot, dst);
-    MailboxEntry* entry = view.mailbox + state->mailbox_head % kMailboxEntries;
-    entry->dst = dst;
-    entry->slot = current.slot;
-    entry->bytes = HeaderOf(message).kind == kPoisonedKind
-                       ? int64_t{sizeof(MessageHeader)}
-                       : LayoutOf(view.config, HeaderOf(message)).total;
-    entry->sequence = current.sequence;
-    StoreRelease(&entry->tag, ++state->mailbox_head);
+  if (dst == view.rank) {
+    StoreRelease(Signal(view, current.slot, view.rank), current.sequence);
+    return;
   }
-  StoreRelease(Signal(view, current.slot, view.rank), current.sequence);
+  const std::byte* message = OutMessage(view, current.slot, dst);
+  MailboxEntry* entry = view.mailbox + state->mailbox_head % kMailboxEntries;
+  entry->dst = dst;
+  entry->slot = current.slot;
+  entry->bytes = HeaderOf(message).kind == kPoisonedKind
+                     ? int64_t{sizeof(MessageHeader)}
+                     : LayoutOf(view.config, HeaderOf(message)).total;
+  entry->sequence = current.sequence;
+  StoreRelease(&entry->tag, ++state->mailbox_head);
 }
+
+// A row cut into segments of whole 16-byte words, one for a warp at a time, so that many warps
+// share few rows evenly. Rows of other sizes are one segment.
+struct Segments {
+  int32_t num_words;
+  int32_t per_row;
+  int32_t words;  // of each but the last
+
+  __device__ explicit Segments(int64_t row_bytes) {
+    constexpr int32_t kWords = 256;
+    const bool wide = row_bytes % 16 == 0;
+    num_words = static_cast<int32_t>(row_bytes / 16);
+    per_row = wide && num_words > 0 ? (num_words + kWords - 1) / kWords : 1;
+    words = (num_words + per_row - 1) / per_row;
+  }
+  __device__ int32_t begin(int32_t segment) const { return segment * words; }
+  __device__ int32_t end(int32_t segment) const {
+    return segment + 1 == per_row ? num_words : (segment + 1) * words;
+  }
+};
 
 // The pointer that another lane of the warp holds.
 template <typename T>

@@ -54,8 +54,11 @@ constexpr int64_t MaxTiles(const Config& config) {
 struct RegionLayout {
   int64_t signals = 0;
   int64_t acks = 0;
+  int64_t noticed = 0;
+  int64_t notices = 0;
   int64_t recv = 0;
   int64_t stage = 0;
+  int64_t notice_bytes = 0;   // from one notice to the next
   int64_t message_bytes = 0;  // from one message to the next
   int64_t total = 0;
 };
@@ -65,8 +68,12 @@ constexpr RegionLayout RegionsOf(const Config& config) {
   const int64_t num_messages = int64_t{config.num_slots} * config.ep_size;
   RegionLayout regions;
   regions.message_bytes = RoundUp(MaxMessageBytes(config), kPage);
+  regions.notice_bytes = int64_t{sizeof(MessageHeader)} +
+                         RoundUp(config.num_local_experts() * int64_t{4}, kPartAlignment);
   regions.acks = RoundUp(num_messages * 8, kPage);
-  regions.recv = 2 * regions.acks;
+  regions.noticed = 2 * regions.acks;
+  regions.notices = 3 * regions.acks;
+  regions.recv = regions.notices + RoundUp(num_messages * regions.notice_bytes, kPage);
   regions.stage = regions.recv + num_messages * regions.message_bytes;
   regions.total = regions.stage + num_messages * regions.message_bytes;
   return regions;

@@ -51,7 +51,7 @@ void LaunchPack(const RankView& view, const PackArgs& args, cudaStream_t stream)
 
 // wait.cu
 
-// Takes the exchange that the token names and waits for its messages. One block.
+// Takes the exchange that the token names and waits for the notices of its messages. One block.
 struct WaitArgs {
   Op op;
   Kind kind;
@@ -60,6 +60,11 @@ struct WaitArgs {
   const float* token;            // [kTokenSize]
 };
 void LaunchWait(const RankView& view, const WaitArgs& args, cudaStream_t stream);
+
+// Waits for the messages themselves, of `count` sources from `first` on, around the ring. One
+// block.
+void LaunchWaitMessages(const RankView& view, Op op, int32_t first, int32_t count,
+                        cudaStream_t stream);
 
 // unpack.cu
 
@@ -72,6 +77,8 @@ struct ExpertsOut {
   int32_t* layout_rows;    // [max_recv_tokens, top_k]
   int32_t* num_rows_from;  // [ep_size]
 };
+// Waits for each source's message right before it is unpacked, our own first: while the last ones
+// are on their way, the others are written.
 void LaunchUnpackExperts(const RankView& view, const ExpertsOut& out, cudaStream_t stream);
 
 struct TokensOut {

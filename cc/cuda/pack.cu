@@ -46,18 +46,18 @@ __device__ void PackRouting(const RankView& view, const PackArgs& args, int64_t 
   PartOf<float>(out.message, out.weight)[entry] = here ? args.topk_weights[source] : 0.0F;
 }
 
-// Rows of whole 16-byte words: lanes keep kUnroll loads in flight and store each word to all
+// Words [first, end) of a row: lanes keep kUnroll loads in flight and store each word to all
 // targets. `target` is this lane's; `present` says which lanes have one.
-__device__ void PackWide(unsigned present, std::byte* target, const std::byte* in, int64_t bytes) {
+__device__ void PackWords(unsigned present, std::byte* target, const std::byte* in, int32_t first,
+                          int32_t end) {
   const int lane = threadIdx.x % kWarpSize;
-  const auto num_words = static_cast<int32_t>(bytes / int64_t{sizeof(uint4)});
   const auto* source = reinterpret_cast<const uint4*>(in) + lane;
-  for (int32_t first = 0; first < num_words; first += kUnroll * kWarpSize) {
+  for (; first < end; first += kUnroll * kWarpSize) {
     uint4 words[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       const int32_t i = first + u * kWarpSize;
-      if (i + lane < num_words) words[u] = __ldcs(source + i);
+      if (i + lane < end) words[u] = __ldcs(source + i);
     }
     for (unsigned left = present; left != 0; left &= left - 1) {
       const int from = __ffs(static_cast<int>(left)) - 1;
@@ -65,14 +65,15 @@ __device__ void PackWide(unsigned present, std::byte* target, const std::byte* i
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         const int32_t i = first + u * kWarpSize;
-        if (i + lane < num_words) out[i] = words[u];
+        if (i + lane < end) __stcs(out + i, words[u]);
       }
     }
   }
 }
 
-__device__ void PackToken(const RankView& view, const PackArgs& args, const OutRows* outs,
-                          int64_t token) {
+// One segment of a token's row, to all ranks that get the token; the first also packs its routing.
+__device__ void PackSegment(const RankView& view, const PackArgs& args, const OutRows* outs,
+                            const Segments& segments, int64_t token, int32_t segment) {
   const int dst = threadIdx.x % kWarpSize;  // a lane for each rank
   const int32_t ep_size = view.config.ep_size;
   const int32_t row = dst < ep_size ? view.row_of[token * ep_size + dst] : -1;
@@ -80,8 +81,8 @@ __device__ void PackToken(const RankView& view, const PackArgs& args, const OutR
   const unsigned present = __ballot_sync(kFullWarp, row >= 0);
   const std::byte* values = args.rows.values + token * args.rows.values_bytes;
   const bool wide = args.rows.scales_bytes == 0 && args.rows.values_bytes % 16 == 0;
-  if (wide) PackWide(present, target, values, args.rows.values_bytes);
-  if (wide && !args.routed) return;
+  if (wide) PackWords(present, target, values, segments.begin(segment), segments.end(segment));
+  if (segment > 0 || (wide && !args.routed)) return;
   for (unsigned left = present; left != 0; left &= left - 1) {
     const int to = __ffs(static_cast<int>(left)) - 1;
     const int32_t to_row = __shfl_sync(kFullWarp, row, to);
@@ -104,11 +105,19 @@ __global__ void __launch_bounds__(kRowThreads)
     }
     __syncthreads();
     const Warps warps = WarpsOfGrid();
-    for (int64_t token = warps.index; token < args.num_tokens; token += warps.count) {
-      PackToken(view, args, outs, token);
+    const bool one_part = args.rows.scales_bytes == 0;
+    const Segments segments(one_part ? args.rows.values_bytes : 1);
+    const int64_t num_items = args.num_tokens * segments.per_row;
+    for (int64_t item = warps.index; item < num_items; item += warps.count) {
+      const int64_t token = item / segments.per_row;
+      PackSegment(view, args, outs, segments, token,
+                  static_cast<int32_t>(item - token * segments.per_row));
     }
   }
-  if (IsLastBlock(view.state) && threadIdx.x == 0) Post(view);
+  if (!IsLastBlock(view.state) || threadIdx.x != 0 || current.failed == kNothing) return;
+  for (int32_t i = 1; i <= view.config.ep_size; ++i) {
+    Post(view, (view.rank + i) % view.config.ep_size);  // ranks start at different peers
+  }
 }
 
 }  // namespace

@@ -29,7 +29,8 @@ __global__ void PackSumsHeadersKernel(const RankView view, const PackSumsArgs ar
     header.kind = failed ? kPoisonedKind : static_cast<int32_t>(args.kind);
     header.num_rows = failed ? 0 : state->num_rows[dst];
     header.row_bytes = args.matrix.row_bytes();
-    *PartOf<MessageHeader>(OutMessage(view, current.slot, dst), 0) = header;
+    WriteHeader(view, dst, header);
+    SendNotice(view, dst);
   }
   if (threadIdx.x != 0) return;
   int32_t next = 0;
@@ -56,30 +57,35 @@ __device__ Terms TermsOf(const RankView& view, const PackSumsArgs& args, int64_t
   return terms;
 }
 
+// The message for `dst`. One launch for each, so that the first leaves while the next is summed.
 template <typename T, int kWidth, bool kWeighted>
 __global__ void __launch_bounds__(kRowThreads)
-    PackSumsKernel(const RankView view, const PackSumsArgs args) {
+    PackSumsKernel(const RankView view, const PackSumsArgs args, const int32_t dst) {
   const DeviceState* state = view.state;
   const Current current = state->current;
   if (current.failed == kOk) {
     const Warps warps = WarpsOfGrid();
     const int lane = threadIdx.x % kWarpSize;
     const int32_t top_k = view.config.top_k;
-    int32_t dst = 0;
-    for (int64_t i = warps.index; i < state->first_row[view.config.ep_size]; i += warps.count) {
-      while (i >= state->first_row[dst + 1]) ++dst;
-      const int64_t row = i - state->first_row[dst];
-      std::byte* message = OutMessage(view, current.slot, dst);
-      const MessageLayout layout = LayoutOf(view.config, HeaderOf(message));
-      WarpSum<T, kWidth, kWeighted>(TermsOf(view, args, i), args.matrix.hidden,
+    std::byte* message = OutMessage(view, current.slot, dst);
+    const MessageLayout layout = LayoutOf(view.config, HeaderOf(message));
+    const Segments segments(args.matrix.row_bytes());
+    const int64_t first = state->first_row[dst];
+    const int64_t num_items = (state->first_row[dst + 1] - first) * segments.per_row;
+    for (int64_t item = warps.index; item < num_items; item += warps.count) {
+      const int64_t row = item / segments.per_row;
+      const auto segment = static_cast<int32_t>(item - row * segments.per_row);
+      WarpSum<T, kWidth, kWeighted>(TermsOf(view, args, first + row),
+                                    FirstVector<kWidth>(segments, segment),
+                                    EndVector<kWidth>(segments, segment, args.matrix.hidden),
                                     message + layout.rows + row * layout.row_stride);
-      if (args.weight_grads != nullptr && lane < top_k) {
+      if (segment == 0 && args.weight_grads != nullptr && lane < top_k) {
         PartOf<float>(message, layout.weight)[row * top_k + lane] =
-            args.weight_grads[i * top_k + lane];
+            args.weight_grads[(first + row) * top_k + lane];
       }
     }
   }
-  if (IsLastBlock(view.state) && threadIdx.x == 0) Post(view);
+  if (IsLastBlock(view.state) && threadIdx.x == 0 && current.failed != kNothing) Post(view, dst);
 }
 
 struct Launch {
@@ -90,7 +96,10 @@ struct Launch {
   template <typename T, int kWidth, bool kWeighted>
   void Run() const {
     static const int blocks = RowBlocks(PackSumsKernel<T, kWidth, kWeighted>, INT32_MAX);
-    PackSumsKernel<T, kWidth, kWeighted><<<blocks, kRowThreads, 0, stream>>>(view, args);
+    for (int32_t i = 1; i <= view.config.ep_size; ++i) {
+      const int32_t dst = (view.rank + i) % view.config.ep_size;  // ranks start at different peers
+      PackSumsKernel<T, kWidth, kWeighted><<<blocks, kRowThreads, 0, stream>>>(view, args, dst);
+    }
   }
   template <typename T, int kWidth>
   void operator()() const {

@@ -68,25 +68,27 @@ class Tile {
   int32_t size_;
 };
 
+// Headers and notices of all messages. By one block.
 __device__ void WriteHeaders(const RankView& view, const RouteArgs& args, const int32_t* totals) {
   const Config& config = view.config;
   const Current current = view.state->current;
   const bool failed = current.failed != kOk;
+  const int32_t num_local = config.num_local_experts();
   for (int32_t dst = threadIdx.x; dst < config.ep_size; dst += blockDim.x) {
     MessageHeader header;
     header.kind = failed ? kPoisonedKind : static_cast<int32_t>(args.kind);
     header.num_rows = failed ? 0 : totals[config.num_experts + dst];
     header.row_bytes = args.row_bytes;
-    *PartOf<MessageHeader>(OutMessage(view, current.slot, dst), 0) = header;
+    WriteHeader(view, dst, header);
   }
-  if (failed || args.kind != Kind::kDispatch) return;
   for (int32_t expert = threadIdx.x; expert < config.num_experts; expert += blockDim.x) {
-    const int32_t num_local = config.num_local_experts();
-    std::byte* message = OutMessage(view, current.slot, OwnerRank(expert, num_local));
-    // The part before the routing arrays lies at the same place whatever the number of rows.
-    PartOf<int32_t>(message, sizeof(MessageHeader))[LocalExpert(expert, num_local)] =
-        totals[expert];
+    const int32_t dst = OwnerRank(expert, num_local);
+    std::byte* notice = Notice(view, dst, current.slot, view.rank);
+    RowsPerExpert(notice)[LocalExpert(expert, num_local)] = failed ? 0 : totals[expert];
   }
+  __threadfence_system();
+  __syncthreads();
+  for (int32_t dst = threadIdx.x; dst < config.ep_size; dst += blockDim.x) SendNotice(view, dst);
 }
 
 // Turns the tiles' counts into first places, and leaves the totals behind them. One block.

@@ -18,25 +18,24 @@ struct Terms {
   float weight = 1;                // this lane's
 };
 
-// out = sum over the terms of weight * row, from zero, in float32, cast once. kWeighted false: a
-// plain sum. All lanes of the warp call it.
+// Vectors [first, end) of out = sum over the terms of weight * row, from zero, in float32, cast
+// once. kWeighted false: a plain sum. All lanes of the warp call it.
 template <typename T, int kWidth, bool kWeighted>
-__device__ void WarpSum(const Terms& terms, int64_t hidden, std::byte* out) {
+__device__ void WarpSum(const Terms& terms, int32_t first, int32_t end, std::byte* out) {
   using V = Vector<T, kWidth>;
   constexpr int kUnroll = kWidth == 1 ? 1 : 4;  // loads of a lane in flight
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t num_vectors = hidden / kWidth;
-  for (int64_t first = 0; first < num_vectors; first += kUnroll * kWarpSize) {
+  for (; first < end; first += kUnroll * kWarpSize) {
     float total[kUnroll][kWidth] = {};
     for (unsigned left = terms.present; left != 0; left &= left - 1) {
       const int source = __ffs(static_cast<int>(left)) - 1;
-      const auto* row = reinterpret_cast<const V*>(ShufflePointer(terms.row, source));
+      const auto* row = reinterpret_cast<const V*>(ShufflePointer(terms.row, source)) + lane;
       const float weight = kWeighted ? __shfl_sync(kFullWarp, terms.weight, source) : 1.0F;
       V loaded[kUnroll];
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        const int64_t i = first + u * kWarpSize + lane;
-        if (i < num_vectors) loaded[u] = row[i];
+        const int32_t i = first + u * kWarpSize;
+        if (i + lane < end) loaded[u] = row[i];
       }
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
@@ -49,14 +48,24 @@ __device__ void WarpSum(const Terms& terms, int64_t hidden, std::byte* out) {
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int64_t i = first + u * kWarpSize + lane;
-      if (i >= num_vectors) continue;
+      const int32_t i = first + u * kWarpSize + lane;
+      if (i >= end) continue;
       V sum;
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) sum.elements[c] = FromFloat<T>(total[u][c]);
       reinterpret_cast<V*>(out)[i] = sum;
     }
   }
+}
+
+// The vectors of one segment of a row: 16-byte words, or the elements of a row that has none.
+template <int kWidth>
+__device__ int32_t FirstVector(const Segments& segments, int32_t segment) {
+  return kWidth == 1 ? 0 : segments.begin(segment);
+}
+template <int kWidth>
+__device__ int32_t EndVector(const Segments& segments, int32_t segment, int64_t hidden) {
+  return kWidth == 1 ? static_cast<int32_t>(hidden) : segments.end(segment);
 }
 
 }  // namespace jax_sm_free::cuda

@@ -46,17 +46,22 @@ __global__ void __launch_bounds__(kRowThreads) SumKernel(const RankView view, co
   const Current current = view.state->current;
   const Warps warps = WarpsOfGrid();
   const int lane = threadIdx.x % kWarpSize;
-  for (int64_t token = warps.index; token < args.num_tokens; token += warps.count) {
+  const Segments segments(args.matrix.row_bytes());
+  const int64_t num_items = args.num_tokens * segments.per_row;
+  for (int64_t item = warps.index; item < num_items; item += warps.count) {
+    const int64_t token = item / segments.per_row;
+    const auto segment = static_cast<int32_t>(item - token * segments.per_row);
     std::byte* out = args.out + token * args.matrix.row_bytes();
-    if (current.failed != kOk) {
+    if (current.failed == kOk) {
+      WarpSum<T, kWidth, false>(TermsOf(view, token), FirstVector<kWidth>(segments, segment),
+                                EndVector<kWidth>(segments, segment, args.matrix.hidden), out);
+      if (segment == 0 && args.weight_grads != nullptr) TakeWeightGrads(view, args, token);
+    } else if (segment == 0) {
       WarpFill(out, 0xFF, args.matrix.row_bytes());
       if (args.weight_grads != nullptr && lane < view.config.top_k) {
         args.weight_grads[token * view.config.top_k + lane] = __int_as_float(-1);
       }
-      continue;
     }
-    WarpSum<T, kWidth, false>(TermsOf(view, token), args.matrix.hidden, out);
-    if (args.weight_grads != nullptr) TakeWeightGrads(view, args, token);
   }
   if (current.failed != kNothing && IsLastBlock(view.state)) Acknowledge(view);
 }
@@ -83,6 +88,7 @@ struct LoadAll {
 }  // namespace
 
 void LaunchSum(const RankView& view, const SumArgs& args, cudaStream_t stream) {
+  LaunchWaitMessages(view, args.op, 0, view.config.ep_size, stream);
   Dispatch(args.matrix, Launch{view, args, stream});
 }
 

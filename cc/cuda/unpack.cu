@@ -131,7 +131,7 @@ __global__ void PlanKernel(const RankView view, const ExpertsOut out) {
     for (int32_t source = 0; source < config.ep_size; ++source) {
       view.group_row[source * num_local + e] = count;
       if (current.failed != kOk) continue;
-      count += PartOf<int32_t>(InMessage(view, current.slot, source), sizeof(MessageHeader))[e];
+      count += RowsPerExpert(Notice(view, view.rank, current.slot, source))[e];
     }
     counts[e] = count;
     out.counts[e] = static_cast<int32_t>(count);
@@ -153,9 +153,10 @@ __global__ void PlanKernel(const RankView view, const ExpertsOut out) {
   }
 }
 
-// The expert rows of a token row, one lane for each k; -1 for none or dropped.
+// The expert rows of a token row, one lane for each k; -1 for none or dropped. `writes`: also into
+// the layout and the weights.
 __device__ int32_t ExpertRow(const RankView& view, const TokenRow& from, const ExpertsOut& out,
-                             int64_t i) {
+                             bool writes) {
   const int32_t top_k = view.config.top_k;
   const int k = threadIdx.x % kWarpSize;
   if (k >= top_k) return -1;
@@ -167,39 +168,64 @@ __device__ int32_t ExpertRow(const RankView& view, const TokenRow& from, const E
           PartOf<int32_t>(from.message, from.layout.position)[entry];
     if (row >= view.group_end[expert]) row = -1;
   }
-  out.layout_rows[i * top_k + k] = static_cast<int32_t>(row);
-  if (row >= 0) out.weights[row] = PartOf<float>(from.message, from.layout.weight)[entry];
+  if (writes) {
+    const int64_t token_row = view.state->first_row[from.source] + from.row;
+    out.layout_rows[token_row * top_k + k] = static_cast<int32_t>(row);
+    if (row >= 0) out.weights[row] = PartOf<float>(from.message, from.layout.weight)[entry];
+  }
   return static_cast<int32_t>(row);
 }
 
-// Reads a token row once and writes it to all of its expert rows.
-__device__ void SpreadRow(const TokenRow& from, const MutableRows& out, int32_t expert_row) {
+// One segment of a token row, read once and written to all of its expert rows.
+__device__ void SpreadSegment(const TokenRow& from, const MutableRows& out, int32_t expert_row,
+                              int32_t first, int32_t end) {
   const int lane = threadIdx.x % kWarpSize;
   const unsigned present = __ballot_sync(kFullWarp, expert_row >= 0);
-  const bool wide = out.scales_bytes == 0 && out.values_bytes % 16 == 0;
-  if (!wide) {
-    for (unsigned left = present; left != 0; left &= left - 1) {
-      SplitRow(from, out, __shfl_sync(kFullWarp, expert_row, __ffs(static_cast<int>(left)) - 1));
-    }
-    return;
-  }
-  const auto* source = reinterpret_cast<const uint4*>(from.bytes());
-  const int64_t num_words = out.values_bytes / int64_t{sizeof(uint4)};
-  for (int64_t first = 0; first < num_words; first += kUnroll * kWarpSize) {
+  const auto* source = reinterpret_cast<const uint4*>(from.bytes()) + lane;
+  for (; first < end; first += kUnroll * kWarpSize) {
     uint4 words[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int64_t i = first + u * kWarpSize + lane;
-      if (i < num_words) words[u] = __ldcs(source + i);
+      const int32_t i = first + u * kWarpSize;
+      if (i + lane < end) words[u] = __ldcs(source + i);
     }
     for (unsigned left = present; left != 0; left &= left - 1) {
       const int64_t row = __shfl_sync(kFullWarp, expert_row, __ffs(static_cast<int>(left)) - 1);
-      auto* to = reinterpret_cast<uint4*>(out.values + row * out.values_bytes);
+      auto* to = reinterpret_cast<uint4*>(out.values + row * out.values_bytes) + lane;
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
-        const int64_t i = first + u * kWarpSize + lane;
-        if (i < num_words) __stcs(to + i, words[u]);
+        const int32_t i = first + u * kWarpSize;
+        if (i + lane < end) __stcs(to + i, words[u]);
       }
+    }
+  }
+}
+
+// All of a token row whose parts are not whole words.
+__device__ void SpreadParts(const TokenRow& from, const MutableRows& out, int32_t expert_row) {
+  for (unsigned left = __ballot_sync(kFullWarp, expert_row >= 0); left != 0; left &= left - 1) {
+    SplitRow(from, out, __shfl_sync(kFullWarp, expert_row, __ffs(static_cast<int>(left)) - 1));
+  }
+}
+
+__device__ void UnpackSource(const RankView& view, const ExpertsOut& out, int32_t source,
+                             const Warps& warps) {
+  const DeviceState* state = view.state;
+  TokenRow from;
+  from.source = source;
+  from.message = InMessage(view, state->current.slot, source);
+  from.layout = LayoutOf(view.config, HeaderOf(from.message));
+  const bool wide = out.rows.scales_bytes == 0 && out.rows.values_bytes % 16 == 0;
+  const Segments segments(wide ? out.rows.values_bytes : 1);
+  const int64_t num_items = int64_t{state->num_rows[source]} * segments.per_row;
+  for (int64_t item = warps.index; item < num_items; item += warps.count) {
+    from.row = static_cast<int32_t>(item / segments.per_row);
+    const auto segment = static_cast<int32_t>(item - int64_t{from.row} * segments.per_row);
+    const int32_t expert_row = ExpertRow(view, from, out, segment == 0);
+    if (wide) {
+      SpreadSegment(from, out.rows, expert_row, segments.begin(segment), segments.end(segment));
+    } else {
+      SpreadParts(from, out.rows, expert_row);
     }
   }
 }
@@ -237,21 +263,20 @@ __device__ void PoisonExperts(const RankView& view, const ExpertsOut& out, const
   }
 }
 
+// One source's rows. With the first one also all that no source writes; after the last one the
+// messages are acknowledged.
 __global__ void __launch_bounds__(kRowThreads)
-    UnpackExpertsKernel(const RankView view, const ExpertsOut out) {
+    UnpackExpertsKernel(const RankView view, const ExpertsOut out, const int32_t source,
+                        const bool first, const bool last) {
   const Warps warps = WarpsOfGrid();
   const Current current = view.state->current;
-  if (current.failed != kOk) {
+  if (current.failed == kOk) {
+    UnpackSource(view, out, source, warps);
+    if (first) ZeroTheRest(view, out, warps);
+  } else if (last) {
     PoisonExperts(view, out, warps);
-  } else {
-    const int64_t num_rows = view.state->first_row[view.config.ep_size];
-    for (int64_t i = warps.index; i < num_rows; i += warps.count) {
-      const TokenRow from = FindRow(view, i);
-      SpreadRow(from, out.rows, ExpertRow(view, from, out, i));
-    }
-    ZeroTheRest(view, out, warps);
   }
-  if (current.failed != kNothing && IsLastBlock(view.state)) Acknowledge(view);
+  if (last && current.failed != kNothing && IsLastBlock(view.state)) Acknowledge(view);
 }
 
 // ----------------------------------------------------------------------------------------- tokens
@@ -275,7 +300,7 @@ __device__ void CountTokens(const RankView& view, const TokensOut& out) {
   for (int32_t e = threadIdx.x; e < config.num_local_experts(); e += blockDim.x) {
     int32_t count = 0;
     for (int32_t source = 0; source < config.ep_size && current.failed == kOk; ++source) {
-      count += PartOf<int32_t>(InMessage(view, current.slot, source), sizeof(MessageHeader))[e];
+      count += RowsPerExpert(Notice(view, view.rank, current.slot, source))[e];
     }
     out.counts[e] = count;
   }
@@ -317,10 +342,18 @@ void LaunchUnpackExperts(const RankView& view, const ExpertsOut& out, cudaStream
   const auto shared = view.config.num_local_experts() * sizeof(int64_t);
   PlanKernel<<<1, kPlanThreads, shared, stream>>>(view, out);
   static const int blocks = RowBlocks(UnpackExpertsKernel, INT32_MAX);
-  UnpackExpertsKernel<<<blocks, kRowThreads, 0, stream>>>(view, out);
+  const int32_t ep_size = view.config.ep_size;
+  for (int32_t i = 0; i < ep_size; ++i) {
+    // Rank r sends to r + 1 first, so that the messages come in from r - 1 backwards.
+    const int32_t source = (view.rank - i + ep_size) % ep_size;
+    LaunchWaitMessages(view, Op::kDispatchRecv, source, 1, stream);
+    UnpackExpertsKernel<<<blocks, kRowThreads, 0, stream>>>(view, out, source, i == 0,
+                                                            i == ep_size - 1);
+  }
 }
 
 void LaunchUnpackTokens(const RankView& view, const TokensOut& out, cudaStream_t stream) {
+  LaunchWaitMessages(view, Op::kDispatchRecv, 0, view.config.ep_size, stream);
   static const int blocks = RowBlocks(UnpackTokensKernel, INT32_MAX);
   UnpackTokensKernel<<<blocks, kRowThreads, 0, stream>>>(view, out);
 }

@@ -1,5 +1,5 @@
-// Takes the exchange that a token names and waits until its messages are here. One block, so that a
-// wait holds one SM at most; it gives up after the configured timeout.
+// Takes the exchange that a token names, and waits: for the notices of its messages, then for the
+// messages. One block each, so that a wait holds one SM at most; it gives up after the timeout.
 
 #include <cuda_runtime.h>
 
@@ -39,20 +39,25 @@ __device__ void Take(const RankView& view, const WaitArgs& args) {
   state->current = {sequence, slot, kOk};
 }
 
-// Waits for one source and looks at what it sent.
-__device__ void AwaitSource(const RankView& view, const WaitArgs& args, int32_t source) {
+// Waits until *signal says that this exchange's part of `source` is there.
+__device__ bool Await(const RankView& view, Op op, const uint64_t* signal, int32_t source) {
+  DeviceState* state = view.state;
+  const uint64_t sequence = state->current.sequence;
+  if (WaitFor(view, signal, sequence)) return true;
+  Raise(view, op,
+        {FaultCode::kTimeout, source, static_cast<int64_t>(sequence),
+         static_cast<int64_t>(LoadAcquire(signal))});
+  state->current.failed = kEmpty;
+  return false;
+}
+
+// Waits for one source's notice and looks at what it says.
+__device__ void AwaitNotice(const RankView& view, const WaitArgs& args, int32_t source) {
   DeviceState* state = view.state;
   const Current current = state->current;
-  const uint64_t* signal = Signal(view, current.slot, source);
   state->num_rows[source] = 0;
-  if (!WaitFor(view, signal, current.sequence)) {
-    Raise(view, args.op,
-          {FaultCode::kTimeout, source, static_cast<int64_t>(current.sequence),
-           static_cast<int64_t>(LoadAcquire(signal))});
-    state->current.failed = kEmpty;
-    return;
-  }
-  const MessageHeader& header = HeaderOf(InMessage(view, current.slot, source));
+  if (!Await(view, args.op, Noticed(view, view.rank, current.slot, source), source)) return;
+  const MessageHeader& header = HeaderOf(Notice(view, view.rank, current.slot, source));
   const auto refuse = [&](const FaultNumbers& fault) {
     Raise(view, args.op, fault);
     state->current.failed = kEmpty;
@@ -79,7 +84,7 @@ __global__ void WaitKernel(const RankView view, const WaitArgs args) {
   __syncthreads();
   if (state->current.failed == kNothing) return;
   for (int32_t source = threadIdx.x; source < view.config.ep_size; source += blockDim.x) {
-    AwaitSource(view, args, source);
+    AwaitNotice(view, args, source);
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
@@ -91,12 +96,31 @@ __global__ void WaitKernel(const RankView view, const WaitArgs args) {
   state->first_row[view.config.ep_size] = next;
 }
 
+// Waits for the messages of `count` sources from `first` on, around the ring.
+__global__ void WaitMessagesKernel(const RankView view, const Op op, const int32_t first,
+                                   const int32_t count) {
+  const Current current = view.state->current;
+  if (current.failed != kOk) return;
+  for (int32_t i = threadIdx.x; i < count; i += blockDim.x) {
+    const int32_t source = (first + i) % view.config.ep_size;
+    (void)Await(view, op, Signal(view, current.slot, source), source);
+  }
+}
+
 }  // namespace
+
+void LaunchWaitMessages(const RankView& view, Op op, int32_t first, int32_t count,
+                        cudaStream_t stream) {
+  WaitMessagesKernel<<<1, kMaxRanks, 0, stream>>>(view, op, first, count);
+}
 
 void LaunchWait(const RankView& view, const WaitArgs& args, cudaStream_t stream) {
   WaitKernel<<<1, kMaxRanks, 0, stream>>>(view, args);
 }
 
-cudaError_t LoadWait() { return Load(WaitKernel); }
+cudaError_t LoadWait() {
+  const cudaError_t error = Load(WaitMessagesKernel);
+  return error == cudaSuccess ? Load(WaitKernel) : error;
+}
 
 }  // namespace jax_sm_free::cuda
