@@ -32,7 +32,7 @@ Ledger::Run* Ledger::FindRun(int64_t run) {
   if (const auto found = runs_.find(run); found != runs_.end()) return &found->second;
   if (runs_.size() >= kMaxRuns) {
     auto age = ages_.begin();
-    while (age != ages_.end() && runs_[age->second].slots != 0 && !runs_[age->second].failed) ++age;
+    while (age != ages_.end() && !runs_[age->second].IsIdle() && !runs_[age->second].failed) ++age;
     if (age == ages_.end()) return nullptr;
     Forget(age);
   }
@@ -57,12 +57,15 @@ Result<Exchange> Ledger::Begin(const OpInfo& op, int64_t run, int64_t call_site)
     return Refuse(op, "every sent value to be received",
                   std::to_string(kMaxRuns) + " earlier runs with a sent value that never was");
   }
-  const int32_t slot = std::countr_one(state->slots);
+  uint64_t& slots = state->SlotsOf(op.kind);
+  const int32_t slot = std::countr_one(slots);
   if (slot >= num_slots_) {
-    return Refuse(op, "at most " + std::to_string(num_slots_) + " exchanges in flight (num_slots)",
+    return Refuse(op,
+                  "at most " + std::to_string(num_slots_) + " " + KindName(op.kind) +
+                      " exchanges in flight (num_slots)",
                   "one send more without a recv");
   }
-  state->slots |= uint64_t{1} << slot;
+  slots |= uint64_t{1} << slot;
   const Exchange exchange{.sequence = next_sequence_++,
                           .slot = slot,
                           .kind = op.kind,
@@ -108,7 +111,7 @@ Result<Exchange> Ledger::Finish(const OpInfo& op, const float* token) {
 void Ledger::Release(const Exchange& exchange) {
   const std::lock_guard lock(mutex_);
   if (entries_.erase(exchange.sequence) == 0) return;
-  runs_[exchange.key.run].slots &= ~(uint64_t{1} << exchange.slot);
+  runs_[exchange.key.run].SlotsOf(exchange.kind) &= ~(uint64_t{1} << exchange.slot);
 }
 
 void Ledger::MarkFailed(int64_t run) {

@@ -12,12 +12,14 @@
 // key: the run of the program, the call site of the send, and how often this run passed this site.
 // A recv finds its exchange by the token that the send returned, never by order of arrival.
 //
-// At most `num_slots` exchanges of a run may be sent and not yet released on a rank. Runs are
-// counted apart, because a host may have several in flight at once.
+// At most `num_slots` exchanges of one kind and run may be sent and not yet released on a rank.
+// Runs are counted apart, because a host may have several in flight at once; and kinds, because
+// nothing orders a backward pass behind the forward pass there, nor behind what it repeats of it.
 
 #ifndef JAX_SM_FREE_CC_EXCHANGE_H_
 #define JAX_SM_FREE_CC_EXCHANGE_H_
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -89,8 +91,11 @@ class Ledger {
  private:
   struct Run {
     bool failed = false;
-    uint64_t slots = 0;                           // bit s: slot s is taken
+    std::array<uint64_t, kNumKinds> slots{};      // of each kind; bit s: slot s is taken
     std::unordered_map<int64_t, int64_t> passes;  // of each call site
+
+    uint64_t& SlotsOf(Kind kind) { return slots[static_cast<size_t>(kind)]; }
+    bool IsIdle() const { return slots == std::array<uint64_t, kNumKinds>{}; }
   };
 
   struct Entry {

@@ -34,6 +34,7 @@ inline constexpr int64_t kRowAlignment = 16;  // the widest load and store of a 
 // What a round carries. A forward kind and its mirrored backward kind travel in opposite
 // directions.
 enum class Kind : int32_t { kDispatch, kCombine, kDispatchBackward, kCombineBackward };
+inline constexpr int kNumKinds = 4;
 
 const char* KindName(Kind kind);
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jax_sm_free import autodiff, checks, primitives
 from jax_sm_free.config import Config
-from jax_sm_free.primitives import RowType, Target
+from jax_sm_free.primitives import Native, RowType, Target
 from jax_sm_free.results import Layout, Received, ReceivedTokens
 from jax_sm_free.schedule import Hook, Sent
 
@@ -28,6 +28,10 @@ Rows = Array | tuple[Array, Array]
 # Buffers without memory have numbers, too, which tell them apart in a compiled program: below zero,
 # so that no handler takes one for an open buffer.
 _abstract_ids = itertools.count(-1, -1)
+
+
+# The platform whose devices a transport connects.
+_PLATFORMS = {"in_process": "cpu", "cuda_peer": "cuda"}
 
 
 class FaultError(RuntimeError):
@@ -82,7 +86,7 @@ class Buffer:
           num_slots: exchanges that may be in flight at once on a rank, 1 to 64.
           expert_alignment: groups are padded to a multiple of this many rows.
           dtype: of rows: bfloat16, float16 or float32.
-          transport: "auto", or "in_process" for CPU devices of this process.
+          transport: "auto", "in_process" for CPU devices or "cuda_peer" for GPUs of this process.
           timeout_s: seconds a receive waits before it is a fault.
 
         Raises:
@@ -104,14 +108,18 @@ class Buffer:
             timeout_s=timeout_s,
         )
         self.transport = _choose_transport(mesh, transport)
-        if self.transport == "in_process":
-            primitives.register_cpu()
-            buffer_id = primitives.open_buffer(self.config, _places(mesh, self.axes))
-            self._closer = weakref.finalize(self, primitives.close_buffer, buffer_id)
-        else:
+        self._native: Native | None = None
+        if self.transport == "abstract":
             primitives.register_cuda()
             buffer_id = next(_abstract_ids)
             self._closer = weakref.finalize(self, lambda: None)
+        else:
+            platform = _PLATFORMS[self.transport]
+            register = primitives.register_cpu if platform == "cpu" else primitives.register_cuda
+            register()
+            self._native = Native(platform)
+            buffer_id = self._native.open_buffer(self.config, _places(mesh, self.axes))
+            self._closer = weakref.finalize(self, self._native.close_buffer, buffer_id)
         self._target = Target(self.config, buffer_id)
 
     def __repr__(self) -> str:
@@ -290,9 +298,9 @@ class Buffer:
           RuntimeError: if the buffer is closed.
         """
         self._check_usable("check")
-        if self.transport != "in_process":
+        if self._native is None:
             return
-        fault = primitives.take_fault(self._target.buffer_id)
+        fault = self._native.take_fault(self._target.buffer_id)
         if fault is not None:
             raise FaultError(fault)
 
@@ -327,9 +335,9 @@ class Buffer:
           RuntimeError: if the buffer is closed.
         """
         self._check_usable("message_bytes")
-        if self.transport != "in_process":
+        if self._native is None:
             return 0
-        return primitives.message_bytes(self._target.buffer_id, device.local_hardware_id)
+        return self._native.message_bytes(self._target.buffer_id, device.local_hardware_id)
 
     # -------------------------------------------------------------------------------- inside
 
@@ -394,25 +402,30 @@ def _is_abstract(device: Any) -> bool:
 
 
 def _choose_transport(mesh: Mesh, transport: str) -> str:
-    if transport not in ("auto", "in_process"):
-        raise ValueError(f"expected transport 'auto' or 'in_process', got {transport!r}")
+    choices = ("auto", *_PLATFORMS)
+    if transport not in choices:
+        raise ValueError(f"expected transport to be one of {choices}, got {transport!r}")
     devices = list(mesh.devices.flat)
     platforms = {device.platform for device in devices}
     if platforms == {"gpu"} and all(_is_abstract(device) for device in devices):
         return "abstract"
-    if platforms != {"cpu"}:
-        raise NotImplementedError(
-            f"expected a mesh of CPU devices, got {sorted(platforms)}: jax_sm_free was built without "
-            "CUDA"
-        )
     foreign = [device for device in devices if device.process_index != jax.process_index()]
     if foreign:
         raise NotImplementedError(
             f"expected all devices of the mesh in this process, got {len(foreign)} of other processes"
         )
+    chosen = {"cpu": "in_process", "gpu": "cuda_peer"}.get(devices[0].platform)
+    if chosen is None or len(platforms) > 1:
+        raise NotImplementedError(
+            f"expected a mesh of CPU devices or of GPUs, got devices of {sorted(platforms)}"
+        )
+    if transport not in ("auto", chosen):
+        raise ValueError(
+            f"expected transport {chosen!r} for devices of {sorted(platforms)}, got {transport!r}"
+        )
     if transport == "auto":
-        _log.info("transport 'in_process': %d CPU devices of one process", len(devices))
-    return "in_process"
+        _log.info("transport %r: %d %s devices of one process", chosen, len(devices), *platforms)
+    return chosen
 
 
 def _places(mesh: Mesh, axes: tuple[str, ...]) -> list[tuple[int, int, int] | None]:

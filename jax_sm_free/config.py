@@ -139,6 +139,22 @@ class Config:
         return sum(round_up(part, _PART_ALIGNMENT) for part in parts)
 
 
+    def sizes(self) -> dict[str, int | float]:
+        """The numbers that the extension takes, by name (cc/config.h)."""
+        names = (
+            "ep_size",
+            "num_experts",
+            "top_k",
+            "max_tokens",
+            "recv_capacity",
+            "num_slots",
+            "expert_alignment",
+            "row_bytes",
+            "timeout_s",
+        )
+        return {name: getattr(self, name) for name in names}
+
+
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes per rank; `total` is their sum.

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import importlib
 from typing import Any
 
 import jax
@@ -19,7 +20,6 @@ from jax.extend import core
 from jax.interpreters import batching, mlir
 from jax.sharding import PartitionSpec
 
-from jax_sm_free import _cpu
 from jax_sm_free.config import Config
 
 TOKEN_SIZE = 8
@@ -216,54 +216,60 @@ def combine_backward_recv(
     return _bind("combine_backward_recv", target, operands, *results)
 
 
+# ------------------------------------------------------------------------------ the extension
+
+
+class Native:
+    """The extension module of one platform: "cpu" or "cuda"."""
+
+    def __init__(self, platform: str) -> None:
+        self._module = _load(platform)
+
+    def open_buffer(self, config: Config, places: list[tuple[int, int, int] | None]) -> int:
+        """Makes the memory of a buffer; places: each device's (group, rank, mesh position)."""
+        return int(self._module.open_buffer(config.sizes(), places))
+
+    def close_buffer(self, buffer_id: int) -> None:
+        """Frees a buffer; whoever waits on it ends with an error. Closing twice does nothing."""
+        self._module.close_buffer(buffer_id)
+
+    def is_open(self, buffer_id: int) -> bool:
+        return bool(self._module.is_open(buffer_id))
+
+    def take_fault(self, buffer_id: int) -> str | None:
+        """The first fault since the last call, if there was one."""
+        fault = self._module.take_fault(buffer_id)
+        return None if fault is None else str(fault)
+
+    def message_bytes(self, buffer_id: int, device: int) -> int:
+        """Bytes of messages that one rank has taken so far, in use or kept for reuse."""
+        return int(self._module.message_bytes(buffer_id, device))
+
+
+def _load(platform: str) -> Any:
+    try:
+        return importlib.import_module(f"jax_sm_free._{platform}")
+    except ImportError as error:
+        raise NotImplementedError(
+            f"expected jax_sm_free to be built for {platform} devices, got a build without: {error}"
+        ) from error
+
+
 @functools.cache
 def register_cpu() -> None:
     """Registers the handlers of platform "cpu". JAX's CPU backend must have been started."""
-    jax.ffi.register_ffi_type("smf_call_site", _cpu.call_site_type(), platform="cpu")
-    for name, stages in _cpu.handlers().items():
+    module = _load("cpu")
+    jax.ffi.register_ffi_type("smf_call_site", module.call_site_type(), platform="cpu")
+    for name, stages in module.handlers().items():
         jax.ffi.register_ffi_target(name, stages, platform="cpu")
 
 
 @functools.cache
 def register_cuda() -> None:
-    """Registers handlers of platform "CUDA", enough to compile for GPUs."""
-    for name, stages in _cpu.cuda_handlers().items():
+    """Registers handlers of platform "CUDA"; without CUDA in the build, enough to compile."""
+    try:
+        handlers = _load("cuda").handlers()
+    except NotImplementedError:
+        handlers = _load("cpu").cuda_handlers()
+    for name, stages in handlers.items():
         jax.ffi.register_ffi_target(name, stages, platform="CUDA")
-
-
-def open_buffer(config: Config, places: list[tuple[int, int, int] | None]) -> int:
-    """Makes the memory of a buffer; places: of each device, its (group, rank, mesh position)."""
-    native = _cpu.Config()
-    for name in (
-        "ep_size",
-        "num_experts",
-        "top_k",
-        "max_tokens",
-        "recv_capacity",
-        "num_slots",
-        "expert_alignment",
-        "row_bytes",
-        "timeout_s",
-    ):
-        setattr(native, name, getattr(config, name))
-    return int(_cpu.open_buffer(native, places))
-
-
-def close_buffer(buffer_id: int) -> None:
-    """Frees a buffer; whoever waits on it ends with an error. Closing twice does nothing."""
-    _cpu.close_buffer(buffer_id)
-
-
-def is_open(buffer_id: int) -> bool:
-    return bool(_cpu.is_open(buffer_id))
-
-
-def take_fault(buffer_id: int) -> str | None:
-    """The first fault since the last call, if there was one."""
-    fault = _cpu.take_fault(buffer_id)
-    return None if fault is None else str(fault)
-
-
-def message_bytes(buffer_id: int, device: int) -> int:
-    """Bytes of messages that one rank has taken so far, in use or kept for reuse."""
-    return int(_cpu.message_bytes(buffer_id, device))

@@ -100,10 +100,7 @@ def test_message_bytes_are_those_of_the_native_layout():
                 max_tokens=max_tokens,
                 dtype=dtype,
             )
-            native = _cpu.Config()
-            for name in ("ep_size", "num_experts", "top_k", "max_tokens", "row_bytes"):
-                setattr(native, name, getattr(config, name))
-            assert native.max_message_bytes() == config.message_bytes, config
+            assert _cpu.max_message_bytes(config.sizes()) == config.message_bytes, config
 
 
 def test_estimates_of_a_large_configuration():

@@ -19,10 +19,10 @@ nb::dict CallSiteType() {
 }
 
 // Returns the buffer's id.
-int64_t OpenBuffer(const Config& config, const PythonPlaces& places) {
+int64_t OpenBuffer(const nb::dict& sizes, const PythonPlaces& places) {
   Registry& registry = Registry::Get();
   const int64_t id = registry.NextId();
-  registry.Add(std::make_shared<HostBuffer>(id, config, ToPlaces(places)));
+  registry.Add(std::make_shared<HostBuffer>(id, ToConfig(sizes), ToPlaces(places)));
   return id;
 }
 
@@ -34,7 +34,7 @@ NB_MODULE(_cpu, module) {
   module.def("handlers", [] { return Handlers(CpuHandlers()); });
   module.def("cuda_handlers", [] { return Handlers(CudaStubHandlers()); });
   module.def("call_site_type", &CallSiteType);
-  module.def("open_buffer", &OpenBuffer, nb::arg("config"), nb::arg("places").none());
+  module.def("open_buffer", &OpenBuffer, nb::arg("sizes"), nb::arg("places").none());
 }
 
 }  // namespace jax_sm_free

@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "cc/config.h"
@@ -61,21 +62,28 @@ inline std::shared_ptr<Buffer> FindOpen(int64_t id) {
   return buffer;
 }
 
-// Config, and the functions on buffers by id. The module adds its `handlers` and `open_buffer`.
+// The sizes by name. A class would do, too, but two modules can not both own one.
+inline Config ToConfig(const nb::dict& sizes) {
+  Config config;
+  const auto take = [&sizes](const char* name, auto& value) {
+    value = nb::cast<std::remove_reference_t<decltype(value)>>(sizes[name]);
+  };
+  take("ep_size", config.ep_size);
+  take("num_experts", config.num_experts);
+  take("top_k", config.top_k);
+  take("max_tokens", config.max_tokens);
+  take("recv_capacity", config.recv_capacity);
+  take("num_slots", config.num_slots);
+  take("expert_alignment", config.expert_alignment);
+  take("row_bytes", config.row_bytes);
+  take("timeout_s", config.timeout_s);
+  return config;
+}
+
+// The functions on buffers by id. The module adds its `handlers` and `open_buffer`.
 inline void DefineCommon(nb::module_& module) {
-  // Each module has a type of its own: the two know nothing of each other.
-  nb::class_<Config>(module, "Config", nb::is_final())
-      .def(nb::init<>())
-      .def_rw("ep_size", &Config::ep_size)
-      .def_rw("num_experts", &Config::num_experts)
-      .def_rw("top_k", &Config::top_k)
-      .def_rw("max_tokens", &Config::max_tokens)
-      .def_rw("recv_capacity", &Config::recv_capacity)
-      .def_rw("num_slots", &Config::num_slots)
-      .def_rw("expert_alignment", &Config::expert_alignment)
-      .def_rw("row_bytes", &Config::row_bytes)
-      .def_rw("timeout_s", &Config::timeout_s)
-      .def("max_message_bytes", &MaxMessageBytes);
+  module.def("max_message_bytes",
+             [](const nb::dict& sizes) { return MaxMessageBytes(ToConfig(sizes)); });
   module.def(
       "close_buffer", [](int64_t id) { return Registry::Get().Close(id); },
       nb::call_guard<nb::gil_scoped_release>());

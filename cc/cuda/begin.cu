@@ -24,19 +24,20 @@ __device__ void WriteToken(const RankView& view, const BeginArgs& args, Kind kin
 
 __global__ void BeginKernel(const RankView view, const BeginArgs args) {
   DeviceState* state = view.state;
-  const auto num_slots = static_cast<uint64_t>(view.config.num_slots);
+  __shared__ uint64_t before;  // the exchange that used the slot last; 0 for none
   if (threadIdx.x == 0) {
-    const uint64_t sequence = ++state->sequence;
-    const auto slot = static_cast<int32_t>(sequence % num_slots);
-    state->current = {sequence, slot, kOk};
-    if (state->slot_phase[slot] != kFree) {
+    int32_t slot = 0;
+    while (slot < view.config.num_slots && state->slot_phase[slot] != kFree) ++slot;
+    state->current = {++state->sequence, slot, kOk};
+    if (slot == view.config.num_slots) {
       Raise(view, args.op,
             {FaultCode::kSlots, -1, view.config.num_slots,
-             static_cast<int64_t>(state->slot_sequence[slot])});
+             static_cast<int64_t>(state->slot_sequence[0])});
       state->current.failed = kNothing;
     } else {
+      before = state->slot_sequence[slot];
       state->slot_phase[slot] = kSent;
-      state->slot_sequence[slot] = sequence;
+      state->slot_sequence[slot] = state->sequence;
       if (args.position_of_program != nullptr && *args.position_of_program != view.position) {
         Raise(view, args.op, {FaultCode::kPosition, -1, view.position, *args.position_of_program});
         state->current.failed = kEmpty;
@@ -46,8 +47,7 @@ __global__ void BeginKernel(const RankView view, const BeginArgs args) {
   }
   __syncthreads();
   const Current current = state->current;
-  if (current.failed == kNothing || current.sequence <= num_slots) return;
-  const uint64_t before = current.sequence - num_slots;
+  if (current.failed == kNothing) return;
   for (int32_t peer = threadIdx.x; peer < view.config.ep_size; peer += blockDim.x) {
     const uint64_t* ack = Ack(view, view.rank, current.slot, peer);
     if (WaitFor(view, ack, before)) continue;

@@ -8,7 +8,8 @@
 //   slot recv     [num_slots, ep_size] messages, by source stage    [num_slots, ep_size] messages,
 //   by destination
 //
-// Slot = sequence number mod num_slots. A slot of this rank goes through
+// An exchange takes the lowest free slot: the same one on all ranks, because all issue the same calls in
+// the same order. A slot of this rank goes through
 //
 //          begin (send)            wait (recv)               unpacked (recv)
 //   free ---------------> sent ----------------> receiving ----------------> free

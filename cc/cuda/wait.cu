@@ -30,8 +30,9 @@ __device__ void Take(const RankView& view, const WaitArgs& args) {
     return;
   }
   const auto sequence = static_cast<uint64_t>(word(kHighWord) * kTokenWordSize + word(kLowWord));
-  const auto slot = static_cast<int32_t>(sequence % view.config.num_slots);
-  if (state->slot_sequence[slot] != sequence || state->slot_phase[slot] != kSent) {
+  const auto slot = static_cast<int32_t>(word(kSlotWord));
+  if (slot < 0 || slot >= view.config.num_slots || state->slot_sequence[slot] != sequence ||
+      state->slot_phase[slot] != kSent) {
     Raise(view, args.op, {FaultCode::kTokenUsed, -1, 0, static_cast<int64_t>(sequence)});
     return;
   }
