@@ -15,7 +15,6 @@ import support
 from support import make_config, make_inputs, make_rows
 
 import jax_sm_free as smf
-from jax_sm_free import primitives
 
 pytestmark = pytest.mark.skipif(support.MAX_RANKS < 2, reason="needs two ranks")
 
@@ -252,13 +251,10 @@ def test_a_buffer_closed_while_results_are_pending(inputs):
 def test_a_buffer_that_nobody_refers_to_is_closed(inputs):
     """A program that was compiled for it and outlives it ends with an error."""
     buffer = support.open_buffer(CONFIG)
-    number = buffer._target.buffer_id
     run = compiled(buffer).lower(*inputs, actions_of()).compile()
     jax.block_until_ready(run(*inputs, actions_of()))
-    assert primitives.is_open(number)
     del buffer
     gc.collect()
-    assert not primitives.is_open(number)
     support.assert_matches(support.error_of(run, *inputs, actions_of()), "but it is closed")
 
 

@@ -83,13 +83,45 @@ def one_inner_jit_for_two_layers(api, x, *rest):
 THREE_SLOTS = dataclasses.replace(CONFIG, num_slots=3)
 
 
-@pytest.mark.parametrize("program", [two_layers_without_an_edge, one_inner_jit_for_two_layers])
-def test_equal_layers_without_a_data_edge(program, inputs):
+@pytest.mark.parametrize(
+    ("program", "num_layers"), [(two_layers_without_an_edge, 3), (one_inner_jit_for_two_layers, 2)]
+)
+def test_equal_layers_without_a_data_edge(program, num_layers, inputs):
     """Neither merged nor mixed up, however the ranks' schedulers order them."""
     ours, theirs = support.runners(THREE_SLOTS, program)
     want = theirs(*inputs)
     for _ in range(20):
         support.assert_same_bits(ours(*inputs), want)
+    compiled = ours.lower(*inputs).compile().as_text()
+    for op in ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv"):
+        assert compiled.count(f'custom_call_target="smf_{op}"') == num_layers
+
+
+def loop_invariant(api, x, *rest):
+    """Nothing in the loop depends on the loop."""
+    return jax.lax.scan(lambda c, _: (c, layer(api, x, *rest)), 0, None, length=3)[1]
+
+
+def test_a_layer_that_does_not_depend_on_its_loop_stays_in_it(inputs):
+    ours, theirs = support.runners(CONFIG, loop_invariant)
+    support.assert_same_bits(ours(*inputs), theirs(*inputs))
+    body = ours.lower(*inputs).compile().as_text().split("ENTRY ")[0]
+    for op in ("dispatch_send", "dispatch_recv", "combine_send", "combine_recv"):
+        assert body.count(f'custom_call_target="smf_{op}"') == 1
+
+
+def two_layers_in_any_order(api, x, topk_idx, weights, y, first_late, second_late):
+    """The ranks come to two layers without a data edge in different orders."""
+    one = wait(x, first_late)
+    two = wait(x + 1, second_late)
+    return layer(api, one, topk_idx, weights, y), layer(api, two, topk_idx, weights, y)
+
+
+def test_ranks_reach_two_layers_in_different_orders(inputs):
+    late = np.zeros((2, support.SOME_RANKS), np.float32)
+    late[np.arange(support.SOME_RANKS) % 2, np.arange(support.SOME_RANKS)] = 0.05
+    for first, second in (late, late[::-1]):
+        support.check_same(CONFIG, two_layers_in_any_order, *inputs, first, second)
 
 
 def forward_beside_backward(api, x, *rest):
@@ -131,13 +163,15 @@ def test_a_sent_value_travels_through_a_scan(inputs):
 
 
 def test_runs_in_flight_at_once(inputs):
-    """The host goes on while runs are under way; each has slots of its own."""
+    """The host goes on while runs are under way; quick ranks are a run ahead of a slow one."""
     x, *rest = inputs
-    ours, theirs = support.runners(CONFIG, layer)
+    waits = np.zeros((3, support.SOME_RANKS), np.float32)
+    waits[1:, -1] = 0.02
+    ours, theirs = support.runners(CONFIG, layer_with_waits)
     xs = [x + i for i in range(8)]
-    got = [ours(x, *rest) for x in xs]
+    got = [ours(x, *rest, *waits) for x in xs]
     for i, x in enumerate(xs):
-        support.assert_same_bits(got[i], theirs(x, *rest))
+        support.assert_same_bits(got[i], theirs(x, *rest, *0 * waits))
 
 
 # ------------------------------------------------------------------------------------- broken rules

@@ -176,6 +176,31 @@ def test_a_run_full_of_nan_leaves_nothing_behind():
             assert np.isfinite(leaf).all()
 
 
+def row_gradients(api, x, topk_idx, topk_weights, y, cotangent):
+    """Gradients for all rows of y and their weights, those of no token among them."""
+    recv = api.buffer.dispatch(x, topk_idx, topk_weights)
+
+    def loss(y, weights):
+        return (api.buffer.combine(y, recv.layout, weights=weights) * cotangent).sum()
+
+    return recv.layout.rows, jax.grad(loss, (0, 1))(y, recv.weights)
+
+
+def test_rows_without_a_token_have_no_gradient():
+    """Zero, not what the memory held: a run full of NaN comes before."""
+    ours, theirs = support.runners(FULL, row_gradients)
+    y = make_rows(FULL, FULL.recv_capacity, 15)
+    full = make_inputs(FULL, seed=14, how="all_to_one_expert")
+    for seed in range(5):
+        jax.block_until_ready(ours(*full, y * np.nan, full[0] * np.nan))
+        sparse = make_inputs(FULL, seed=seed, how="some_tokens_go_nowhere")
+        rows, got = ours(*sparse, y, sparse[0])
+        support.assert_close(got, theirs(*sparse, y, sparse[0])[1])
+        for rank, used in enumerate(np.asarray(rows)):
+            unused = np.setdiff1d(np.arange(FULL.recv_capacity), used)
+            assert not any(np.asarray(grad)[rank, unused].any() for grad in got)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="needs glibc")
 @pytest.mark.cpu_only
 def test_memory_that_malloc_filled_does_not_leak():
