@@ -103,7 +103,7 @@ TEST_F(LedgerTest, MoreSendsThanSlotsAreAFault) {
   Begun(ledger_, 1);
   const Result<Exchange> result = ledger_.Begin(kSend, 1, 0);
   ASSERT_NE(FaultOf(result), nullptr);
-  EXPECT_PRED_FORMAT2(IsSubstring, "at most 2 exchanges", FaultOf(result)->expected);
+  EXPECT_PRED_FORMAT2(IsSubstring, "at most 2 dispatch exchanges", FaultOf(result)->expected);
   EXPECT_EQ(FaultOf(result)->rank, kRank);
   EXPECT_STREQ(FaultOf(result)->op, "dispatch_send");
 }
@@ -121,6 +121,38 @@ TEST_F(LedgerTest, RunsHaveSlotsOfTheirOwn) {
   Begun(ledger_, 1);
   Begun(ledger_, 1);
   EXPECT_EQ(Begun(ledger_, 2).slot, 0);
+}
+
+TEST_F(LedgerTest, KindsHaveSlotsOfTheirOwn) {
+  constexpr OpInfo kOtherSend{"combine_send", Kind::kCombine};
+  Begun(ledger_, 1);
+  Begun(ledger_, 1);
+  const Result<Exchange> other = ledger_.Begin(kOtherSend, 1, 0);
+  ASSERT_EQ(FaultOf(other), nullptr);
+  EXPECT_EQ(std::get<Exchange>(other).slot, 0);
+  EXPECT_NE(FaultOf(ledger_.Begin(kSend, 1, 0)), nullptr);
+}
+
+TEST_F(LedgerTest, ReleaseFreesTheSlotOfItsOwnKind) {
+  constexpr OpInfo kOtherSend{"combine_send", Kind::kCombine};
+  Begun(ledger_, 1);
+  Begun(ledger_, 1);
+  const Result<Exchange> other = ledger_.Begin(kOtherSend, 1, 0);
+  ledger_.Release(std::get<Exchange>(other));
+  EXPECT_NE(FaultOf(ledger_.Begin(kSend, 1, 0)), nullptr);
+}
+
+TEST_F(LedgerTest, ARunThatHoldsAnExchangeOfAnyKindOutlivesIdleOnes) {
+  for (const Kind kind :
+       {Kind::kDispatch, Kind::kCombine, Kind::kDispatchBackward, Kind::kCombineBackward}) {
+    Ledger ledger(kBufferId, kRank, 2);
+    const Result<Exchange> held = ledger.Begin({"send", kind}, -1, 0);
+    const Token token = TokenOf(ledger, std::get<Exchange>(held));
+    for (int run = 0; run < 3 * kMaxRuns; ++run) {
+      ASSERT_TRUE(Receive(ledger, TokenOf(ledger, Begun(ledger, run))));
+    }
+    EXPECT_EQ(FaultOf(ledger.Finish({"recv", kind}, token.data())), nullptr) << KindName(kind);
+  }
 }
 
 TEST_F(LedgerTest, SixtyFourSlotsCanBeTaken) {
@@ -230,14 +262,6 @@ TEST_F(LedgerTest, NamesTheRunsItHasGivenUpOnce) {
   EXPECT_NE(FaultOf(ledger_.Begin(kSend, kMaxRuns, 0)), nullptr);
   EXPECT_EQ(ledger_.TakeLostRuns(), runs);
   EXPECT_TRUE(ledger_.TakeLostRuns().empty());
-}
-
-TEST_F(LedgerTest, ARunThatHoldsAnExchangeOutlivesIdleOnes) {
-  const Token token = TokenOf(ledger_, Begun(ledger_, -1));
-  for (int run = 0; run < 3 * kMaxRuns; ++run) {
-    ASSERT_TRUE(Receive(ledger_, TokenOf(ledger_, Begun(ledger_, run))));
-  }
-  EXPECT_TRUE(Receive(ledger_, token));
 }
 
 TEST_F(LedgerTest, FailedRunsAreForgottenWithWhatTheyHold) {
