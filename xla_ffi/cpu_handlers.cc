@@ -79,8 +79,9 @@ ffi::Error DispatchSendImpl(int64_t buffer_id, ffi::RunId run, int32_t device, C
   const ConstRows rows = RowsOf(values, scales);
   const int64_t num_tokens = topk_idx.dimensions()[0];
   if (auto error = CheckRows(call.op.name, call.config(), num_tokens, rows.row_bytes());
-      error.failure())
+      error.failure()) {
     return error;
+  }
   const TopK topk{topk_idx.typed_data(), topk_weights.typed_data(), num_tokens};
   return ToError(
       DispatchSend(call, site->number, position.typed_data()[0], topk, rows, token->typed_data()));
@@ -99,8 +100,9 @@ ffi::Error CombineBackwardSendImpl(int64_t buffer_id, ffi::RunId run, int32_t de
                        .values_bytes = RowBytes(out_grad)};
   const int64_t num_tokens = topk_idx.dimensions()[0];
   if (auto error = CheckRows(call.op.name, call.config(), num_tokens, rows.row_bytes());
-      error.failure())
+      error.failure()) {
     return error;
+  }
   const TopK topk{topk_idx.typed_data(), nullptr, num_tokens};
   return ToError(CombineBackwardSend(call, site->number, topk, rows, token->typed_data()));
 }
@@ -137,8 +139,9 @@ ffi::Error DispatchBackwardSendImpl(int64_t buffer_id, ffi::RunId run, int32_t d
     return error;
   }
   if (auto error = CheckLayout(call.op.name, call.config(), rows, RowBytes(x_grad));
-      error.failure())
+      error.failure()) {
     return error;
+  }
   const SumOperands operands{.matrix = MatrixOf(x_grad),
                              .y = static_cast<const std::byte*>(x_grad.untyped_data()),
                              .weight_grads = weight_grads.typed_data(),
