@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import optax
 import tqdm
-from absl import app, flags
+from absl import app, flags, logging
 from flax import nnx
 from jax.sharding import Mesh
 from moe_lm import data, plot
@@ -123,6 +123,7 @@ def _compare(params, batch, losses) -> bool:
 def main(argv) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)
     mesh = Mesh(np.array(jax.devices()), ("ep",))
     if _BATCH.value % mesh.size:
         raise app.UsageError(f"--batch={_BATCH.value} is not divisible by {mesh.size} devices")

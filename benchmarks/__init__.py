@@ -1,0 +1,1 @@
+"""Benchmarks of jax_sm_free."""

@@ -1,0 +1,55 @@
+"""Timing that is fair on a machine that others use too, and memory that is as warm for all."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from time import perf_counter
+
+# Of malloc.h.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+
+
+def keep_pages() -> None:
+    """Lets malloc keep the memory it has instead of giving it back to the system.
+
+    By default glibc returns every large array when it is freed, and the next one pays a page fault
+    for each of its pages. That costs more than the exchange itself, most of all in programs with
+    many temporary arrays, such as the peer.
+    """
+    libc = ctypes.CDLL(None)
+    for option, value in (
+        (_M_MMAP_MAX, 0),
+        (_M_TRIM_THRESHOLD, 2**31 - 1),
+        (_M_TOP_PAD, 2**28),
+        (_M_ARENA_MAX, 1),  # The other arenas unmap a heap as soon as it is empty.
+    ):
+        if not libc.mallopt(option, value):
+            raise RuntimeError(f"mallopt({option}, {value}) failed")
+
+
+def race(runners: dict[str, Callable[[], object]], seconds: float, least: int, most: int) -> dict:
+    """Runs all in turn, again and again: what disturbs the machine disturbs them alike.
+
+    Args:
+      runners: by name; each returns when its work is done.
+      seconds: how long to go on.
+      least: rounds at least.
+      most: rounds at most.
+
+    Returns:
+      Seconds of each run, by name.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    for run in runners.values():
+        run()
+        run()
+    start = perf_counter()
+    for turn in range(most):
+        if turn >= least and perf_counter() - start > seconds:
+            break
+        for name, run in runners.items():
+            begin = perf_counter()
+            run()
+            times[name].append(perf_counter() - begin)
+    return times
