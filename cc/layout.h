@@ -39,10 +39,11 @@ inline constexpr int kNumKinds = 4;
 const char* KindName(Kind kind);
 
 struct MessageHeader {
-  int32_t kind = 0;       // Kind
-  int32_t num_rows = 0;   // token rows
-  int64_t row_bytes = 0;  // bytes of each
-  int64_t unused[6] = {};
+  int32_t kind = 0;        // Kind
+  int32_t num_rows = 0;    // token rows
+  int64_t row_bytes = 0;   // bytes of each
+  int64_t first_part = 0;  // rows that come ahead of the others, where messages come in parts
+  int64_t unused[5] = {};
 };
 static_assert(sizeof(MessageHeader) == kPartAlignment);
 

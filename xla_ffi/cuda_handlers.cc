@@ -85,10 +85,9 @@ ffi::Error DispatchSendImpl(int64_t buffer_id, int32_t device, cudaStream_t stre
         stream);
   LaunchRoute(call.view(),
               {Op::kDispatchSend, true, Kind::kDispatch, rows.row_bytes(), topk_idx.typed_data(),
-               num_tokens},
+               topk_weights.typed_data(), num_tokens},
               stream);
-  LaunchPack(call.view(),
-             {true, rows, topk_idx.typed_data(), topk_weights.typed_data(), num_tokens}, stream);
+  LaunchPack(call.view(), {rows, num_tokens}, stream);
   return Enqueued(call);
 }
 
@@ -110,11 +109,11 @@ ffi::Error CombineBackwardSendImpl(int64_t buffer_id, int32_t device, cudaStream
   }
   constexpr Op kOp = Op::kCombineBackwardSend;
   Begin(call, kOp, Kind::kCombineBackward, nullptr, token->typed_data(), stream);
-  LaunchRoute(
-      call.view(),
-      {kOp, true, Kind::kCombineBackward, rows.row_bytes(), topk_idx.typed_data(), num_tokens},
-      stream);
-  LaunchPack(call.view(), {false, rows, topk_idx.typed_data(), nullptr, num_tokens}, stream);
+  LaunchRoute(call.view(),
+              {kOp, true, Kind::kCombineBackward, rows.row_bytes(), topk_idx.typed_data(), nullptr,
+               num_tokens},
+              stream);
+  LaunchPack(call.view(), {rows, num_tokens}, stream);
   return Enqueued(call);
 }
 
@@ -236,7 +235,7 @@ ffi::Error ReceiveSums(const Call& call, Op op, Kind kind, const float* token, c
   }
   const int32_t* idx = topk_idx.typed_data();
   // The routing is found again while the messages are still on their way.
-  LaunchRoute(call.view(), {op, false, kind, matrix.row_bytes(), idx, num_tokens}, stream);
+  LaunchRoute(call.view(), {op, false, kind, matrix.row_bytes(), idx, nullptr, num_tokens}, stream);
   LaunchWait(call.view(), {op, kind, matrix.row_bytes(), call.view().state->routed_rows, token},
              stream);
   LaunchSum(

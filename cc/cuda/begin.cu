@@ -26,18 +26,23 @@ __global__ void BeginKernel(const RankView view, const BeginArgs args) {
   DeviceState* state = view.state;
   __shared__ uint64_t before;  // the exchange that used the slot last; 0 for none
   if (threadIdx.x == 0) {
-    int32_t slot = 0;
-    while (slot < view.config.num_slots && state->slot_phase[slot] != kFree) ++slot;
-    state->current = {++state->sequence, slot, kOk};
-    if (slot == view.config.num_slots) {
+    const int32_t num_slots = view.config.num_slots;
+    const uint64_t sequence = ++state->sequence;
+    auto slot = static_cast<int32_t>(sequence % num_slots);
+    int32_t tried = 0;
+    while (tried < num_slots && state->slot_phase[slot] != kFree) {
+      slot = (slot + 1) % num_slots;
+      ++tried;
+    }
+    state->current = {sequence, slot, kOk};
+    if (tried == num_slots) {
       Raise(view, args.op,
-            {FaultCode::kSlots, -1, view.config.num_slots,
-             static_cast<int64_t>(state->slot_sequence[0])});
+            {FaultCode::kSlots, -1, num_slots, static_cast<int64_t>(state->slot_sequence[slot])});
       state->current.failed = kNothing;
     } else {
       before = state->slot_sequence[slot];
       state->slot_phase[slot] = kSent;
-      state->slot_sequence[slot] = state->sequence;
+      state->slot_sequence[slot] = sequence;
       if (args.position_of_program != nullptr && *args.position_of_program != view.position) {
         Raise(view, args.op, {FaultCode::kPosition, -1, view.position, *args.position_of_program});
         state->current.failed = kEmpty;

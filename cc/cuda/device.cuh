@@ -164,25 +164,32 @@ __device__ inline void SendNotice(const RankView& view, int32_t dst) {
   StoreRelease(Noticed(view, dst, current.slot, view.rank), current.sequence);
 }
 
-// Hands a packed message over: to the mover for another rank, by a signal for our own. By one
-// thread, after all of the message is written.
-__device__ inline void Post(const RankView& view, int32_t dst) {
+// Hands a part of a packed message over: to the mover for another rank, by a signal for our own. By
+// one thread, after all of the part is written; bytes [begin, end) of the message.
+__device__ inline void PostBytes(const RankView& view, int32_t dst, int part, int64_t begin,
+                                 int64_t end) {
   DeviceState* state = view.state;
   const Current current = state->current;
   __threadfence_system();
   if (dst == view.rank) {
-    StoreRelease(Signal(view, current.slot, view.rank), current.sequence);
+    StoreRelease(Signal(view, current.slot, view.rank), SignalOf(current.sequence, part));
     return;
   }
-  const std::byte* message = OutMessage(view, current.slot, dst);
   MailboxEntry* entry = view.mailbox + state->mailbox_head % kMailboxEntries;
   entry->dst = dst;
   entry->slot = current.slot;
-  entry->bytes = HeaderOf(message).kind == kPoisonedKind
-                     ? int64_t{sizeof(MessageHeader)}
-                     : LayoutOf(view.config, HeaderOf(message)).total;
-  entry->sequence = current.sequence;
+  entry->begin = begin;
+  entry->end = end;
+  entry->signal = SignalOf(current.sequence, part);
   StoreRelease(&entry->tag, ++state->mailbox_head);
+}
+
+// Hands over a message that is one part.
+__device__ inline void Post(const RankView& view, int32_t dst) {
+  const MessageHeader& header = HeaderOf(OutMessage(view, view.state->current.slot, dst));
+  const int64_t end = header.kind == kPoisonedKind ? int64_t{sizeof(MessageHeader)}
+                                                   : LayoutOf(view.config, header).total;
+  PostBytes(view, dst, kLastPart, 0, end);
 }
 
 // A row cut into segments of whole 16-byte words, one for a warp at a time, so that many warps

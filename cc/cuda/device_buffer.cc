@@ -180,7 +180,6 @@ std::string DeviceBuffer::Allocate(int32_t device, const Place& place) {
   take(view.mailbox, true, kMailboxEntries);
   take(view.status, true, 1);
   take(view.row_of, false, int64_t{config.max_tokens} * config.ep_size);
-  take(view.place, false, int64_t{config.max_tokens} * config.top_k);
   take(view.tile_counts, false, (MaxTiles(config) + 1) * NumKeys(config));
   take(view.group_row, false, num_runs);
   take(view.group_end, false, num_local);

@@ -3,13 +3,15 @@
 // Every rank holds one region with the same byte offsets (RegionLayout), so that a kernel or a copy
 // finds the same place on another rank by that rank's base address:
 //
-//   signals  u64 [num_slots, ep_size]  from each source: the sequence number whose message is there
+//   signals  u64 [num_slots, ep_size]  from each source: kNumParts times the sequence number whose
+//            message is there, plus the part of it that came last
 //   acks     u64 [num_slots, ep_size]  from each destination: the last one it has read from this
 //   slot recv     [num_slots, ep_size] messages, by source stage    [num_slots, ep_size] messages,
 //   by destination
 //
-// An exchange takes the lowest free slot: the same one on all ranks, because all issue the same calls in
-// the same order. A slot of this rank goes through
+// An exchange takes the first free slot, counted from its sequence number on, so that a slot rests
+// while its peers read it: the same one on all ranks, because all issue the same calls in the same
+// order. A slot of this rank goes through
 //
 //          begin (send)            wait (recv)               unpacked (recv)
 //   free ---------------> sent ----------------> receiving ----------------> free
@@ -32,7 +34,13 @@ namespace jax_sm_free::cuda {
 
 inline constexpr int kMaxRanks = 32;  // with peer access to each other; one lane of a warp each
 inline constexpr int kMaxSlots = 64;
-inline constexpr int kMailboxEntries = 8192;  // more than can be on their way: slots x ranks
+inline constexpr int kMailboxEntries =
+    8192;  // more than can be on their way: slots x ranks x parts
+
+// A dispatch's messages leave in parts, so that the first is on its way while the second is packed,
+// and is unpacked while the second is on its way. Other messages are one part, the last.
+inline constexpr int kNumParts = 2;
+inline constexpr int kLastPart = kNumParts - 1;
 
 // Routing cuts the tokens into tiles of at most this many (token, k), a block and a histogram each.
 inline constexpr int kTileEntries = 512;
@@ -112,14 +120,23 @@ struct Status {
   int64_t detail;  // of kIndex: token * top_k + k
 };
 
-// A copy to issue: the first `bytes` of the message for `dst` in `slot`.
+// A copy to issue: bytes [begin, end) of the message for `dst` in `slot`, and the signal behind it.
 struct MailboxEntry {
   uint64_t tag;  // number of this entry, from 1, written last
   int32_t dst;
   int32_t slot;
-  int64_t bytes;
-  uint64_t sequence;
+  int64_t begin;
+  int64_t end;
+  uint64_t signal;
 };
+
+constexpr uint64_t SignalOf(uint64_t sequence, int part) { return sequence * kNumParts + part; }
+
+// Tokens of the first part: half of them, in whole tiles.
+constexpr int64_t FirstPartTokens(const Config& config, int64_t num_tokens) {
+  const int64_t half = RoundUp((num_tokens + 1) / 2, TileTokens(config));
+  return half < num_tokens ? half : num_tokens;
+}
 
 // One exchange while the kernels of one op pass it on.
 struct Current {
@@ -138,6 +155,7 @@ struct DeviceState {
   uint32_t tickets;                // blocks of the running kernel that are done
   int32_t num_rows[kMaxRanks];     // of the messages being packed or unpacked, by peer
   int32_t routed_rows[kMaxRanks];  // tokens that the last route sent to each rank
+  int32_t first_part[kMaxRanks];   // rows of the first part of the messages, by peer
   int32_t first_row[kMaxRanks + 1];
 };
 enum SlotPhase : int32_t { kFree, kSent, kReceiving };
@@ -156,7 +174,6 @@ struct RankView {
 
   // Scratch, valid within one op.
   int32_t* row_of;       // [max_tokens, ep_size]: row of a token in the message to a rank, or -1
-  int32_t* place;        // [max_tokens, top_k]: position within the (source, expert) run
   int32_t* tile_counts;  // [tiles + 1, keys]: first place of each key in each tile; totals
   int64_t* group_row;    // [ep_size, num_local_experts]: first expert row of a (source, expert) run
   int64_t* group_end;    // [num_local_experts]: end of the rows kept

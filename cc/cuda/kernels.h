@@ -25,26 +25,24 @@ void LaunchBegin(const RankView& view, const BeginArgs& args, cudaStream_t strea
 
 // route.cu
 
-// Rows and positions of every (token, k) into scratch. With `kind` a kind that travels from source
-// to experts, the headers of all messages too. One block.
+// The row of every token in the message to each rank, into scratch. `writes_headers`: the headers
+// of all messages too; with weights, also their routing.
 struct RouteArgs {
   Op op;
   bool writes_headers;
   Kind kind;
   int64_t row_bytes;
-  const int32_t* topk_idx;  // [num_tokens, top_k]
+  const int32_t* topk_idx;    // [num_tokens, top_k]
+  const float* topk_weights;  // null unless kind is kDispatch
   int64_t num_tokens;
 };
 void LaunchRoute(const RankView& view, const RouteArgs& args, cudaStream_t stream);
 
 // pack.cu
 
-// Token rows into messages, then posts them.
+// Token rows into messages, and posts them part by part.
 struct PackArgs {
-  bool routed;  // with the routing parts: dispatch
   ConstRows rows;
-  const int32_t* topk_idx;
-  const float* topk_weights;
   int64_t num_tokens;
 };
 void LaunchPack(const RankView& view, const PackArgs& args, cudaStream_t stream);
@@ -61,10 +59,14 @@ struct WaitArgs {
 };
 void LaunchWait(const RankView& view, const WaitArgs& args, cudaStream_t stream);
 
-// Waits for the messages themselves, of `count` sources from `first` on, around the ring. One
-// block.
-void LaunchWaitMessages(const RankView& view, Op op, int32_t first, int32_t count,
-                        cudaStream_t stream);
+// Waits for the messages themselves, up to a part of them. One block.
+struct WaitMessagesArgs {
+  Op op;
+  int part;
+  int32_t first;  // of the sources, and how many of them, around the ring
+  int32_t count;
+};
+void LaunchWaitMessages(const RankView& view, const WaitMessagesArgs& args, cudaStream_t stream);
 
 // unpack.cu
 

@@ -53,10 +53,11 @@ cudaError_t Mover::Issue(const MailboxEntry& entry) {
   const std::byte* source = view_.base[view_.rank] + regions.stage + out * regions.message_bytes;
   std::byte* target = view_.base[entry.dst] + regions.recv + in * regions.message_bytes;
   const cudaError_t copied =
-      cudaMemcpyAsync(target, source, entry.bytes, cudaMemcpyDeviceToDevice, streams_[entry.dst]);
+      cudaMemcpyAsync(target + entry.begin, source + entry.begin, entry.end - entry.begin,
+                      cudaMemcpyDeviceToDevice, streams_[entry.dst]);
   if (copied != cudaSuccess) return copied;
   auto* signal = reinterpret_cast<uint64_t*>(view_.base[entry.dst] + regions.signals) + in;
-  return WriteBehind(streams_[entry.dst], signal, entry.sequence);
+  return WriteBehind(streams_[entry.dst], signal, entry.signal);
 }
 
 void Mover::Run() {

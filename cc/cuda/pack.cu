@@ -9,41 +9,20 @@
 namespace jax_sm_free::cuda {
 namespace {
 
-constexpr int kUnroll = 4;  // 16-byte loads of a lane in flight
+constexpr int kUnroll = 8;  // 16-byte loads of a lane in flight
 
-// A message being packed: its address and offsets.
+// Where the rows of a message being packed lie.
 struct OutRows {
-  std::byte* message;
-  int64_t rows;
+  std::byte* rows;
   int64_t row_stride;
-  int64_t local_expert;
-  int64_t position;
-  int64_t weight;
 
-  __device__ std::byte* row(int64_t i) const { return message + rows + i * row_stride; }
+  __device__ std::byte* row(int64_t i) const { return rows + i * row_stride; }
 };
 
 __device__ OutRows OutRowsOf(const RankView& view, int32_t slot, int32_t dst) {
   std::byte* message = OutMessage(view, slot, dst);
   const MessageLayout layout = LayoutOf(view.config, HeaderOf(message));
-  return {message,         layout.rows,  layout.row_stride, layout.local_expert,
-          layout.position, layout.weight};
-}
-
-__device__ void PackRouting(const RankView& view, const PackArgs& args, int64_t token,
-                            const OutRows& out, int32_t dst, int32_t row) {
-  const int32_t top_k = view.config.top_k;
-  const int32_t num_local = view.config.num_local_experts();
-  const int k = threadIdx.x % kWarpSize;  // top_k is at most the size of a warp
-  if (k >= top_k) return;
-  const int64_t source = token * top_k + k;
-  const int64_t entry = int64_t{row} * top_k + k;
-  const int32_t expert = args.topk_idx[source];
-  const bool here = expert >= 0 && OwnerRank(expert, num_local) == dst;
-  PartOf<int32_t>(out.message, out.local_expert)[entry] =
-      here ? LocalExpert(expert, num_local) : -1;
-  PartOf<int32_t>(out.message, out.position)[entry] = here ? view.place[source] : 0;
-  PartOf<float>(out.message, out.weight)[entry] = here ? args.topk_weights[source] : 0.0F;
+  return {message + layout.rows, layout.row_stride};
 }
 
 // Words [first, end) of a row: lanes keep kUnroll loads in flight and store each word to all
@@ -71,7 +50,7 @@ __device__ void PackWords(unsigned present, std::byte* target, const std::byte* 
   }
 }
 
-// One segment of a token's row, to all ranks that get the token; the first also packs its routing.
+// One segment of a token's row, to all ranks that get the token.
 __device__ void PackSegment(const RankView& view, const PackArgs& args, const OutRows* outs,
                             const Segments& segments, int64_t token, int32_t segment) {
   const int dst = threadIdx.x % kWarpSize;  // a lane for each rank
@@ -80,23 +59,38 @@ __device__ void PackSegment(const RankView& view, const PackArgs& args, const Ou
   std::byte* target = row >= 0 ? outs[dst].row(row) : nullptr;
   const unsigned present = __ballot_sync(kFullWarp, row >= 0);
   const std::byte* values = args.rows.values + token * args.rows.values_bytes;
-  const bool wide = args.rows.scales_bytes == 0 && args.rows.values_bytes % 16 == 0;
-  if (wide) PackWords(present, target, values, segments.begin(segment), segments.end(segment));
-  if (segment > 0 || (wide && !args.routed)) return;
+  if (args.rows.scales_bytes == 0 && args.rows.values_bytes % 16 == 0) {
+    PackWords(present, target, values, segments.begin(segment), segments.end(segment));
+    return;
+  }
   for (unsigned left = present; left != 0; left &= left - 1) {
-    const int to = __ffs(static_cast<int>(left)) - 1;
-    const int32_t to_row = __shfl_sync(kFullWarp, row, to);
-    if (args.routed) PackRouting(view, args, token, outs[to], to, to_row);
-    if (wide) continue;
-    std::byte* out = outs[to].row(to_row);
+    std::byte* out = ShufflePointer(target, __ffs(static_cast<int>(left)) - 1);
     WarpCopy(out, values, args.rows.values_bytes);
     WarpCopy(out + args.rows.values_bytes, args.rows.scales + token * args.rows.scales_bytes,
              args.rows.scales_bytes);
   }
 }
 
+// Posts a part of all messages; what lies before the rows goes with the first. By one thread.
+__device__ void PostPart(const RankView& view, int part) {
+  const Current current = view.state->current;
+  for (int32_t i = 1; i <= view.config.ep_size; ++i) {
+    const int32_t dst = (view.rank + i) % view.config.ep_size;  // ranks start at different peers
+    if (current.failed != kOk) {
+      if (part == kLastPart) Post(view, dst);
+      continue;
+    }
+    const MessageHeader& header = HeaderOf(OutMessage(view, current.slot, dst));
+    const MessageLayout layout = LayoutOf(view.config, header);
+    const int64_t middle = layout.rows + header.first_part * layout.row_stride;
+    PostBytes(view, dst, part, part == 0 ? 0 : middle, part == 0 ? middle : layout.total);
+  }
+}
+
+// One part of the tokens, [first, end).
 __global__ void __launch_bounds__(kRowThreads)
-    PackKernel(const RankView view, const PackArgs args) {
+    PackKernel(const RankView view, const PackArgs args, const int part, const int64_t first,
+               const int64_t end) {
   __shared__ OutRows outs[kMaxRanks];
   const Current current = view.state->current;
   if (current.failed == kOk) {
@@ -107,24 +101,24 @@ __global__ void __launch_bounds__(kRowThreads)
     const Warps warps = WarpsOfGrid();
     const bool one_part = args.rows.scales_bytes == 0;
     const Segments segments(one_part ? args.rows.values_bytes : 1);
-    const int64_t num_items = args.num_tokens * segments.per_row;
+    const int64_t num_items = (end - first) * segments.per_row;
     for (int64_t item = warps.index; item < num_items; item += warps.count) {
       const int64_t token = item / segments.per_row;
-      PackSegment(view, args, outs, segments, token,
+      PackSegment(view, args, outs, segments, first + token,
                   static_cast<int32_t>(item - token * segments.per_row));
     }
   }
-  if (!IsLastBlock(view.state) || threadIdx.x != 0 || current.failed == kNothing) return;
-  for (int32_t i = 1; i <= view.config.ep_size; ++i) {
-    Post(view, (view.rank + i) % view.config.ep_size);  // ranks start at different peers
-  }
+  if (current.failed == kNothing) return;
+  if (IsLastBlock(view.state) && threadIdx.x == 0) PostPart(view, part);
 }
 
 }  // namespace
 
 void LaunchPack(const RankView& view, const PackArgs& args, cudaStream_t stream) {
   static const int blocks = RowBlocks(PackKernel, INT32_MAX);
-  PackKernel<<<blocks, kRowThreads, 0, stream>>>(view, args);
+  const int64_t middle = FirstPartTokens(view.config, args.num_tokens);
+  PackKernel<<<blocks, kRowThreads, 0, stream>>>(view, args, 0, 0, middle);
+  PackKernel<<<blocks, kRowThreads, 0, stream>>>(view, args, kLastPart, middle, args.num_tokens);
 }
 
 cudaError_t LoadPack() { return Load(PackKernel); }

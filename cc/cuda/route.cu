@@ -56,7 +56,6 @@ class Tile {
     return entry;
   }
 
-  __device__ int64_t entry() const { return first_token_ * top_k_ + threadIdx.x; }
   __device__ int64_t token() const { return first_token_ + threadIdx.x / top_k_; }
   __device__ int64_t first_token() const { return first_token_; }
   __device__ int32_t num_tokens() const { return size_ / top_k_; }
@@ -71,6 +70,9 @@ class Tile {
 // Headers and notices of all messages. By one block.
 __device__ void WriteHeaders(const RankView& view, const RouteArgs& args, const int32_t* totals) {
   const Config& config = view.config;
+  const int64_t first_tile = FirstPartTokens(config, args.num_tokens) / TileTokens(config);
+  const bool whole = FirstPartTokens(config, args.num_tokens) == args.num_tokens;
+  const int32_t* first_places = view.tile_counts + first_tile * NumKeys(config);
   const Current current = view.state->current;
   const bool failed = current.failed != kOk;
   const int32_t num_local = config.num_local_experts();
@@ -79,6 +81,8 @@ __device__ void WriteHeaders(const RankView& view, const RouteArgs& args, const 
     header.kind = failed ? kPoisonedKind : static_cast<int32_t>(args.kind);
     header.num_rows = failed ? 0 : totals[config.num_experts + dst];
     header.row_bytes = args.row_bytes;
+    header.first_part = whole ? header.num_rows : first_places[config.num_experts + dst];
+    if (failed) header.first_part = 0;
     WriteHeader(view, dst, header);
   }
   for (int32_t expert = threadIdx.x; expert < config.num_experts; expert += blockDim.x) {
@@ -153,6 +157,26 @@ __device__ Rank RankInWarp(int32_t key) {
   return {__popc(same & before), __popc(same)};
 }
 
+// The routing of one (token, k) into the messages for all ranks that get the token.
+__device__ void WriteRouting(const RankView& view, const RouteArgs& args, int64_t token, int32_t k,
+                             int32_t expert, int32_t place) {
+  const Config& config = view.config;
+  const int32_t num_local = config.num_local_experts();
+  for (int32_t dst = 0; dst < config.ep_size; ++dst) {
+    const int32_t row = view.row_of[token * config.ep_size + dst];
+    if (row < 0) continue;
+    std::byte* message = OutMessage(view, view.state->current.slot, dst);
+    const MessageLayout layout = LayoutOf(config, HeaderOf(message));
+    const int64_t entry = int64_t{row} * config.top_k + k;
+    const bool here = expert >= 0 && OwnerRank(expert, num_local) == dst;
+    PartOf<int32_t>(message, layout.local_expert)[entry] =
+        here ? LocalExpert(expert, num_local) : -1;
+    PartOf<int32_t>(message, layout.position)[entry] = here ? place : 0;
+    PartOf<float>(message, layout.weight)[entry] =
+        here ? args.topk_weights[token * config.top_k + k] : 0.0F;
+  }
+}
+
 __global__ void __launch_bounds__(kTileEntries)
     PlaceKernel(const RankView view, const RouteArgs args) {
   extern __shared__ int32_t histograms[];  // [warps, num_keys]
@@ -181,10 +205,15 @@ __global__ void __launch_bounds__(kTileEntries)
     }
   }
   __syncthreads();
-  if (entry.expert >= 0) view.place[tile.entry()] = own[entry.expert] + expert_rank.rank;
   if (dst_key >= 0) {
     view.row_of[tile.token() * config.ep_size + entry.dst] = own[dst_key] + dst_rank.rank;
   }
+  if (args.topk_weights == nullptr || view.state->current.failed != kOk) return;
+  __syncthreads();
+  const auto in_tile = static_cast<int32_t>(threadIdx.x);
+  if (in_tile >= tile.num_tokens() * config.top_k) return;
+  WriteRouting(view, args, tile.token(), in_tile % config.top_k, entry.expert,
+               own[max(entry.expert, 0)] + expert_rank.rank);
 }
 
 constexpr int kMaxSharedBytes = 160 * 1024;

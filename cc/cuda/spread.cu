@@ -125,7 +125,7 @@ struct LoadAll {
 }  // namespace
 
 void LaunchSpread(const RankView& view, const SpreadArgs& args, cudaStream_t stream) {
-  LaunchWaitMessages(view, args.op, 0, view.config.ep_size, stream);
+  LaunchWaitMessages(view, {args.op, kLastPart, 0, view.config.ep_size}, stream);
   (void)cudaMemsetAsync(view.covered, 0, args.layout.num_rows, stream);
   static const int blocks = RowBlocks(MarkKernel, INT32_MAX);
   MarkKernel<<<blocks, kRowThreads, 0, stream>>>(view, args);

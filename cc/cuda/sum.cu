@@ -88,7 +88,7 @@ struct LoadAll {
 }  // namespace
 
 void LaunchSum(const RankView& view, const SumArgs& args, cudaStream_t stream) {
-  LaunchWaitMessages(view, args.op, 0, view.config.ep_size, stream);
+  LaunchWaitMessages(view, {args.op, kLastPart, 0, view.config.ep_size}, stream);
   Dispatch(args.matrix, Launch{view, args, stream});
 }
 

@@ -10,7 +10,7 @@ namespace jax_sm_free::cuda {
 namespace {
 
 constexpr int kPlanThreads = 256;
-constexpr int kUnroll = 4;
+constexpr int kUnroll = 8;         // 16-byte loads of a lane in flight
 constexpr uint8_t kPoison = 0xFF;  // NaN in every float type, -1 in every integer type
 
 // A received token row: which message it lies in, and where.
@@ -208,8 +208,8 @@ __device__ void SpreadParts(const TokenRow& from, const MutableRows& out, int32_
   }
 }
 
-__device__ void UnpackSource(const RankView& view, const ExpertsOut& out, int32_t source,
-                             const Warps& warps) {
+__device__ void UnpackPart(const RankView& view, const ExpertsOut& out, int32_t source, int part,
+                           const Warps& warps) {
   const DeviceState* state = view.state;
   TokenRow from;
   from.source = source;
@@ -217,10 +217,13 @@ __device__ void UnpackSource(const RankView& view, const ExpertsOut& out, int32_
   from.layout = LayoutOf(view.config, HeaderOf(from.message));
   const bool wide = out.rows.scales_bytes == 0 && out.rows.values_bytes % 16 == 0;
   const Segments segments(wide ? out.rows.values_bytes : 1);
-  const int64_t num_items = int64_t{state->num_rows[source]} * segments.per_row;
+  const int32_t first_row = part == 0 ? 0 : state->first_part[source];
+  const int32_t end_row = part == 0 ? state->first_part[source] : state->num_rows[source];
+  const int64_t num_items = int64_t{end_row - first_row} * segments.per_row;
   for (int64_t item = warps.index; item < num_items; item += warps.count) {
-    from.row = static_cast<int32_t>(item / segments.per_row);
-    const auto segment = static_cast<int32_t>(item - int64_t{from.row} * segments.per_row);
+    const auto row = static_cast<int32_t>(item / segments.per_row);
+    const auto segment = static_cast<int32_t>(item - int64_t{row} * segments.per_row);
+    from.row = first_row + row;
     const int32_t expert_row = ExpertRow(view, from, out, segment == 0);
     if (wide) {
       SpreadSegment(from, out.rows, expert_row, segments.begin(segment), segments.end(segment));
@@ -263,20 +266,25 @@ __device__ void PoisonExperts(const RankView& view, const ExpertsOut& out, const
   }
 }
 
-// One source's rows. With the first one also all that no source writes; after the last one the
+// One part of one source's rows. With the first also all that no source writes; after the last the
 // messages are acknowledged.
+struct Turn {
+  int32_t source;
+  int part;
+  bool first;
+  bool last;
+};
 __global__ void __launch_bounds__(kRowThreads)
-    UnpackExpertsKernel(const RankView view, const ExpertsOut out, const int32_t source,
-                        const bool first, const bool last) {
+    UnpackExpertsKernel(const RankView view, const ExpertsOut out, const Turn turn) {
   const Warps warps = WarpsOfGrid();
   const Current current = view.state->current;
   if (current.failed == kOk) {
-    UnpackSource(view, out, source, warps);
-    if (first) ZeroTheRest(view, out, warps);
-  } else if (last) {
+    UnpackPart(view, out, turn.source, turn.part, warps);
+    if (turn.first) ZeroTheRest(view, out, warps);
+  } else if (turn.last) {
     PoisonExperts(view, out, warps);
   }
-  if (last && current.failed != kNothing && IsLastBlock(view.state)) Acknowledge(view);
+  if (turn.last && current.failed != kNothing && IsLastBlock(view.state)) Acknowledge(view);
 }
 
 // ----------------------------------------------------------------------------------------- tokens
@@ -343,17 +351,21 @@ void LaunchUnpackExperts(const RankView& view, const ExpertsOut& out, cudaStream
   PlanKernel<<<1, kPlanThreads, shared, stream>>>(view, out);
   static const int blocks = RowBlocks(UnpackExpertsKernel, INT32_MAX);
   const int32_t ep_size = view.config.ep_size;
-  for (int32_t i = 0; i < ep_size; ++i) {
-    // Rank r sends to r + 1 first, so that the messages come in from r - 1 backwards.
-    const int32_t source = (view.rank - i + ep_size) % ep_size;
-    LaunchWaitMessages(view, Op::kDispatchRecv, source, 1, stream);
-    UnpackExpertsKernel<<<blocks, kRowThreads, 0, stream>>>(view, out, source, i == 0,
-                                                            i == ep_size - 1);
+  for (int part = 0; part < kNumParts; ++part) {
+    for (int32_t i = 0; i < ep_size; ++i) {
+      // Rank r sends to r + 1 first, so that the messages come in from r - 1 backwards.
+      const int32_t source = (view.rank - i + ep_size) % ep_size;
+      const bool first = part == 0 && i == 0;
+      const bool last = part == kLastPart && i == ep_size - 1;
+      LaunchWaitMessages(view, {Op::kDispatchRecv, part, source, 1}, stream);
+      UnpackExpertsKernel<<<blocks, kRowThreads, 0, stream>>>(view, out,
+                                                              Turn{source, part, first, last});
+    }
   }
 }
 
 void LaunchUnpackTokens(const RankView& view, const TokensOut& out, cudaStream_t stream) {
-  LaunchWaitMessages(view, Op::kDispatchRecv, 0, view.config.ep_size, stream);
+  LaunchWaitMessages(view, {Op::kDispatchRecv, kLastPart, 0, view.config.ep_size}, stream);
   static const int blocks = RowBlocks(UnpackTokensKernel, INT32_MAX);
   UnpackTokensKernel<<<blocks, kRowThreads, 0, stream>>>(view, out);
 }

@@ -40,15 +40,14 @@ __device__ void Take(const RankView& view, const WaitArgs& args) {
   state->current = {sequence, slot, kOk};
 }
 
-// Waits until *signal says that this exchange's part of `source` is there.
-__device__ bool Await(const RankView& view, Op op, const uint64_t* signal, int32_t source) {
-  DeviceState* state = view.state;
-  const uint64_t sequence = state->current.sequence;
-  if (WaitFor(view, signal, sequence)) return true;
+// Waits until *signal is at least `value`; `source` is to blame if it never is.
+__device__ bool Await(const RankView& view, Op op, const uint64_t* signal, uint64_t value,
+                      int32_t source) {
+  if (WaitFor(view, signal, value)) return true;
   Raise(view, op,
-        {FaultCode::kTimeout, source, static_cast<int64_t>(sequence),
+        {FaultCode::kTimeout, source, static_cast<int64_t>(value),
          static_cast<int64_t>(LoadAcquire(signal))});
-  state->current.failed = kEmpty;
+  view.state->current.failed = kEmpty;
   return false;
 }
 
@@ -57,7 +56,9 @@ __device__ void AwaitNotice(const RankView& view, const WaitArgs& args, int32_t 
   DeviceState* state = view.state;
   const Current current = state->current;
   state->num_rows[source] = 0;
-  if (!Await(view, args.op, Noticed(view, view.rank, current.slot, source), source)) return;
+  state->first_part[source] = 0;
+  const uint64_t* noticed = Noticed(view, view.rank, current.slot, source);
+  if (!Await(view, args.op, noticed, current.sequence, source)) return;
   const MessageHeader& header = HeaderOf(Notice(view, view.rank, current.slot, source));
   const auto refuse = [&](const FaultNumbers& fault) {
     Raise(view, args.op, fault);
@@ -77,6 +78,7 @@ __device__ void AwaitNotice(const RankView& view, const WaitArgs& args, int32_t 
                    kNumRowsDiffer});
   }
   state->num_rows[source] = header.num_rows;
+  state->first_part[source] = static_cast<int32_t>(header.first_part);
 }
 
 __global__ void WaitKernel(const RankView view, const WaitArgs args) {
@@ -97,22 +99,20 @@ __global__ void WaitKernel(const RankView view, const WaitArgs args) {
   state->first_row[view.config.ep_size] = next;
 }
 
-// Waits for the messages of `count` sources from `first` on, around the ring.
-__global__ void WaitMessagesKernel(const RankView view, const Op op, const int32_t first,
-                                   const int32_t count) {
+__global__ void WaitMessagesKernel(const RankView view, const WaitMessagesArgs args) {
   const Current current = view.state->current;
   if (current.failed != kOk) return;
-  for (int32_t i = threadIdx.x; i < count; i += blockDim.x) {
-    const int32_t source = (first + i) % view.config.ep_size;
-    (void)Await(view, op, Signal(view, current.slot, source), source);
+  for (int32_t i = threadIdx.x; i < args.count; i += blockDim.x) {
+    const int32_t source = (args.first + i) % view.config.ep_size;
+    (void)Await(view, args.op, Signal(view, current.slot, source),
+                SignalOf(current.sequence, args.part), source);
   }
 }
 
 }  // namespace
 
-void LaunchWaitMessages(const RankView& view, Op op, int32_t first, int32_t count,
-                        cudaStream_t stream) {
-  WaitMessagesKernel<<<1, kMaxRanks, 0, stream>>>(view, op, first, count);
+void LaunchWaitMessages(const RankView& view, const WaitMessagesArgs& args, cudaStream_t stream) {
+  WaitMessagesKernel<<<1, kMaxRanks, 0, stream>>>(view, args);
 }
 
 void LaunchWait(const RankView& view, const WaitArgs& args, cudaStream_t stream) {
