@@ -217,7 +217,7 @@ def test_more_sends_than_slots_without_a_recv_are_a_fault(inputs):
     with open_own() as buffer:
         expected = (
             r"dispatch_send on rank \d",
-            r"expected at most 2 exchanges in flight \(num_slots\)",
+            r"expected at most 2 dispatch exchanges in flight \(num_slots\)",
             "seen one send more without a recv",
         )
         bad = compile_own(functools.partial(send_before_recv, 3), buffer)
