@@ -1,11 +1,11 @@
-"""Expert-parallel dispatch and combine for JAX, split into send and recv so that compute runs between.
+"""Expert-parallel dispatch and combine for JAX, split so that compute runs between send and recv.
 
 The public names; see `Buffer` for the ops and `overlap` for placing compute.
 """
 
 from jax_sm_free.buffer import Buffer, FaultError
 from jax_sm_free.config import Config, MemoryEstimate, estimate_memory, get_rdma_size_hint
-from jax_sm_free.inspection import Schedule, inspect
+from jax_sm_free.inspection import Pair, Schedule, Step, inspect
 from jax_sm_free.results import Layout, Received, ReceivedTokens
 from jax_sm_free.schedule import Hook, Sent, overlap
 from jax_sm_free.version import __version__
@@ -17,10 +17,12 @@ __all__ = [
     "Hook",
     "Layout",
     "MemoryEstimate",
+    "Pair",
     "Received",
     "ReceivedTokens",
     "Schedule",
     "Sent",
+    "Step",
     "__version__",
     "estimate_memory",
     "get_rdma_size_hint",

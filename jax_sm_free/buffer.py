@@ -112,14 +112,10 @@ class Buffer:
         if self.transport == "abstract":
             primitives.register_cuda()
             buffer_id = next(_abstract_ids)
-            self._closer = weakref.finalize(self, lambda: None)
         else:
-            platform = _PLATFORMS[self.transport]
-            register = primitives.register_cpu if platform == "cpu" else primitives.register_cuda
-            register()
-            self._native = Native(platform)
+            self._native = Native(_PLATFORMS[self.transport])
             buffer_id = self._native.open_buffer(self.config, _places(mesh, self.axes))
-            self._closer = weakref.finalize(self, self._native.close_buffer, buffer_id)
+        self._closer = weakref.finalize(self, _close, self._native, buffer_id)
         self._target = Target(self.config, buffer_id)
 
     def __repr__(self) -> str:
@@ -144,14 +140,14 @@ class Buffer:
         op = "dispatch_send"
         self._check_usable(op)
         row_type = checks.check_rows(op, self.config, x)
-        values, *scales = x if isinstance(x, (tuple, list)) else (x,)
+        values, *parts = x if isinstance(x, (tuple, list)) else (x,)
         checks.check_topk(op, self.config, values.shape[0], topk_idx, topk_weights)
         position = jax.lax.axis_index(self.mesh.axis_names)
-        position, values, topk_idx, topk_weights, *scales = _vary_alike(
-            position, values, topk_idx, topk_weights, *scales
+        position, values, topk_idx, topk_weights, *parts = _vary_alike(
+            position, values, topk_idx, topk_weights, *parts
         )
-        if scales:
-            values, scales = autodiff.no_gradient(values, *scales)
+        if parts:
+            values, scales = autodiff.no_gradient(values, *parts)
         else:
             scales = values[:, :0].astype(row_type.scale_dtype)
         token = autodiff.dispatch_send(
@@ -374,6 +370,11 @@ class Buffer:
         )
 
 
+def _close(native: Native | None, buffer_id: int) -> None:
+    if native is not None:
+        native.close_buffer(buffer_id)
+
+
 def _check_sent(op: str, sent: Any, kind: str) -> None:
     if not isinstance(sent, Sent):
         raise TypeError(f"{op}: expected what {kind}_send returned, got {type(sent).__name__}")
@@ -412,7 +413,7 @@ def _choose_transport(mesh: Mesh, transport: str) -> str:
     foreign = [device for device in devices if device.process_index != jax.process_index()]
     if foreign:
         raise NotImplementedError(
-            f"expected all devices of the mesh in this process, got {len(foreign)} of other processes"
+            f"expected all devices of the mesh in this process, got {len(foreign)} of others"
         )
     chosen = {"cpu": "in_process", "gpu": "cuda_peer"}.get(devices[0].platform)
     if chosen is None or len(platforms) > 1:

@@ -116,7 +116,8 @@ def check_mesh(mesh: Any, axis: Any) -> tuple[str, ...]:
     unknown = [name for name in axes if name not in mesh.axis_names]
     if unknown or not axes or len(set(axes)) != len(axes):
         raise ValueError(
-            f"expected axis to name axes of the mesh {list(mesh.axis_names)}, each once, got {axis!r}"
+            f"expected axis to name axes of the mesh {list(mesh.axis_names)}, each once, "
+            f"got {axis!r}"
         )
     return axes
 

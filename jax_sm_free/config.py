@@ -62,7 +62,7 @@ class Config:
     num_experts: int
     top_k: int
     max_tokens: int
-    recv_capacity: int | None = None
+    recv_capacity: Any = None  # an int; None stands for the worst case
     num_slots: int = 2
     expert_alignment: int = 1
     dtype: Any = jnp.bfloat16
@@ -89,10 +89,9 @@ class Config:
         if not 0 < self.timeout_s <= MAX_TIMEOUT_S:
             raise ValueError(f"timeout_s must be in (0, {MAX_TIMEOUT_S}], got {self.timeout_s}")
         put("timeout_s", float(self.timeout_s))
-        capacity = self.recv_capacity
-        if capacity is None:
-            capacity = self.worst_case_capacity
-        put("recv_capacity", _check_int("recv_capacity", capacity, 0))
+        if self.recv_capacity is None:
+            put("recv_capacity", self.worst_case_capacity)
+        put("recv_capacity", _check_int("recv_capacity", self.recv_capacity, 0))
         if max(self.recv_capacity, self.worst_case_capacity) > np.iinfo(np.int32).max:
             raise ValueError(
                 f"expert rows per rank must fit int32, got {self.recv_capacity} "
@@ -137,7 +136,6 @@ class Config:
             self.max_tokens * round_up(self.row_bytes, _ROW_ALIGNMENT),
         )
         return sum(round_up(part, _PART_ALIGNMENT) for part in parts)
-
 
     def sizes(self) -> dict[str, int | float]:
         """The numbers that the extension takes, by name (cc/config.h)."""

@@ -40,7 +40,7 @@ class RowType:
     columns: int
     dtype: Any
     scale_columns: int = 0
-    scale_dtype: Any = np.dtype(np.float32)
+    scale_dtype: Any = jnp.float32
 
     @property
     def has_scales(self) -> bool:
@@ -220,10 +220,12 @@ def combine_backward_recv(
 
 
 class Native:
-    """The extension module of one platform: "cpu" or "cuda"."""
+    """The extension module of one platform, "cpu" or "cuda", with its handlers registered."""
 
     def __init__(self, platform: str) -> None:
         self._module = _load(platform)
+        register = {"cpu": register_cpu, "cuda": register_cuda}[platform]
+        register()
 
     def open_buffer(self, config: Config, places: list[tuple[int, int, int] | None]) -> int:
         """Makes the memory of a buffer; places: each device's (group, rank, mesh position)."""

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, overload
 
 import jax
 import numpy as np
 from jax import Array
 from jax.extend import core
-from jax.extend.mlir.dialects import stablehlo  # type: ignore[attr-defined]
+from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import ad, batching, mlir
 from jax.interpreters import partial_eval as pe
 
@@ -123,9 +123,6 @@ class Hook:
         return Hook(self._recv, sent)
 
 
-_Pending = TypeVar("_Pending", Sent, Hook)
-
-
 def _hold(tree: Any, token: Array) -> tuple[Any, Array]:
     """Holds the arrays of a pytree together with a token; its other leaves pass."""
     leaves, treedef = jax.tree.flatten(tree)
@@ -136,7 +133,15 @@ def _hold(tree: Any, token: Array) -> tuple[Any, Array]:
     return jax.tree.unflatten(treedef, leaves), token
 
 
-def overlap(pending: _Pending, fn: Callable[..., Any], *args: Any) -> tuple[Any, _Pending]:
+@overload
+def overlap(pending: Sent, fn: Callable[..., Any], *args: Any) -> tuple[Any, Sent]: ...
+@overload
+def overlap(pending: Hook, fn: Callable[..., Any], *args: Any) -> tuple[Any, Hook]: ...
+
+
+def overlap(
+    pending: Sent | Hook, fn: Callable[..., Any], *args: Any
+) -> tuple[Any, Sent] | tuple[Any, Hook]:
     """Computes fn(*args) between a send and its recv, in the forward and in the backward pass.
 
     What fn computes from its arguments is held between the two. What it closes over is not: pass it
