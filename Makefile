@@ -27,7 +27,8 @@ ifneq ($(CUDA),)
   MODULES += _cuda
 endif
 BAZEL_TEST := bazel test $(BAZEL_FLAGS) --test_tag_filters=-python --build_tests_only
-PYTEST_FLAGS ?= -n 2
+# Neighbouring tests share compiled programs: what one worker starts, it goes on with.
+PYTEST_FLAGS ?= -n 2 --dist worksteal
 # Without it, JAX complains that the CUDA compiler of the set-up finds no CUDA libraries.
 export JAX_PLATFORMS ?= cpu
 

@@ -159,7 +159,9 @@ class MemoryEstimate:
 
     Attributes:
       messages: packed messages of `num_slots` exchanges in flight, all of the largest size. They
-        live outside XLA's memory, and are taken only as far as rows are really sent.
+        live outside XLA's memory, and are taken only as far as rows are really sent. On CPU each
+        of the four kinds of exchange (dispatch, combine and the gradients of both) has `num_slots`
+        of its own, so that a program with all of them in flight at once can take more.
       recv: the result of one `dispatch_recv(output="experts")`, in XLA's memory: rows, weights,
         group sizes, counts and the layout.
     """
