@@ -30,19 +30,34 @@ struct Terms {
   int64_t size = 0;
 };
 
-template <typename T>
-SMF_INLINE void SumBody(const Terms& terms, int64_t hidden, std::byte* out) {
-  using Storage = typename T::Storage;
-  auto* sum = reinterpret_cast<Storage*>(out);
-  for (int64_t begin = 0; begin < hidden; begin += kChunk) {
-    const int64_t width = std::min(kChunk, hidden - begin);
-    float total[kChunk] = {};
-    for (int64_t i = 0; i < terms.size; ++i) {
-      const auto* row = reinterpret_cast<const Storage*>(terms.rows[i]) + begin;
-      const float weight = terms.weights == nullptr ? 1.0F : terms.weights[i];
+template <typename T, bool kWeighted>
+SMF_INLINE void SumChunk(const Terms& terms, int64_t begin, int64_t width,
+                         typename T::Storage* sum) {
+  float total[kChunk];
+  const int64_t size = terms.size;
+  for (int64_t i = 0; i < size; ++i) {
+    const auto* row = reinterpret_cast<const typename T::Storage*>(terms.rows[i]) + begin;
+    const float weight = kWeighted ? terms.weights[i] : 1.0F;
+    if (i == 0) {  // sums start at +0, which turns -0 into +0
+      for (int64_t c = 0; c < width; ++c) total[c] = 0.0F + weight * T::Load(row[c]);
+    } else {
       for (int64_t c = 0; c < width; ++c) total[c] += weight * T::Load(row[c]);
     }
-    for (int64_t c = 0; c < width; ++c) sum[begin + c] = T::Store(total[c]);
+  }
+  if (size == 0) std::fill_n(total, width, 0.0F);
+  for (int64_t c = 0; c < width; ++c) sum[begin + c] = T::Store(total[c]);
+}
+
+template <typename T>
+SMF_INLINE void SumBody(const Terms& terms, int64_t hidden, std::byte* out) {
+  auto* sum = reinterpret_cast<typename T::Storage*>(out);
+  for (int64_t begin = 0; begin < hidden; begin += kChunk) {
+    const int64_t width = std::min(kChunk, hidden - begin);
+    if (terms.weights == nullptr) {
+      SumChunk<T, false>(terms, begin, width, sum);
+    } else {
+      SumChunk<T, true>(terms, begin, width, sum);
+    }
   }
 }
 
@@ -185,7 +200,7 @@ std::optional<Fault> SumOverRanks(const Config& config, const Matrix& matrix, co
                                   float* weight_grads) {
   const Result<Route> made = Route::Make(config, topk);
   if (const Fault* fault = FaultOf(made)) return *fault;
-  const Route& route = std::get<Route>(made);
+  const auto& route = std::get<Route>(made);
   for (int32_t rank = 0; rank < config.ep_size; ++rank) {
     const auto num_rows = static_cast<int64_t>(route.tokens(rank).size());
     if (auto fault = CheckMessage(messages[rank], rank, num_rows, matrix.row_bytes())) return fault;

@@ -43,6 +43,7 @@ std::optional<Fault> CheckRowBytes(const std::vector<Message>& messages, const M
 
 GroupPlan PlanOf(const Config& config, const std::vector<Message>& messages) {
   std::vector<const int32_t*> rows_per_expert;
+  rows_per_expert.reserve(messages.size());
   for (const Message& message : messages) rows_per_expert.push_back(message.rows_per_expert());
   return {config, rows_per_expert};
 }
