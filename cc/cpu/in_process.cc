@@ -1,6 +1,7 @@
 #include "cc/cpu/in_process.h"
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdio>
 #include <string>
 #include <utility>
@@ -9,6 +10,8 @@
 
 namespace jax_sm_free {
 namespace {
+
+constexpr size_t kMaxFailedRuns = 1024;
 
 // A wait as long as this is worth a line in the log.
 constexpr double kSlowWaitSeconds = 10.0;
@@ -157,6 +160,8 @@ void InProcess::Fail(int64_t run, const Fault& fault) {
   {
     const std::lock_guard lock(mutex_);
     if (closed_ || !failed_runs_.emplace(run, fault).second) return;
+    // Runs are numbered upwards: a rank this late would find out by its own timeout.
+    if (failed_runs_.size() > kMaxFailedRuns) failed_runs_.erase(failed_runs_.begin());
     receivers = TakeReceivers([run](int64_t r) { return r == run; });
     on_fail_(run, fault);
   }

@@ -235,6 +235,7 @@ std::optional<Fault> SpreadGradients(const Config& config, const Matrix& matrix,
                                      const std::vector<Message>& messages, const LayoutIn& layout,
                                      const std::byte* y, const float* weights, std::byte* y_grad,
                                      float* weight_grads) {
+  if (auto fault = Check(config, layout)) return fault;
   const IeeeScope ieee;
   const int64_t row_bytes = matrix.row_bytes();
   std::vector<bool> written(layout.num_rows);
