@@ -14,6 +14,7 @@
 #include "cc/runtime.h"
 #include "xla/ffi/api/ffi.h"
 #include "xla_ffi/decode.h"
+#include "xla_ffi/signatures.h"
 
 namespace jax_sm_free {
 namespace {
@@ -305,57 +306,22 @@ auto BindOp() {
   return ffi::Ffi::Bind().Attr<int64_t>("buffer").Ctx<ffi::RunId>().Ctx<ffi::DeviceOrdinal>();
 }
 auto BindSend() { return BindOp().Ctx<ffi::State<CallSite>>(); }
-auto BindRecv() { return BindOp().Arg<F32>(); }
 
 XLA_FFI_DEFINE_HANDLER(kMakeCallSite, MakeCallSite, ffi::Ffi::BindInstantiate());
-XLA_FFI_DEFINE_HANDLER(kDispatchSendHandler, DispatchSendImpl,
-                       BindSend()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<S32>()
-                           .Arg<F32>()
-                           .Arg<S32>()
-                           .Ret<F32>());
-XLA_FFI_DEFINE_HANDLER(kCombineBackwardSendHandler, CombineBackwardSendImpl,
-                       BindSend().Arg<ffi::AnyBuffer>().Arg<S32>().Ret<F32>());
-XLA_FFI_DEFINE_HANDLER(
-    kCombineSendHandler, CombineSendImpl,
-    BindSend().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<S32>().Arg<S32>().Ret<F32>());
-XLA_FFI_DEFINE_HANDLER(
-    kDispatchBackwardSendHandler, DispatchBackwardSendImpl,
-    BindSend().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<S32>().Arg<S32>().Ret<F32>());
-XLA_FFI_DEFINE_HANDLER(kDispatchRecvHandler, DispatchRecvImpl,
-                       BindRecv()
-                           .Ret<ffi::AnyBuffer>()
-                           .Ret<ffi::AnyBuffer>()
-                           .Ret<S32>()
-                           .Ret<S32>()
-                           .Ret<F32>()
-                           .Ret<S32>()
-                           .Ret<S32>()
-                           .Ret<S32>());
+XLA_FFI_DEFINE_HANDLER(kDispatchSendHandler, DispatchSendImpl, BindDispatchSend(BindSend()));
+XLA_FFI_DEFINE_HANDLER(kDispatchRecvHandler, DispatchRecvImpl, BindDispatchRecv(BindOp()));
 XLA_FFI_DEFINE_HANDLER(kDispatchRecvTokensHandler, DispatchRecvTokensImpl,
-                       BindRecv()
-                           .Ret<ffi::AnyBuffer>()
-                           .Ret<ffi::AnyBuffer>()
-                           .Ret<S32>()
-                           .Ret<F32>()
-                           .Ret<S32>()
-                           .Ret<S32>()
-                           .Ret<S32>()
-                           .Ret<S32>());
-XLA_FFI_DEFINE_HANDLER(kCombineRecvHandler, CombineRecvImpl,
-                       BindRecv().Arg<S32>().Ret<ffi::AnyBuffer>());
+                       BindDispatchRecvTokens(BindOp()));
+XLA_FFI_DEFINE_HANDLER(kDispatchBackwardSendHandler, DispatchBackwardSendImpl,
+                       BindSendSums(BindSend()));
 XLA_FFI_DEFINE_HANDLER(kDispatchBackwardRecvHandler, DispatchBackwardRecvImpl,
-                       BindRecv().Arg<S32>().Ret<ffi::AnyBuffer>().Ret<F32>());
+                       BindDispatchBackwardRecv(BindOp()));
+XLA_FFI_DEFINE_HANDLER(kCombineSendHandler, CombineSendImpl, BindSendSums(BindSend()));
+XLA_FFI_DEFINE_HANDLER(kCombineRecvHandler, CombineRecvImpl, BindCombineRecv(BindOp()));
+XLA_FFI_DEFINE_HANDLER(kCombineBackwardSendHandler, CombineBackwardSendImpl,
+                       BindCombineBackwardSend(BindSend()));
 XLA_FFI_DEFINE_HANDLER(kCombineBackwardRecvHandler, CombineBackwardRecvImpl,
-                       BindRecv()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<F32>()
-                           .Arg<S32>()
-                           .Arg<S32>()
-                           .Ret<ffi::AnyBuffer>()
-                           .Ret<F32>());
+                       BindCombineBackwardRecv(BindOp()));
 
 }  // namespace
 

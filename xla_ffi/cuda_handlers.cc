@@ -13,6 +13,7 @@
 #include "cc/runtime.h"
 #include "xla/ffi/api/ffi.h"
 #include "xla_ffi/decode.h"
+#include "xla_ffi/signatures.h"
 
 namespace jax_sm_free::cuda {
 namespace {
@@ -307,54 +308,21 @@ auto BindOp() {
       .Ctx<ffi::DeviceOrdinal>()
       .Ctx<ffi::PlatformStream<cudaStream_t>>();
 }
-auto BindRecv() { return BindOp().Arg<F32>(); }
 
-XLA_FFI_DEFINE_HANDLER(kDispatchSendHandler, DispatchSendImpl,
-                       BindOp()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<S32>()
-                           .Arg<F32>()
-                           .Arg<S32>()
-                           .Ret<F32>());
-XLA_FFI_DEFINE_HANDLER(kCombineBackwardSendHandler, CombineBackwardSendImpl,
-                       BindOp().Arg<ffi::AnyBuffer>().Arg<S32>().Ret<F32>());
-XLA_FFI_DEFINE_HANDLER(kCombineSendHandler, CombineSendImpl,
-                       BindOp().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<S32>().Arg<S32>().Ret<F32>());
-XLA_FFI_DEFINE_HANDLER(kDispatchBackwardSendHandler, DispatchBackwardSendImpl,
-                       BindOp().Arg<ffi::AnyBuffer>().Arg<F32>().Arg<S32>().Arg<S32>().Ret<F32>());
-XLA_FFI_DEFINE_HANDLER(kDispatchRecvHandler, DispatchRecvImpl,
-                       BindRecv()
-                           .Ret<ffi::AnyBuffer>()
-                           .Ret<ffi::AnyBuffer>()
-                           .Ret<S32>()
-                           .Ret<S32>()
-                           .Ret<F32>()
-                           .Ret<S32>()
-                           .Ret<S32>()
-                           .Ret<S32>());
+XLA_FFI_DEFINE_HANDLER(kDispatchSendHandler, DispatchSendImpl, BindDispatchSend(BindOp()));
+XLA_FFI_DEFINE_HANDLER(kDispatchRecvHandler, DispatchRecvImpl, BindDispatchRecv(BindOp()));
 XLA_FFI_DEFINE_HANDLER(kDispatchRecvTokensHandler, DispatchRecvTokensImpl,
-                       BindRecv()
-                           .Ret<ffi::AnyBuffer>()
-                           .Ret<ffi::AnyBuffer>()
-                           .Ret<S32>()
-                           .Ret<F32>()
-                           .Ret<S32>()
-                           .Ret<S32>()
-                           .Ret<S32>()
-                           .Ret<S32>());
-XLA_FFI_DEFINE_HANDLER(kCombineRecvHandler, CombineRecvImpl,
-                       BindRecv().Arg<S32>().Ret<ffi::AnyBuffer>());
+                       BindDispatchRecvTokens(BindOp()));
+XLA_FFI_DEFINE_HANDLER(kDispatchBackwardSendHandler, DispatchBackwardSendImpl,
+                       BindSendSums(BindOp()));
 XLA_FFI_DEFINE_HANDLER(kDispatchBackwardRecvHandler, DispatchBackwardRecvImpl,
-                       BindRecv().Arg<S32>().Ret<ffi::AnyBuffer>().Ret<F32>());
+                       BindDispatchBackwardRecv(BindOp()));
+XLA_FFI_DEFINE_HANDLER(kCombineSendHandler, CombineSendImpl, BindSendSums(BindOp()));
+XLA_FFI_DEFINE_HANDLER(kCombineRecvHandler, CombineRecvImpl, BindCombineRecv(BindOp()));
+XLA_FFI_DEFINE_HANDLER(kCombineBackwardSendHandler, CombineBackwardSendImpl,
+                       BindCombineBackwardSend(BindOp()));
 XLA_FFI_DEFINE_HANDLER(kCombineBackwardRecvHandler, CombineBackwardRecvImpl,
-                       BindRecv()
-                           .Arg<ffi::AnyBuffer>()
-                           .Arg<F32>()
-                           .Arg<S32>()
-                           .Arg<S32>()
-                           .Ret<ffi::AnyBuffer>()
-                           .Ret<F32>());
+                       BindCombineBackwardRecv(BindOp()));
 
 }  // namespace
 }  // namespace jax_sm_free::cuda
