@@ -65,12 +65,18 @@ auto BindSendSums(Binding&& binding) {
 
 template <typename Binding>
 auto BindCombineRecv(Binding&& binding) {
-  return std::forward<Binding>(binding).template Arg<F32>().template Arg<S32>().template Ret<ffi::AnyBuffer>();
+  return std::forward<Binding>(binding)
+      .template Arg<F32>()
+      .template Arg<S32>()
+      .template Ret<ffi::AnyBuffer>();
 }
 
 template <typename Binding>
 auto BindCombineBackwardSend(Binding&& binding) {
-  return std::forward<Binding>(binding).template Arg<ffi::AnyBuffer>().template Arg<S32>().template Ret<F32>();
+  return std::forward<Binding>(binding)
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<S32>()
+      .template Ret<F32>();
 }
 
 template <typename Binding>
