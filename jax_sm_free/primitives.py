@@ -235,9 +235,6 @@ class Native:
         """Frees a buffer; whoever waits on it ends with an error. Closing twice does nothing."""
         self._module.close_buffer(buffer_id)
 
-    def is_open(self, buffer_id: int) -> bool:
-        return bool(self._module.is_open(buffer_id))
-
     def take_fault(self, buffer_id: int) -> str | None:
         """The first fault since the last call, if there was one."""
         fault = self._module.take_fault(buffer_id)
