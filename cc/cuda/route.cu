@@ -97,7 +97,7 @@ __device__ void WriteHeaders(const RankView& view, const RouteArgs& args, const 
 
 // Turns the tiles' counts into first places, and leaves the totals behind them. One block.
 __device__ void ScanTiles(const RankView& view, int32_t num_tiles) {
-  constexpr int kUnroll = 8;
+  constexpr int kUnroll = 32;  // a round trip to memory for so many tiles
   const int32_t num_keys = NumKeys(view.config);
   for (int32_t key = threadIdx.x; key < num_keys; key += blockDim.x) {
     int32_t* column = view.tile_counts + key;

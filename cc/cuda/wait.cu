@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "cc/cuda/await.cuh"
 #include "cc/cuda/device.cuh"
 #include "cc/cuda/kernels.h"
 #include "cc/cuda/launch.h"
@@ -38,17 +39,6 @@ __device__ void Take(const RankView& view, const WaitArgs& args) {
   }
   state->slot_phase[slot] = kReceiving;
   state->current = {sequence, slot, kOk};
-}
-
-// Waits until *signal is at least `value`; `source` is to blame if it never is.
-__device__ bool Await(const RankView& view, Op op, const uint64_t* signal, uint64_t value,
-                      int32_t source) {
-  if (WaitFor(view, signal, value)) return true;
-  Raise(view, op,
-        {FaultCode::kTimeout, source, static_cast<int64_t>(value),
-         static_cast<int64_t>(LoadAcquire(signal))});
-  view.state->current.failed = kEmpty;
-  return false;
 }
 
 // Waits for one source's notice and looks at what it says.
@@ -99,20 +89,15 @@ __global__ void WaitKernel(const RankView view, const WaitArgs args) {
   state->first_row[view.config.ep_size] = next;
 }
 
-__global__ void WaitMessagesKernel(const RankView view, const WaitMessagesArgs args) {
-  const Current current = view.state->current;
-  if (current.failed != kOk) return;
-  for (int32_t i = threadIdx.x; i < args.count; i += blockDim.x) {
-    const int32_t source = (args.first + i) % view.config.ep_size;
-    (void)Await(view, args.op, Signal(view, current.slot, source),
-                SignalOf(current.sequence, args.part), source);
-  }
+__global__ void WaitMessagesKernel(const RankView view, const Op op) {
+  if (view.state->current.failed == kOk)
+    AwaitMessages(view, op, {0, view.config.ep_size, kLastPart});
 }
 
 }  // namespace
 
-void LaunchWaitMessages(const RankView& view, const WaitMessagesArgs& args, cudaStream_t stream) {
-  WaitMessagesKernel<<<1, kMaxRanks, 0, stream>>>(view, args);
+void LaunchWaitMessages(const RankView& view, Op op, cudaStream_t stream) {
+  WaitMessagesKernel<<<1, kMaxRanks, 0, stream>>>(view, op);
 }
 
 void LaunchWait(const RankView& view, const WaitArgs& args, cudaStream_t stream) {
