@@ -1,7 +1,6 @@
 #include "cc/cuda/mover.h"
 
 #include <atomic>
-#include <utility>
 
 #include "cc/cuda/driver.h"
 
@@ -32,9 +31,9 @@ void Mover::Wake() {
   woken_.notify_one();
 }
 
-std::string Mover::TakeError() {
+std::string Mover::Error() {
   const std::lock_guard lock(mutex_);
-  return std::exchange(error_, {});
+  return error_;
 }
 
 bool Mover::TakeEntry(MailboxEntry& entry) {

@@ -16,12 +16,12 @@ __device__ void Take(const RankView& view, const WaitArgs& args) {
   const float* token = args.token;
   state->current = {0, 0, kNothing};
   if (token[kMagicWord] != kTokenMagic) {
-    Raise(view, args.op, {FaultCode::kToken, -1, 0, static_cast<int64_t>(token[kMagicWord])});
+    Raise(view, args.op, {FaultCode::kToken, -1, 0, __float_as_int(token[kMagicWord])});
     return;
   }
   const auto word = [token](TokenWord w) { return static_cast<int64_t>(token[w]); };
   if (word(kRankWord) != view.rank || word(kBufferWord) != view.buffer_id % kTokenWordSize) {
-    Raise(view, args.op, {FaultCode::kTokenOrigin, -1, view.rank, word(kRankWord)});
+    Raise(view, args.op, {FaultCode::kTokenOrigin, -1, 0, word(kRankWord), word(kBufferWord)});
     return;
   }
   if (word(kKindWord) != static_cast<int64_t>(args.kind)) {
@@ -33,6 +33,7 @@ __device__ void Take(const RankView& view, const WaitArgs& args) {
   const auto slot = static_cast<int32_t>(word(kSlotWord));
   if (slot < 0 || slot >= view.config.num_slots || state->slot_sequence[slot] != sequence ||
       state->slot_phase[slot] != kSent) {
+    state->current = {sequence, slot, kNothing};
     Raise(view, args.op, {FaultCode::kTokenUsed, -1, 0, static_cast<int64_t>(sequence)});
     return;
   }
@@ -40,13 +41,20 @@ __device__ void Take(const RankView& view, const WaitArgs& args) {
   state->current = {sequence, slot, kOk};
 }
 
-// Waits until *signal is at least `value`; `source` is to blame if it never is.
-__device__ bool Await(const RankView& view, Op op, const uint64_t* signal, uint64_t value,
+// Waits until signals[source] is at least `value`. If it never is, the fault names all sources of
+// which that is true.
+__device__ bool Await(const RankView& view, Op op, const uint64_t* signals, uint64_t value,
                       int32_t source) {
-  if (WaitFor(view, signal, value)) return true;
+  if (WaitFor(view, signals + source, value)) return true;
+  int64_t missing = int64_t{1} << source;
+  for (int32_t other = 0; other < view.config.ep_size; ++other) {
+    if (LoadAcquire(signals + other) < value) missing |= int64_t{1} << other;
+  }
+  const int32_t first = __ffsll(missing) - 1;
+  const uint64_t last = LoadAcquire(Noticed(view, view.rank, view.state->current.slot, first));
   Raise(view, op,
-        {FaultCode::kTimeout, source, static_cast<int64_t>(value),
-         static_cast<int64_t>(LoadAcquire(signal))});
+        {IsStopped(view) ? FaultCode::kStopped : FaultCode::kTimeout, first,
+         static_cast<int64_t>(view.state->current.sequence), static_cast<int64_t>(last), missing});
   view.state->current.failed = kEmpty;
   return false;
 }
@@ -57,7 +65,7 @@ __device__ void AwaitNotice(const RankView& view, const WaitArgs& args, int32_t 
   const Current current = state->current;
   state->num_rows[source] = 0;
   state->first_part[source] = 0;
-  const uint64_t* noticed = Noticed(view, view.rank, current.slot, source);
+  const uint64_t* noticed = Noticed(view, view.rank, current.slot, 0);
   if (!Await(view, args.op, noticed, current.sequence, source)) return;
   const MessageHeader& header = HeaderOf(Notice(view, view.rank, current.slot, source));
   const auto refuse = [&](const FaultNumbers& fault) {
@@ -66,16 +74,12 @@ __device__ void AwaitNotice(const RankView& view, const WaitArgs& args, int32_t 
   };
   const auto kind = static_cast<int32_t>(args.kind);
   if (header.kind == kPoisonedKind) return refuse({FaultCode::kPeer, source});
-  if (header.kind != kind) {
-    return refuse({FaultCode::kOutOfStep, source, kind, header.kind, kKindDiffers});
-  }
-  if (header.row_bytes != args.row_bytes) {
-    return refuse(
-        {FaultCode::kOutOfStep, source, args.row_bytes, header.row_bytes, kRowBytesDiffer});
-  }
-  if (args.expected_rows != nullptr && header.num_rows != args.expected_rows[source]) {
-    return refuse({FaultCode::kOutOfStep, source, args.expected_rows[source], header.num_rows,
-                   kNumRowsDiffer});
+  if (header.kind != kind) return refuse({FaultCode::kMessageKind, source, kind, header.kind});
+  const int32_t num_rows =
+      args.expected_rows != nullptr ? args.expected_rows[source] : header.num_rows;
+  if (header.row_bytes != args.row_bytes || header.num_rows != num_rows) {
+    return refuse({FaultCode::kOutOfStep, source, args.row_bytes, header.row_bytes,
+                   int64_t{num_rows} << 32 | header.num_rows});
   }
   state->num_rows[source] = header.num_rows;
   state->first_part[source] = static_cast<int32_t>(header.first_part);
@@ -104,8 +108,8 @@ __global__ void WaitMessagesKernel(const RankView view, const WaitMessagesArgs a
   if (current.failed != kOk) return;
   for (int32_t i = threadIdx.x; i < args.count; i += blockDim.x) {
     const int32_t source = (args.first + i) % view.config.ep_size;
-    (void)Await(view, args.op, Signal(view, current.slot, source),
-                SignalOf(current.sequence, args.part), source);
+    (void)Await(view, args.op, Signal(view, current.slot, 0), SignalOf(current.sequence, args.part),
+                source);
   }
 }
 
