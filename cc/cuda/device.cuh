@@ -125,6 +125,7 @@ struct FaultNumbers {
 // Writes the first fault into pinned memory, where the host finds it.
 __device__ inline void Raise(const RankView& view, Op op, const FaultNumbers& fault) {
   Status* status = view.status;
+  view.state->faulted = 1;
   if (atomicCAS_system(&status->claimed, 0, 1) != 0) return;
   status->op = static_cast<int32_t>(op);
   status->peer = fault.peer;

@@ -153,6 +153,7 @@ struct DeviceState {
   uint64_t sequence;      // of the last send
   uint64_t mailbox_head;  // entries posted
   Current current;
+  int32_t faulted;  // what this rank sends is poisoned from now on: nobody knows what it rests on
   uint64_t slot_sequence[kMaxSlots];
   int32_t slot_phase[kMaxSlots];   // SlotPhase
   uint32_t tickets;                // blocks of the running kernel that are done
