@@ -9,13 +9,20 @@
 
 namespace jax_sm_free::cuda {
 
-// Waits until *signal is at least `value`; `source` is to blame if it never is.
-__device__ inline bool Await(const RankView& view, Op op, const uint64_t* signal, uint64_t value,
+// Waits until signals[source] is at least `value`. If it never is, the fault names all sources of
+// which that is true.
+__device__ inline bool Await(const RankView& view, Op op, const uint64_t* signals, uint64_t value,
                              int32_t source) {
-  if (WaitFor(view, signal, value)) return true;
+  if (WaitFor(view, signals + source, value)) return true;
+  int64_t missing = int64_t{1} << source;
+  for (int32_t other = 0; other < view.config.ep_size; ++other) {
+    if (LoadAcquire(signals + other) < value) missing |= int64_t{1} << other;
+  }
+  const int32_t first = __ffsll(missing) - 1;
+  const uint64_t last = LoadAcquire(Noticed(view, view.rank, view.state->current.slot, first));
   Raise(view, op,
-        {FaultCode::kTimeout, source, static_cast<int64_t>(value),
-         static_cast<int64_t>(LoadAcquire(signal))});
+        {IsStopped(view) ? FaultCode::kStopped : FaultCode::kTimeout, first,
+         static_cast<int64_t>(view.state->current.sequence), static_cast<int64_t>(last), missing});
   view.state->current.failed = kEmpty;
   return false;
 }
@@ -37,8 +44,8 @@ __device__ inline void AwaitMessages(const RankView& view, Op op, const Messages
   const Current current = view.state->current;
   for (int32_t i = threadIdx.x; i < messages.count; i += blockDim.x) {
     const int32_t source = messages.source(view, i);
-    (void)Await(view, op, Signal(view, current.slot, source),
-                SignalOf(current.sequence, messages.part), source);
+    (void)Await(view, op, Signal(view, current.slot, 0), SignalOf(current.sequence, messages.part),
+                source);
   }
 }
 

@@ -94,13 +94,26 @@ __device__ inline uint64_t Nanoseconds() {
   return now;
 }
 
-// Waits until *address >= value. False after the timeout. Called by any number of threads of one
-// block; blocks nothing but this block.
+// Whether the host has told this rank to wait no longer.
+__device__ inline bool IsStopped(const RankView& view) {
+  return *const_cast<const volatile int32_t*>(&view.status->stopped) != 0;
+}
+
+// Waits until *address >= value. False after the timeout, or soon after the host said stop: what is
+// on its way still arrives. Called by any number of threads of one block; blocks nothing but this
+// block.
 __device__ inline bool WaitFor(const RankView& view, const uint64_t* address, uint64_t value) {
-  const auto limit = static_cast<uint64_t>(view.config.timeout_s * 1e9);
-  const uint64_t start = Nanoseconds();
-  while (LoadAcquire(address) < value) {
-    if (Nanoseconds() - start > limit) return false;
+  constexpr uint64_t kStopNanoseconds = 500'000'000;
+  constexpr uint32_t kLooksPerStop = 1024;  // the host's memory is far
+  uint64_t end = Nanoseconds() + static_cast<uint64_t>(view.config.timeout_s * 1e9);
+  bool stopped = false;
+  for (uint32_t looks = 1; LoadAcquire(address) < value; ++looks) {
+    const uint64_t now = Nanoseconds();
+    if (now > end) return false;
+    if (!stopped && looks % kLooksPerStop == 0 && IsStopped(view)) {
+      stopped = true;
+      end = end < now + kStopNanoseconds ? end : now + kStopNanoseconds;
+    }
     __nanosleep(100);
   }
   return true;
@@ -117,9 +130,9 @@ struct FaultNumbers {
 // Writes the first fault into pinned memory, where the host finds it.
 __device__ inline void Raise(const RankView& view, Op op, const FaultNumbers& fault) {
   Status* status = view.status;
+  view.state->faulted = 1;
   if (atomicCAS_system(&status->claimed, 0, 1) != 0) return;
   status->op = static_cast<int32_t>(op);
-  status->rank = view.rank;
   status->peer = fault.peer;
   status->slot = view.state->current.slot;
   status->sequence = static_cast<int64_t>(view.state->current.sequence);

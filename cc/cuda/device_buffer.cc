@@ -8,59 +8,10 @@
 #include <utility>
 
 #include "cc/cuda/kernels.h"
+#include "cc/cuda/status_fault.h"
 
 namespace jax_sm_free::cuda {
 namespace {
-
-const char* const kOpNames[] = {"dispatch_send",          "dispatch_recv",
-                                "combine_send",           "combine_recv",
-                                "combine_backward_send",  "combine_backward_recv",
-                                "dispatch_backward_send", "dispatch_backward_recv"};
-
-// What a fault's numbers say.
-std::pair<std::string, std::string> Explain(const Status& status, const Config& config) {
-  const std::string expected = std::to_string(status.expected);
-  const std::string seen = std::to_string(status.seen);
-  switch (static_cast<FaultCode>(status.code)) {
-    case FaultCode::kNone:
-      break;
-    case FaultCode::kTimeout:
-      return {"exchange " + expected + " within " + std::to_string(config.timeout_s) + " s",
-              "none after exchange " + seen};
-    case FaultCode::kSlots:
-      return {"at most " + expected + " exchanges in flight (num_slots)",
-              "one send more while exchange " + seen + " was not received"};
-    case FaultCode::kToken:
-      return {"the token of one send", "magic word " + seen +
-                                           ": a sent value that was used more than once, or an "
-                                           "array that no send returned"};
-    case FaultCode::kTokenUsed:
-      return {"the token of a send not yet received", "exchange " + seen + ", received before"};
-    case FaultCode::kTokenOrigin:
-      return {"a token of this buffer and rank " + expected, "one of rank " + seen};
-    case FaultCode::kTokenKind:
-      return {std::string("a ") + KindName(static_cast<Kind>(status.expected)) + " token",
-              std::string("a ") + KindName(static_cast<Kind>(status.seen)) + " token"};
-    case FaultCode::kIndex:
-      return {"topk_idx in [-1, " + expected + ")",
-              seen + " at token " + std::to_string(status.detail / config.top_k) + ", k " +
-                  std::to_string(status.detail % config.top_k)};
-    case FaultCode::kPosition:
-      return {"shard_map over the buffer's own mesh, where this device has position " + expected,
-              "position " + seen};
-    case FaultCode::kLayout:
-      return {"a layout with values up to " + expected, seen};
-    case FaultCode::kPeer:
-      return {"a message", "one poisoned by the peer's own fault"};
-    case FaultCode::kOutOfStep: {
-      const char* what = status.detail == kKindDiffers      ? "kind "
-                         : status.detail == kRowBytesDiffer ? "row bytes "
-                                                            : "rows ";
-      return {"a message with " + std::string(what) + expected, what + seen};
-    }
-  }
-  return {"no fault", "fault code " + std::to_string(status.code)};
-}
 
 cudaError_t LoadKernels() {
   for (const auto load : {LoadBegin, LoadRoute, LoadPack, LoadWait, LoadPlan, LoadUnpackExperts,
@@ -109,22 +60,13 @@ void Freer::operator()(void* memory) const {
 }
 
 std::optional<Fault> DeviceRank::SeenFault() const {
-  Status& status = *view.status;
   if (mover != nullptr) {
-    if (const std::string error = mover->TakeError(); !error.empty()) {
+    if (const std::string error = mover->Error(); !error.empty()) {
       return Fault{
           .op = "copy", .rank = view.rank, .expected = "success", .seen = error, .exchange = {}};
     }
   }
-  if (std::atomic_ref(status.code).load(std::memory_order_acquire) == 0) return std::nullopt;
-  auto [expected, seen] = Explain(status, view.config);
-  return Fault{.op = kOpNames[status.op],
-               .rank = status.rank,
-               .peer = status.peer,
-               .expected = std::move(expected),
-               .seen = std::move(seen),
-               .exchange = "exchange " + std::to_string(status.sequence) + ", slot " +
-                           std::to_string(status.slot)};
+  return FaultIn(*view.status, view);
 }
 
 std::optional<Fault> DeviceBuffer::SeenFault() const {
@@ -133,12 +75,24 @@ std::optional<Fault> DeviceBuffer::SeenFault() const {
     if (rank == nullptr) continue;
     std::optional<Fault> fault = rank->SeenFault();
     if (!fault) continue;
-    // A poisoned message is only the echo of another rank's fault.
-    const bool echo = rank->view.status->code == static_cast<int32_t>(FaultCode::kPeer);
+    const bool echo = IsEcho(*rank->view.status);
     if (!first || !echo) first = std::move(fault);
     if (!echo) break;
   }
   return first;
+}
+
+std::optional<std::string> DeviceBuffer::TakeFault() {
+  const std::optional<Fault> fault = SeenFault();
+  if (!fault) return std::nullopt;
+  return fault->Describe();
+}
+
+void DeviceBuffer::Stop() {
+  for (const auto& rank : ranks_) {
+    if (rank == nullptr) continue;
+    std::atomic_ref(rank->view.status->stopped).store(1, std::memory_order_release);
+  }
 }
 
 void* DeviceBuffer::Take(int32_t device, bool host, int64_t bytes, std::string& error) {

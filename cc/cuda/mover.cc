@@ -49,9 +49,9 @@ void Mover::Wake() {
   woken_.notify_one();
 }
 
-std::string Mover::TakeError() {
+std::string Mover::Error() {
   const std::lock_guard lock(mutex_);
-  return std::exchange(error_, {});
+  return error_;
 }
 
 bool Mover::TakeOrder() {

@@ -46,8 +46,8 @@ class Mover {
   // Called when an exchange was enqueued: orders will come soon.
   void Wake();
 
-  // The first error of a copy, empty if there was none.
-  std::string TakeError();
+  // The first error of a copy, empty if there was none. It stays.
+  std::string Error();
 
  private:
   using Clock = std::chrono::steady_clock;

@@ -20,7 +20,7 @@ __global__ void PackSumsHeadersKernel(const RankView view, const PackSumsArgs ar
   for (int32_t dst = threadIdx.x; dst < view.config.ep_size; dst += blockDim.x) {
     const int32_t num_rows = args.layout.num_rows_from[dst];
     if (num_rows < 0 || num_rows > view.config.max_tokens) {
-      Raise(view, args.op, {FaultCode::kLayout, dst, view.config.max_tokens, num_rows});
+      Raise(view, args.op, {FaultCode::kLayoutCount, dst, 0, num_rows});
       state->current.failed = kEmpty;
     }
     state->num_rows[dst] = num_rows;

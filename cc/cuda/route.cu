@@ -40,7 +40,7 @@ class Tile {
     if (i >= size_ || experts[i] == -1) return entry;
     if (experts[i] < -1 || experts[i] >= num_experts_) {
       const int64_t detail = first_token_ * top_k_ + i;
-      Raise(view, args.op, {FaultCode::kIndex, -1, num_experts_, experts[i], detail});
+      Raise(view, args.op, {FaultCode::kIndex, -1, 0, experts[i], detail});
       atomicMax(&view.state->current.failed, int32_t{kEmpty});
       return entry;
     }

@@ -17,12 +17,12 @@ __device__ void Take(const RankView& view, const WaitArgs& args) {
   const float* token = args.token;
   state->current = {0, 0, kNothing};
   if (token[kMagicWord] != kTokenMagic) {
-    Raise(view, args.op, {FaultCode::kToken, -1, 0, static_cast<int64_t>(token[kMagicWord])});
+    Raise(view, args.op, {FaultCode::kToken, -1, 0, __float_as_int(token[kMagicWord])});
     return;
   }
   const auto word = [token](TokenWord w) { return static_cast<int64_t>(token[w]); };
   if (word(kRankWord) != view.rank || word(kBufferWord) != view.buffer_id % kTokenWordSize) {
-    Raise(view, args.op, {FaultCode::kTokenOrigin, -1, view.rank, word(kRankWord)});
+    Raise(view, args.op, {FaultCode::kTokenOrigin, -1, 0, word(kRankWord), word(kBufferWord)});
     return;
   }
   if (word(kKindWord) != static_cast<int64_t>(args.kind)) {
@@ -34,6 +34,7 @@ __device__ void Take(const RankView& view, const WaitArgs& args) {
   const auto slot = static_cast<int32_t>(word(kSlotWord));
   if (slot < 0 || slot >= view.config.num_slots || state->slot_sequence[slot] != sequence ||
       state->slot_phase[slot] != kSent) {
+    state->current = {sequence, slot, kNothing};
     Raise(view, args.op, {FaultCode::kTokenUsed, -1, 0, static_cast<int64_t>(sequence)});
     return;
   }
@@ -47,7 +48,7 @@ __device__ void AwaitNotice(const RankView& view, const WaitArgs& args, int32_t 
   const Current current = state->current;
   state->num_rows[source] = 0;
   state->first_part[source] = 0;
-  const uint64_t* noticed = Noticed(view, view.rank, current.slot, source);
+  const uint64_t* noticed = Noticed(view, view.rank, current.slot, 0);
   if (!Await(view, args.op, noticed, current.sequence, source)) return;
   const MessageHeader& header = HeaderOf(Notice(view, view.rank, current.slot, source));
   const auto refuse = [&](const FaultNumbers& fault) {
@@ -56,16 +57,12 @@ __device__ void AwaitNotice(const RankView& view, const WaitArgs& args, int32_t 
   };
   const auto kind = static_cast<int32_t>(args.kind);
   if (header.kind == kPoisonedKind) return refuse({FaultCode::kPeer, source});
-  if (header.kind != kind) {
-    return refuse({FaultCode::kOutOfStep, source, kind, header.kind, kKindDiffers});
-  }
-  if (header.row_bytes != args.row_bytes) {
-    return refuse(
-        {FaultCode::kOutOfStep, source, args.row_bytes, header.row_bytes, kRowBytesDiffer});
-  }
-  if (args.expected_rows != nullptr && header.num_rows != args.expected_rows[source]) {
-    return refuse({FaultCode::kOutOfStep, source, args.expected_rows[source], header.num_rows,
-                   kNumRowsDiffer});
+  if (header.kind != kind) return refuse({FaultCode::kMessageKind, source, kind, header.kind});
+  const int32_t num_rows =
+      args.expected_rows != nullptr ? args.expected_rows[source] : header.num_rows;
+  if (header.row_bytes != args.row_bytes || header.num_rows != num_rows) {
+    return refuse({FaultCode::kOutOfStep, source, args.row_bytes, header.row_bytes,
+                   int64_t{num_rows} << 32 | header.num_rows});
   }
   state->num_rows[source] = header.num_rows;
   state->first_part[source] = static_cast<int32_t>(header.first_part);
