@@ -170,6 +170,7 @@ struct DeviceState {
   int32_t routed_rows[kMaxRanks];  // tokens that the last route sent to each rank
   int32_t first_part[kMaxRanks];   // rows of the first part of the messages, by peer
   int32_t first_row[kMaxRanks + 1];
+  int32_t all_here;  // all messages of the dispatch being received have come
 };
 enum SlotPhase : int32_t { kFree, kSent, kReceiving };
 

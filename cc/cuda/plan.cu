@@ -80,6 +80,17 @@ __device__ void PlaceGroups(const RankView& view, const ExpertsOut& out, int64_t
   if (threadIdx.x == 0) *out.dropped = static_cast<int32_t>(dropped);
 }
 
+// Whether all messages have come. In all threads of the block.
+__device__ bool AllHere(const RankView& view) {
+  const Current current = view.state->current;
+  if (current.failed != kOk) return false;
+  bool here = true;
+  for (int32_t source = threadIdx.x; source < view.config.ep_size; source += blockDim.x) {
+    here = LoadAcquire(Signal(view, current.slot, source)) >= SignalOf(current.sequence, kLastPart);
+  }
+  return __syncthreads_and(here) != 0;
+}
+
 // Places the groups: GroupPlan of cc/routing.h. One block.
 __global__ void PlanKernel(const RankView view, const ExpertsOut out) {
   extern __shared__ int64_t counts[];  // [num_local_experts]
@@ -114,6 +125,8 @@ __global__ void PlanKernel(const RankView view, const ExpertsOut out) {
   for (int32_t source = threadIdx.x; source < config.ep_size; source += blockDim.x) {
     out.num_rows_from[source] = current.failed == kOk ? view.state->num_rows[source] : 0;
   }
+  const bool all_here = AllHere(view);
+  if (threadIdx.x == 0) view.state->all_here = all_here ? 1 : 0;
 }
 
 }  // namespace

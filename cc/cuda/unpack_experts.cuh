@@ -39,33 +39,40 @@ void ForEachTurn(int32_t ep_size, const Launch& launch) {
   launch(turn, Turn{});
 }
 
-// The token rows of a turn. In shared memory; made by all threads of a block.
+// The token rows of a turn. In shared memory; `Find` is called by all threads of a block.
 class TurnRows {
  public:
   __device__ void Find(const RankView& view, const Turn& turn) {
     const DeviceState* state = view.state;
-    count_ = turn.count;
-    int32_t next = 0;
-    for (int32_t i = 0; i < turn.count; ++i) {
+    for (int32_t i = threadIdx.x; i < turn.count; i += blockDim.x) {
       const int32_t source = Messages{turn.first, turn.count, 0}.source(view, i);
       const int32_t begin = turn.first_part == 0 ? 0 : state->first_part[source];
       const int32_t end =
           turn.last_part == kLastPart ? state->num_rows[source] : state->first_part[source];
-      runs_[i].before = next;
-      runs_[i].row.source = source;
-      runs_[i].row.row = begin;
-      runs_[i].row.message = InMessage(view, state->current.slot, source);
-      runs_[i].row.layout = LayoutOf(view.config, HeaderOf(runs_[i].row.message));
-      next += end - begin;
+      TokenRow& first = runs_[i].first;
+      first.source = source;
+      first.row = begin;
+      first.message = InMessage(view, state->current.slot, source);
+      first.layout = LayoutOf(view.config, HeaderOf(first.message));
+      runs_[i].size = end - begin;
     }
-    size_ = next;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      count_ = turn.count;
+      size_ = 0;
+      for (int32_t i = 0; i < turn.count; ++i) {
+        runs_[i].before = size_;
+        size_ += runs_[i].size;
+      }
+    }
+    __syncthreads();
   }
 
   __device__ int32_t size() const { return size_; }
   __device__ TokenRow at(int32_t i) const {
     int32_t run = count_ - 1;
     while (i < runs_[run].before) --run;
-    TokenRow found = runs_[run].row;
+    TokenRow found = runs_[run].first;
     found.row += i - runs_[run].before;
     return found;
   }
@@ -73,7 +80,8 @@ class TurnRows {
  private:
   struct Run {
     int32_t before;  // rows of the runs before
-    TokenRow row;    // its first
+    int32_t size;
+    TokenRow first;
   };
   Run runs_[kMaxRanks];
   int32_t count_;
@@ -144,18 +152,22 @@ __device__ inline void PoisonExperts(const RankView& view, const ExpertsOut& out
 
 // One turn: write(rows) in all threads of the grid. The first turn also writes all that no source
 // does; the last block of each waits for what the next one needs; that of the last acknowledges.
+// Where nothing is to wait for, the first turn takes all.
 template <typename Write>
-__device__ void TakeTurn(const RankView& view, const ExpertsOut& out, const Turn& turn,
+__device__ void TakeTurn(const RankView& view, const ExpertsOut& out, const Turn& planned,
                          const Turn& next, const Write& write) {
   __shared__ TurnRows rows;
   const Warps warps = WarpsOfGrid();
   const Current current = view.state->current;
-  const bool last = next.count == 0;
+  const bool at_once = view.state->all_here != 0;
+  const bool first = planned.first == 0;
+  const bool last = at_once || next.count == 0;
+  if (at_once && !first) return;
+  const Turn turn = at_once ? Turn{0, view.config.ep_size, 0, kLastPart} : planned;
   if (current.failed == kOk) {
-    if (threadIdx.x == 0) rows.Find(view, turn);
-    __syncthreads();
+    rows.Find(view, turn);
     write(rows);
-    if (turn.first == 0) ZeroTheRest(view, out, warps);
+    if (first) ZeroTheRest(view, out, warps);
   } else if (last) {
     PoisonExperts(view, out, warps);
   }
