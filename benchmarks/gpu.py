@@ -29,7 +29,7 @@ from benchmarks.layer import Widths
 from benchmarks.rows import OPS, Runs, Setting
 from benchmarks.table import CONTESTANTS, Table
 
-ROWS = (*OPS, "exposed", "layer")
+ROWS = (*OPS, "phases", "exposed", "layer")
 SWEEPS = ("tokens", "ep", "wire")
 _SWEPT_TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)
 _SWEPT_RANKS = (2, 4, 8)
@@ -42,14 +42,14 @@ _EXPERTS = flags.DEFINE_integer("experts", 256, "Experts of all ranks.")
 _TOP_K = flags.DEFINE_integer("top_k", 8, "Experts of a token.")
 _SLACK = flags.DEFINE_float("slack", 1.1, "Capacities over the balanced load.")
 _WIRE = flags.DEFINE_string("wire_dtype", None, f"What rows travel as, for example {_FLOAT8}.")
-_ROWS = flags.DEFINE_list("rows", [*ROWS], f"Of {ROWS}.")
+_ROWS = flags.DEFINE_list("rows", [*ROWS], f"Of {ROWS}; phases go with dispatch and combine.")
 _CONTESTANTS = flags.DEFINE_list("contestants", [*CONTESTANTS], f"Of {CONTESTANTS}.")
 _SWEEP = flags.DEFINE_list("sweep", [], f"Of {SWEEPS}: more cases, end to end.")
 _GEMMS = flags.DEFINE_list("gemms", ["0.25", "0.5", "1", "2", "4"], "GEMMs between send and recv.")
 _GEMM_ROWS = flags.DEFINE_integer("gemm_rows", 4096, "Rows of a whole GEMM.")
 _EXPERT_WIDTH = flags.DEFINE_integer("expert_width", 512, "Of the layer's routed experts.")
 _SHARED_WIDTH = flags.DEFINE_integer("shared_width", 2048, "Of the layer's dense experts.")
-_STEPS = flags.DEFINE_integer("steps", 10, "Exchanges of a loop.")
+_STEPS = flags.DEFINE_integer("steps", 40, "Exchanges of a loop.")
 _LAYER_STEPS = flags.DEFINE_integer("layer_steps", 3, "Layers of a loop.")
 _SECONDS = flags.DEFINE_float("seconds", 0.5, "Time for each number, once it has 5 runs.")
 _PROBE_MIB = flags.DEFINE_integer("probe_mib", 1024, "Array by which bandwidths are measured.")
@@ -120,8 +120,8 @@ def _fastest(setting: Setting, who: str, table: Table) -> Runs:
         if best is None or us < best[0]:
             best = us, runs
     table.about(**{f"variants of {who}, dispatch us, {setting.case}": tried})
-    for variant, result in tried.items():
-        print(f"{who}, dispatch: {variant}: {result}", flush=True)
+    for label, result in tried.items():
+        print(f"{who}, dispatch: {label}: {result}", flush=True)
     if best is None:
         raise RuntimeError(f"no variant works; the last one: {result}")
     return best[1]
@@ -138,7 +138,10 @@ def _run(setting: Setting, who: str, wanted: list[str], table: Table) -> None:
     for op in OPS:
         if op in wanted:
             with runs.row(op):
-                runs.exchange(op)
+                runs.end_to_end(op)
+            if "phases" in wanted:
+                with runs.row(f"{op}: phases"):
+                    runs.phases(op)
     if "exposed" in wanted:
         for op in OPS:
             with runs.row(f"{op} exposed"):
