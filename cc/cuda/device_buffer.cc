@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <map>
 #include <utility>
 
 #include "cc/cuda/kernels.h"
@@ -13,8 +14,8 @@ namespace jax_sm_free::cuda {
 namespace {
 
 cudaError_t LoadKernels() {
-  for (const auto load :
-       {LoadBegin, LoadRoute, LoadPack, LoadWait, LoadUnpack, LoadPackSums, LoadSum, LoadSpread}) {
+  for (const auto load : {LoadBegin, LoadRoute, LoadPack, LoadWait, LoadPlan, LoadUnpackExperts,
+                          LoadUnpackTokens, LoadPackSums, LoadSum, LoadSpread}) {
     if (const cudaError_t error = load(); error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -133,6 +134,7 @@ std::string DeviceBuffer::Allocate(int32_t device, const Place& place) {
   take(view.state, false, 1);
   take(view.mailbox, true, kMailboxEntries);
   take(view.status, true, 1);
+  take(rank->copies_done, true, config.ep_size);
   take(view.row_of, false, int64_t{config.max_tokens} * config.ep_size);
   take(view.tile_counts, false, (MaxTiles(config) + 1) * NumKeys(config));
   take(view.group_row, false, num_runs);
@@ -142,6 +144,7 @@ std::string DeviceBuffer::Allocate(int32_t device, const Place& place) {
   if (!error.empty()) return error;
   std::fill_n(view.mailbox, kMailboxEntries, MailboxEntry{});
   *view.status = Status{};
+  std::fill_n(rank->copies_done, config.ep_size, 0);
   (void)cudaMemset(view.base[place.rank], 0, view.regions.recv);
   (void)cudaMemset(view.state, 0, sizeof(DeviceState));
   if (const cudaError_t status = LoadKernels(); status != cudaSuccess) {
@@ -186,10 +189,14 @@ Result<std::shared_ptr<DeviceBuffer>> DeviceBuffer::Make(
       buffer->ranks_[device]->view.base[rank] = buffer->ranks_[peer]->view.base[rank];
     }
   }
+  std::map<int32_t, std::shared_ptr<Crossbar>> crossbars;  // by group
   for (size_t device = 0; device < places.size() && config.ep_size > 1; ++device) {
     if (!places[device]) continue;
     DeviceRank& rank = *buffer->ranks_[device];
-    rank.mover = std::make_unique<Mover>(static_cast<int>(device), rank.view);
+    auto& crossbar = crossbars[places[device]->group];
+    if (crossbar == nullptr) crossbar = std::make_shared<Crossbar>();
+    rank.mover =
+        std::make_unique<Mover>(static_cast<int>(device), rank.view, crossbar, rank.copies_done);
   }
   return buffer;
 }

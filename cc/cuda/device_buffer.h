@@ -26,7 +26,8 @@ using Memory = std::unique_ptr<void, Freer>;
 
 struct DeviceRank {
   RankView view;
-  std::unique_ptr<Mover> mover;  // null for a group of one
+  uint64_t* copies_done = nullptr;  // [ep_size], the mover's
+  std::unique_ptr<Mover> mover;     // null for a group of one
 
   // The fault that this rank has met, if any. It stays.
   std::optional<Fault> SeenFault() const;

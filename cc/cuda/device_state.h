@@ -124,13 +124,21 @@ struct Status {
 };
 
 // A copy to issue: bytes [begin, end) of the message for `dst` in `slot`, and the signal behind it.
-struct MailboxEntry {
-  uint64_t tag;  // number of this entry, from 1, written last
+struct CopyOrder {
   int32_t dst;
   int32_t slot;
   int64_t begin;
   int64_t end;
   uint64_t signal;
+};
+
+// An order in the mailbox, in words of 32 bits, each below the order's number (from 1) in one
+// 64-bit store: so the host knows a whole order when it sees one. A fence between the order and a
+// flag would do too, but one that reaches the host takes long beside kernels that write at full
+// speed.
+struct MailboxEntry {
+  static constexpr int kWords = sizeof(CopyOrder) / sizeof(uint32_t);
+  uint64_t words[kWords];
 };
 
 constexpr uint64_t SignalOf(uint64_t sequence, int part) { return sequence * kNumParts + part; }
@@ -150,17 +158,19 @@ struct Current {
 
 // In device memory, one for each rank.
 struct DeviceState {
-  uint64_t sequence;      // of the last send
-  uint64_t mailbox_head;  // entries posted
+  uint64_t sequence;                // of the last send
+  unsigned long long mailbox_head;  // entries posted; the type that atomicAdd takes
   Current current;
   int32_t faulted;  // what this rank sends is poisoned from now on: nobody knows what it rests on
   uint64_t slot_sequence[kMaxSlots];
   int32_t slot_phase[kMaxSlots];   // SlotPhase
-  uint32_t tickets;                // blocks of the running kernel that are done
+  uint32_t blocks_done;            // of the running kernel
+  uint32_t warps_done[kMaxRanks];  // of the running kernel, with each of its steps
   int32_t num_rows[kMaxRanks];     // of the messages being packed or unpacked, by peer
   int32_t routed_rows[kMaxRanks];  // tokens that the last route sent to each rank
   int32_t first_part[kMaxRanks];   // rows of the first part of the messages, by peer
   int32_t first_row[kMaxRanks + 1];
+  int32_t all_here;  // all messages of the dispatch being received have come
 };
 enum SlotPhase : int32_t { kFree, kSent, kReceiving };
 

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "cc/cuda/await.cuh"
 #include "cc/cuda/device.cuh"
 #include "cc/cuda/kernels.h"
 #include "cc/cuda/launch.h"
@@ -39,24 +40,6 @@ __device__ void Take(const RankView& view, const WaitArgs& args) {
   }
   state->slot_phase[slot] = kReceiving;
   state->current = {sequence, slot, kOk};
-}
-
-// Waits until signals[source] is at least `value`. If it never is, the fault names all sources of
-// which that is true.
-__device__ bool Await(const RankView& view, Op op, const uint64_t* signals, uint64_t value,
-                      int32_t source) {
-  if (WaitFor(view, signals + source, value)) return true;
-  int64_t missing = int64_t{1} << source;
-  for (int32_t other = 0; other < view.config.ep_size; ++other) {
-    if (LoadAcquire(signals + other) < value) missing |= int64_t{1} << other;
-  }
-  const int32_t first = __ffsll(missing) - 1;
-  const uint64_t last = LoadAcquire(Noticed(view, view.rank, view.state->current.slot, first));
-  Raise(view, op,
-        {IsStopped(view) ? FaultCode::kStopped : FaultCode::kTimeout, first,
-         static_cast<int64_t>(view.state->current.sequence), static_cast<int64_t>(last), missing});
-  view.state->current.failed = kEmpty;
-  return false;
 }
 
 // Waits for one source's notice and looks at what it says.
@@ -103,20 +86,15 @@ __global__ void WaitKernel(const RankView view, const WaitArgs args) {
   state->first_row[view.config.ep_size] = next;
 }
 
-__global__ void WaitMessagesKernel(const RankView view, const WaitMessagesArgs args) {
-  const Current current = view.state->current;
-  if (current.failed != kOk) return;
-  for (int32_t i = threadIdx.x; i < args.count; i += blockDim.x) {
-    const int32_t source = (args.first + i) % view.config.ep_size;
-    (void)Await(view, args.op, Signal(view, current.slot, 0), SignalOf(current.sequence, args.part),
-                source);
-  }
+__global__ void WaitMessagesKernel(const RankView view, const Op op) {
+  if (view.state->current.failed == kOk)
+    AwaitMessages(view, op, {0, view.config.ep_size, kLastPart});
 }
 
 }  // namespace
 
-void LaunchWaitMessages(const RankView& view, const WaitMessagesArgs& args, cudaStream_t stream) {
-  WaitMessagesKernel<<<1, kMaxRanks, 0, stream>>>(view, args);
+void LaunchWaitMessages(const RankView& view, Op op, cudaStream_t stream) {
+  WaitMessagesKernel<<<1, kMaxRanks, 0, stream>>>(view, op);
 }
 
 void LaunchWait(const RankView& view, const WaitArgs& args, cudaStream_t stream) {
