@@ -35,7 +35,7 @@ PYTEST_FLAGS ?= -n 2 --dist worksteal
 # Without it, JAX complains that the CUDA compiler of the set-up finds no CUDA libraries.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help debian setup build demo bench test test-cc test-python test-sanitizers test-wheel \
+.PHONY: help debian setup build demo bench bench-gpu test test-cc test-python test-sanitizers test-wheel \
   lint lint-py lint-cc docs wheel clean
 .DELETE_ON_ERROR:
 
@@ -46,6 +46,7 @@ help:
 	@echo "make test-sanitizers  C++ tests under address, thread and undefined-behaviour sanitizers"
 	@echo "make test-wheel       a wheel built for GPUs runs on a machine without CUDA"
 	@echo "make bench            benchmarks on this machine's CPU"
+	@echo "make bench-gpu        benchmarks on this machine's GPUs (with CUDA=1)"
 	@echo "make lint             ruff, mypy, clang-format, clang-tidy"
 	@echo "make docs             run what the documentation shows, write the API reference to out/docs"
 	@echo "make wheel            a wheel in dist/"
@@ -91,6 +92,9 @@ demo: build
 
 bench: build
 	$(VENV_PYTHON) -m benchmarks.cpu
+
+bench-gpu: build
+	JAX_PLATFORMS=cuda $(VENV_PYTHON) -m benchmarks.gpu
 
 test: test-cc test-python
 
