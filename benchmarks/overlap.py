@@ -72,8 +72,9 @@ def exchanges(events: list[Event]) -> list[Exchange]:
 
 def _exchange(events: list[Event]) -> Exchange:
     kernels = [event for event in events if event.kind == "ours"]
-    send = [kernel for kernel in kernels if kernel.phase in trace.SEND_PHASES]
-    recv = [kernel for kernel in kernels if kernel.phase not in trace.SEND_PHASES]
+    packs = [i for i, kernel in enumerate(kernels) if kernel.phase in trace.PACK_PHASES]
+    ends = packs[-1] + 1 if packs else len(kernels)
+    send, recv = kernels[:ends], kernels[ends:]  # A recv may route, too: a combine's does.
     begin, end = send[0].start_us, max(kernel.end_us for kernel in kernels)
     return Exchange(
         op="combine" if any(kernel.phase == "reduce-pack" for kernel in send) else "dispatch",

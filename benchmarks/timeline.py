@@ -97,7 +97,7 @@ def draw(events: list[Event], gpus: list[int], path: pathlib.Path) -> None:
         _draw_gpu(panel, part, begin)
         panel.set_title(f"GPU {gpu}", loc="left", fontsize=10)
     panels[-1, 0].set_xlabel("microseconds")
-    shown = {_color_of(event) for part in layers.values() for event in part}
+    shown = {_color_of(event, _sends(part)) for part in layers.values() for event in part}
     handles = [Patch(color=_COLORS[key], label=_LABELS[key]) for key in _COLORS if key in shown]
     figure.legend(handles=handles, loc="lower center", ncols=len(handles), fontsize=9)
     figure.tight_layout(rect=(0, 0.3 / size[1] + 0.03, 1, 1))
@@ -106,9 +106,14 @@ def draw(events: list[Event], gpus: list[int], path: pathlib.Path) -> None:
     plt.close(figure)
 
 
-def _color_of(event: Event) -> str:
+def _sends(events: list[Event]) -> set[Event]:
+    """Our kernels that belong to a send."""
+    return {kernel for exchange in overlap.exchanges(events) for kernel in exchange.send}
+
+
+def _color_of(event: Event, sends: set[Event]) -> str:
     if event.kind == "ours":
-        return "send" if event.phase in trace.SEND_PHASES else "recv"
+        return "send" if event in sends else "recv"
     return event.kind
 
 
@@ -118,11 +123,12 @@ def _draw_gpu(panel: Axes, events: list[Event], begin: float) -> None:
     copying = sorted({event.stream for event in copies})
     computing = sorted({event.stream for event in events} - set(copying))
     lanes = {stream: place for place, stream in enumerate([*computing, *copying])}
+    sends = _sends(events)
     for event in events:
         panel.broken_barh(
             [(event.start_us - begin, event.duration_us)],
             (lanes[event.stream] - 0.4, 0.8),
-            color=_COLORS[_color_of(event)],
+            color=_COLORS[_color_of(event, sends)],
             linewidth=0,
         )
     names = [f"stream {s}" for s in computing] + [f"copies, stream {s}" for s in copying]

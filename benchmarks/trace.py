@@ -34,7 +34,7 @@ _PHASES = (
     ("Mark", "spread"),
     ("Sum", "sum"),
 )
-SEND_PHASES = ("route", "pack", "reduce-pack")
+PACK_PHASES = ("pack", "reduce-pack")  # What a send ends with.
 
 _OURS = re.compile(r"jax_sm_free::cuda::(?:\(anonymous namespace\)::)?(\w+)")
 _GEMM = re.compile(r"gemm|nvjet|cutlass|xmma|wgmma|_dot", re.IGNORECASE)

@@ -44,9 +44,9 @@ def dispatch(start: float, shift: float = 0.0) -> list[dict]:
     """A dispatch as it should be: 410 us in all, 60 us of the second copy after the GEMM."""
     return [
         ours("BeginKernel", start, 2, blocks=1),
-        ours("CountKernel<int>", start + 2, 4),
+        ours("CountKernel", start + 2, 4),
         ours("PlaceKernel", start + 6, 4),
-        ours("BulkPackKernel<4>", start + 10, 50),
+        ours("PackKernel", start + 10, 50),
         gemm(start + 60 + shift, 200),
         copy(start + 40, 130, COPIES[0]),
         copy(start + 190, 130, COPIES[1]),
@@ -65,7 +65,9 @@ def combine(start: float) -> list[dict]:
         ours("PackSumsKernel<bf16, 8, true>", start + 4, 96),
         copy(start + 50, 100),
         gemm(start + 100, 200),
-        ours("WaitKernel", start + 300, 10, blocks=1),
+        ours("CountKernel", start + 300, 4),
+        ours("PlaceKernel", start + 304, 2),
+        ours("WaitKernel", start + 306, 4, blocks=1),
         ours("SumKernel<bf16, 8>", start + 310, 40),
     ]
 
@@ -102,14 +104,14 @@ def meta(name: str, pid: int, tid: int, label: str) -> dict:
 
 
 def test_reads_streams_of_gpus_alone(tmp_path):
-    events = profile(tmp_path, [gemm(60, 200), ours("BulkPackKernel<4>", 10, 50), copy(40, 130)])
+    events = profile(tmp_path, [gemm(60, 200), ours("PackKernel", 10, 50), copy(40, 130)])
     assert [(e.gpu, e.stream, e.kind) for e in events] == [
         (gpu, stream, kind)
         for gpu in (0, 1)
         for stream, kind in ((COMPUTE, "ours"), (COPIES[0], "copy"), (COMPUTE, "gemm"))
     ]
     pack, moved, product = events[:3]
-    assert (pack.short_name, pack.phase, pack.num_blocks) == ("BulkPack", "pack", 132)
+    assert (pack.short_name, pack.phase, pack.num_blocks) == ("Pack", "pack", 132)
     assert (moved.num_bytes, moved.interval) == (PEER_BYTES, (40, 170))
     assert (product.num_bytes, product.duration_us) == (0, 200)
 
@@ -126,7 +128,7 @@ def test_no_profile(tmp_path):
         ("PackKernel", "pack"),
         ("PackQuantizedKernel", "pack"),
         ("PackSumsHeadersKernel", "reduce-pack"),
-        ("BulkPackSumsKernel", "reduce-pack"),
+        ("PackSumsKernel", "reduce-pack"),
         ("BulkUnpackExpertsKernel", "unpack"),
         ("PlanKernel", "unpack"),
         ("WaitMessagesKernel", "wait"),
@@ -179,7 +181,7 @@ def test_phases_leave_out_the_start_of_a_loop(tmp_path):
     slow = [{**entry, "dur": 10 * entry["dur"]} for entry in combine(0)]
     entries = slow + [entry for i in range(1, 5) for entry in combine(1000.0 * i)]
     found = phases.of_ours(profile(tmp_path, entries), num_sms=0)
-    assert found.kernels_us == {"route": 2, "reduce-pack": 98, "wait": 10, "sum": 40}
+    assert found.kernels_us == {"route": 8, "reduce-pack": 98, "wait": 4, "sum": 40}
     assert found.sm_us is None
 
 
@@ -236,7 +238,7 @@ def without(entries: list[dict], text: str) -> list[dict]:
         (without(dispatch(0), "Memcpy"), "expected copies while GEMMs run, got 0 copies"),
         ([*without(dispatch(0), "Memcpy"), copy(262, 50)], "got 1 copies, none beside a GEMM"),
         (dispatch(0, shift=30), "expected Wait after the last GEMM"),
-        (dispatch(0, shift=-20), "expected BulkPack before the first GEMM"),
+        (dispatch(0, shift=-20), "expected Pack before the first GEMM"),
         ([*dispatch(0), ours("PackKernel", 100, 5)], "expected Pack before the first GEMM"),
         ([*dispatch(0), ours("UnpackTokensKernel", 200, 5)], "expected UnpackTokens after the"),
         ([*dispatch(0), ours("NewKernel", 100, 5)], "expected New after the last GEMM"),
