@@ -279,11 +279,14 @@ def test_the_gradient_passes_the_wire_unchanged(dtype, output):
     support.assert_close(got, theirs(*inputs, cotangent), 1e-2 if dtype != jnp.float32 else 1e-5)
 
 
+matmul = functools.partial(jnp.matmul, precision="highest")
+
+
 def layer(api, x, topk_idx, weights, matrix):
     sent = api.buffer.dispatch_send(x, topk_idx, weights)
-    shared, sent = api.overlap(sent, lambda x, m: jnp.sin(x @ m), x, matrix)
+    shared, sent = api.overlap(sent, lambda x, m: jnp.sin(matmul(x, m)), x, matrix)
     recv = api.buffer.dispatch_recv(sent)
-    y = jnp.tanh(recv.x @ matrix)
+    y = jnp.tanh(matmul(recv.x, matrix))
     return api.buffer.combine(y, recv.layout, weights=recv.weights) + shared
 
 
