@@ -1,8 +1,9 @@
-"""What is timed: ours and the peer behind one interface, as jitted functions of global arrays."""
+"""What is timed: ours and the peers behind one interface, as jitted functions of global arrays."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -13,8 +14,9 @@ from jax import Array, P
 from jax.sharding import Mesh, NamedSharding
 
 import jax_sm_free as smf
-from benchmarks.cases import NUM_EXPERTS, TOP_K, Case, Inputs, Load
+from benchmarks.cases import Case, Inputs, Load
 from benchmarks.pure_jax import Grouped, PureJax
+from benchmarks.ragged import Ragged
 
 AXIS = "ep"
 EXPERT_HIDDEN = 64
@@ -27,13 +29,24 @@ class Ours:
     buffer: smf.Buffer
 
     def dispatch(self, x: Array, topk_idx: Array, topk_weights: Array) -> Grouped:
-        recv = self.buffer.dispatch(x, topk_idx, topk_weights)
-        return Grouped(
-            recv.x, recv.group_sizes, recv.weights, recv.dropped[None], handle=recv.layout
-        )
+        return _as_grouped(self.buffer.dispatch(x, topk_idx, topk_weights))
 
     def combine(self, y: Array, layout: Any, weights: Array) -> Array:
         return self.buffer.combine(y, layout, weights=weights)
+
+    def dispatch_beside(self, fn: Callable[..., Any], args: tuple, *inputs: Array) -> tuple:
+        """(fn(*args), dispatch(*inputs)), with fn between send and recv."""
+        result, sent = smf.overlap(self.buffer.dispatch_send(*inputs), fn, *args)
+        return result, _as_grouped(self.buffer.dispatch_recv(sent))
+
+    def combine_beside(self, fn: Callable[..., Any], args: tuple, *inputs: Any) -> tuple:
+        """(fn(*args), combine(*inputs)), with fn between send and recv."""
+        result, sent = smf.overlap(self.buffer.combine_send(*inputs), fn, *args)
+        return result, self.buffer.combine_recv(sent)
+
+
+def _as_grouped(recv: smf.Received) -> Grouped:
+    return Grouped(recv.x, recv.group_sizes, recv.weights, recv.dropped[None], handle=recv.layout)
 
 
 def make_mesh(ep_size: int) -> Mesh:
@@ -46,17 +59,31 @@ def make_ours(case: Case, load: Load, mesh: Mesh) -> Ours:
             mesh,
             AXIS,
             hidden=case.hidden,
-            num_experts=NUM_EXPERTS,
-            top_k=TOP_K,
+            num_experts=case.num_experts,
+            top_k=case.top_k,
             max_tokens=case.tokens,
             recv_capacity=load.recv_capacity,
             dtype=case.dtype,
+            **_wire_option(case),
         )
     )
 
 
+def _wire_option(case: Case) -> dict[str, Any]:
+    if case.wire_dtype is None:
+        return {}
+    if "wire_dtype" not in inspect.signature(smf.Buffer).parameters:
+        raise NotImplementedError("this build's Buffer has no option wire_dtype")
+    return {"wire_dtype": jnp.dtype(case.wire_dtype)}
+
+
 def make_peer(case: Case, load: Load) -> PureJax:
-    return PureJax(AXIS, case.ep_size, NUM_EXPERTS, load.recv_capacity, load.pair_capacity)
+    return PureJax(AXIS, case.ep_size, case.num_experts, load.recv_capacity, load.pair_capacity)
+
+
+def make_ragged(case: Case, load: Load, num_updates: int) -> Ragged:
+    sizes = (case.ep_size, case.num_experts, load.recv_capacity, load.pair_capacity)
+    return Ragged(AXIS, *sizes, num_updates=num_updates)
 
 
 def put(inputs: Inputs, case: Case, mesh: Mesh) -> tuple[Array, Array, Array]:
@@ -68,23 +95,28 @@ def put(inputs: Inputs, case: Case, mesh: Mesh) -> tuple[Array, Array, Array]:
     )
 
 
-def on_ranks(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+def on_ranks(
+    fn: Callable[..., Any], mesh: Mesh, options: dict[str, Any] | None = None
+) -> Callable[..., Any]:
     """`fn` per rank, jitted; all arrays are split over the ranks by their first axis."""
-    return jax.jit(
-        jax.shard_map(fn, mesh=mesh, in_specs=P(AXIS), out_specs=P(AXIS), check_vma=False)
-    )
+    specs = P(AXIS)
+    mapped = jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
+    return jax.jit(mapped, compiler_options=options)
 
 
-def make_mlp(case: Case, mesh: Mesh) -> tuple[Array, Array]:
-    """Weights of all experts, [NUM_EXPERTS, ...]."""
-    rng = np.random.default_rng(1)
-    shape = (NUM_EXPERTS, case.hidden, EXPERT_HIDDEN)
-    up, down = rng.standard_normal(shape), rng.standard_normal((shape[0], shape[2], shape[1]))
+def make_mlp(case: Case, mesh: Mesh, width: int = EXPERT_HIDDEN) -> tuple[Array, Array]:
+    """Weights of all experts, [num_experts, hidden, width] and [num_experts, width, hidden]."""
     sharding = NamedSharding(mesh, P(AXIS))
-    return tuple(
-        jax.device_put((w / w.shape[1] ** 0.5).astype(jnp.dtype(case.dtype)), sharding)
-        for w in (up, down)
-    )
+    shapes = (case.num_experts, case.hidden, width), (case.num_experts, width, case.hidden)
+
+    def make() -> tuple[Array, ...]:
+        keys = jax.random.split(jax.random.key(1))
+        return tuple(
+            (jax.random.normal(key, shape) * shape[1] ** -0.5).astype(case.dtype)
+            for key, shape in zip(keys, shapes, strict=True)
+        )
+
+    return jax.jit(make, out_shardings=(sharding, sharding))()
 
 
 def mlp(grouped: Grouped, up: Array, down: Array) -> Array:

@@ -20,7 +20,7 @@ import numpy as np
 from absl import app, flags, logging
 
 from benchmarks import contestants, report, timing
-from benchmarks.cases import NUM_EXPERTS, SLACK, TOP_K, Case, make_inputs, measure_load
+from benchmarks.cases import Case, make_inputs, measure_load
 from benchmarks.memcpy import Memcpy, bytes_moved
 from benchmarks.report import Row
 
@@ -138,8 +138,9 @@ def main(argv) -> None:
         timing.keep_pages()
     print(f"{report.machine()}\n{report.versions()}")
     print(
-        f"top-{TOP_K} of {NUM_EXPERTS} experts, capacity {SLACK} of a balanced load, nothing "
-        f"dropped; medians; freed memory is {'kept' if _KEEP_PAGES.value else 'returned'}\n"
+        f"top-{HEADLINE.top_k} of {HEADLINE.num_experts} experts, capacity {HEADLINE.slack} of a "
+        f"balanced load, nothing dropped; medians; freed memory is "
+        f"{'kept' if _KEEP_PAGES.value else 'returned'}\n"
     )
     print(report.header())
     rows: list[Row] = []

@@ -3,13 +3,16 @@
 Messages are padded to a static capacity for each (source, destination), travel by
 `lax.all_to_all`, and are grouped by expert with a sort and a gather. As in `jax_sm_free`, a token
 travels once to a rank, however many of its experts live there. Rows are only ever gathered,
-backwards too: XLA:CPU scatters rows ten times slower than it gathers them.
+backwards too: XLA:CPU scatters rows ten times slower than it gathers them. Indices and weights
+travel together, in one small collective beside that of the rows.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -25,12 +28,16 @@ class Handle(NamedTuple):
       token: i32 [ep_size * pair_capacity], the token in each slot.
       place: i32 [ep_size * pair_capacity, K], the expert rows of each slot received.
       source: i32 [recv_capacity], the slot of each expert row.
+      num_sent: i32 [ep_size], rows sent to each rank.
+      num_received: i32 [ep_size], rows received from each rank.
     """
 
     slot: Array
     token: Array
     place: Array
     source: Array
+    num_sent: Array
+    num_received: Array
 
 
 class Grouped(NamedTuple):
@@ -44,7 +51,7 @@ class Grouped(NamedTuple):
 
 
 @jax.custom_vjp
-def _spread(x: Array, source: Array, targets: Array) -> Array:
+def spread(x: Array, source: Array, targets: Array) -> Array:
     """x[source], where row i of x goes to the rows targets[i]: each undoes the other."""
     del targets
     return x.at[source].get(mode="fill", fill_value=0)
@@ -72,11 +79,30 @@ def _spread_bwd(indices: tuple[Array, Array], ct: Array) -> tuple:
 
 def _collect_bwd(indices: tuple[Array, Array], ct: Array) -> tuple:
     targets, source = indices
-    return _spread(ct, source, targets), _no_gradient(targets), _no_gradient(source)
+    return spread(ct, source, targets), _no_gradient(targets), _no_gradient(source)
 
 
-_spread.defvjp(lambda x, *indices: (_spread(x, *indices), indices), _spread_bwd)
+spread.defvjp(lambda x, *indices: (spread(x, *indices), indices), _spread_bwd)
 _collect.defvjp(lambda x, *indices: (_collect(x, *indices), indices), _collect_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _exchange_routing(axis: str, idx: Array, weights: Array) -> tuple[Array, Array]:
+    """Sends idx i32 [N, K] and weights f32 [N, K], as messages to each rank, in one collective."""
+    both = jnp.concatenate([idx, lax.bitcast_convert_type(weights, jnp.int32)], axis=1)
+    idx, weights = jnp.split(lax.all_to_all(both, axis, 0, 0, tiled=True), 2, axis=1)
+    return idx, lax.bitcast_convert_type(weights, jnp.float32)
+
+
+def _exchange_routing_fwd(axis: str, idx: Array, weights: Array) -> tuple:
+    return _exchange_routing(axis, idx, weights), idx
+
+
+def _exchange_routing_bwd(axis: str, idx: Array, cts: tuple) -> tuple:
+    return _no_gradient(idx), lax.all_to_all(cts[1], axis, 0, 0, tiled=True)
+
+
+_exchange_routing.defvjp(_exchange_routing_fwd, _exchange_routing_bwd)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,32 +117,48 @@ class PureJax:
 
     def dispatch(self, x: Array, topk_idx: Array, topk_weights: Array) -> Grouped:
         """Args: x [T, H], topk_idx i32 [T, K], topk_weights f32 [T, K]."""
-        slot, token, unsent = self._slots(topk_idx)
-        rows = self._exchange(_spread(x, token, slot))
-        idx = self._exchange(topk_idx.at[token].get(mode="fill", fill_value=-1))
-        weights = self._exchange(_spread(topk_weights, token, slot))
+        slot, token, num_sent, unsent = self._slots(topk_idx)
+        idx, weights = _exchange_routing(
+            self.axis,
+            topk_idx.at[token].get(mode="fill", fill_value=-1),
+            spread(topk_weights, token, slot),
+        )
+        by_source = (idx >= 0).any(1).reshape(self.ep_size, self.pair_capacity)
+        num_received = by_source.sum(1, dtype=jnp.int32)
+        rows = self._exchange(spread(x, token, slot), num_sent, num_received)
 
         source, place, group_sizes, unplaced = self._group(idx)
         entry = place.reshape(-1, 1)
         return Grouped(
-            x=_spread(rows, source, place),
+            x=spread(rows, source, place),
             group_sizes=group_sizes,
-            weights=_spread(weights.reshape(-1, 1), self._entries(place), entry)[:, 0],
+            weights=spread(weights.reshape(-1, 1), self._entries(place), entry)[:, 0],
             overflow=(unsent + unplaced)[None],
-            handle=Handle(slot, token, place, source),
+            handle=Handle(slot, token, place, source, num_sent, num_received),
         )
 
     def combine(self, y: Array, handle: Handle, weights: Array) -> Array:
         """Args: y [recv_capacity, H], weights f32 [recv_capacity]. Returns [T, H] in y's dtype."""
         weighted = y.astype(jnp.float32) * weights[:, None]
         rows = _collect(weighted, handle.place, handle.source).astype(y.dtype)
-        return _collect(self._exchange(rows), handle.slot, handle.token)
+        rows = self._exchange(rows, handle.num_received, handle.num_sent)
+        return _collect(rows, handle.slot, handle.token)
 
-    def _exchange(self, rows: Array) -> Array:
+    def dispatch_beside(self, fn: Callable[..., Any], args: tuple, *inputs: Array) -> tuple:
+        """(fn(*args), dispatch(*inputs)), which XLA may run beside each other."""
+        return fn(*args), self.dispatch(*inputs)
+
+    def combine_beside(self, fn: Callable[..., Any], args: tuple, *inputs: Any) -> tuple:
+        """(fn(*args), combine(*inputs)), which XLA may run beside each other."""
+        return fn(*args), self.combine(*inputs)
+
+    def _exchange(self, rows: Array, num_sent: Array, num_received: Array) -> Array:
+        """Sends rows [ep_size * pair_capacity, H], a message to each rank; returns what comes."""
+        del num_sent, num_received  # Every message is as long as the fullest.
         return lax.all_to_all(rows, self.axis, 0, 0, tiled=True)
 
-    def _slots(self, topk_idx: Array) -> tuple[Array, Array, Array]:
-        """`Handle.slot`, `Handle.token`, and how many (token, rank) have no slot."""
+    def _slots(self, topk_idx: Array) -> tuple[Array, Array, Array, Array]:
+        """`Handle.slot`, `token` and `num_sent`, and how many (token, rank) have no slot."""
         num_tokens, capacity = topk_idx.shape[0], self.pair_capacity
         ranks = jnp.arange(self.ep_size, dtype=jnp.int32)
         rank = topk_idx // (self.num_experts // self.ep_size)
@@ -127,7 +169,8 @@ class PureJax:
         tokens = jnp.broadcast_to(jnp.arange(num_tokens, dtype=jnp.int32)[:, None], slot.shape)
         token = jnp.full((self.ep_size * capacity,), num_tokens, jnp.int32)
         token = token.at[slot].set(tokens, mode="drop")
-        return slot, token, (goes & ~fits).sum(dtype=jnp.int32)
+        num_sent = fits.sum(0, dtype=jnp.int32)
+        return slot, token, num_sent, (goes & ~fits).sum(dtype=jnp.int32)
 
     def _group(self, topk_idx: Array) -> tuple[Array, Array, Array, Array]:
         """`Handle.source` and `place`, group sizes, and how many expert rows have no place."""

@@ -1,8 +1,9 @@
 #include "cc/exchange.h"
 
 #include <bit>
-#include <cmath>
 #include <utility>
+
+#include "cc/fault_texts.h"
 
 namespace jax_sm_free {
 
@@ -15,17 +16,12 @@ size_t ExchangeKeyHash::operator()(const ExchangeKey& key) const {
   return hash;
 }
 
-std::string Exchange::Describe() const {
-  return std::string(KindName(kind)) + " exchange " + std::to_string(sequence) + ", slot " +
-         std::to_string(slot);
-}
+std::string Exchange::Describe() const { return DescribeExchange(kind, sequence, slot); }
 
-Fault Ledger::Refuse(const OpInfo& op, std::string expected, std::string seen) const {
-  return {.op = op.name,
-          .rank = rank_,
-          .expected = std::move(expected),
-          .seen = std::move(seen),
-          .exchange = {}};
+Fault Ledger::Refuse(Op op, Fault fault) const {
+  fault.op = OpName(op);
+  fault.rank = rank_;
+  return fault;
 }
 
 Ledger::Run* Ledger::FindRun(int64_t run) {
@@ -46,7 +42,7 @@ void Ledger::Forget(std::map<int64_t, int64_t>::iterator age) {
   ages_.erase(age);
 }
 
-Result<Exchange> Ledger::Begin(const OpInfo& op, int64_t run, int64_t call_site) {
+Result<Exchange> Ledger::Begin(Op op, int64_t run, int64_t call_site) {
   const std::lock_guard lock(mutex_);
   Run* state = FindRun(run);
   if (state == nullptr) {
@@ -54,55 +50,40 @@ Result<Exchange> Ledger::Begin(const OpInfo& op, int64_t run, int64_t call_site)
       lost_runs_.push_back(ages_.begin()->second);
       Forget(ages_.begin());
     }
-    return Refuse(op, "every sent value to be received",
-                  std::to_string(kMaxRuns) + " earlier runs with a sent value that never was");
+    return Refuse(
+        op, {.expected = "every sent value to be received",
+             .seen = std::to_string(kMaxRuns) + " earlier runs with a sent value that never was",
+             .exchange = {}});
   }
-  uint64_t& slots = state->SlotsOf(op.kind);
+  const Kind kind = KindOf(op);
+  uint64_t& slots = state->SlotsOf(kind);
   const int32_t slot = std::countr_one(slots);
   if (slot >= num_slots_) {
-    return Refuse(op,
-                  "at most " + std::to_string(num_slots_) + " " + KindName(op.kind) +
-                      " exchanges in flight (num_slots)",
-                  "one send more without a recv");
+    return Refuse(op, TooManySends(num_slots_, KindName(kind) + std::string(" exchanges")));
   }
   slots |= uint64_t{1} << slot;
   const Exchange exchange{.sequence = next_sequence_++,
                           .slot = slot,
-                          .kind = op.kind,
+                          .kind = kind,
                           .key = {run, call_site, state->passes[call_site]++}};
   entries_[exchange.sequence] = {exchange};
   return exchange;
 }
 
-Result<Exchange> Ledger::Finish(const OpInfo& op, const float* token) {
-  if (token[kMagicWord] != kTokenMagic) {
-    constexpr float kMaxUses = 1024;
-    // Sums past 2^24 are rounded, so that the quotient of added tokens is a whole number or nearly.
-    const float quotient = token[kMagicWord] / kTokenMagic;
-    const float uses = std::round(quotient);
-    const bool added = uses > 1 && uses < kMaxUses && std::abs(quotient - uses) < 1e-4F;
-    return Refuse(op, "the token of one send",
-                  added ? "the sum of " + std::to_string(static_cast<int>(uses)) +
-                              " tokens: a sent value was used more than once"
-                        : "an array that no send returned");
-  }
+Result<Exchange> Ledger::Finish(Op op, const float* token) {
+  if (token[kMagicWord] != kTokenMagic) return Refuse(op, NotOneToken(token[kMagicWord]));
   const auto word = [token](TokenWord w) { return static_cast<int64_t>(token[w]); };
   if (word(kRankWord) != rank_ || word(kBufferWord) != buffer_id_ % kTokenWordSize) {
-    return Refuse(
-        op, "a token of buffer " + std::to_string(buffer_id_) + ", rank " + std::to_string(rank_),
-        "one of buffer " + std::to_string(word(kBufferWord)) + ", rank " +
-            std::to_string(word(kRankWord)));
+    return Refuse(op, TokenOfAnother(buffer_id_, rank_, word(kBufferWord), word(kRankWord)));
   }
-  if (word(kKindWord) != static_cast<int64_t>(op.kind)) {
-    return Refuse(op, std::string("a ") + KindName(op.kind) + " token",
-                  std::string("a ") + KindName(static_cast<Kind>(word(kKindWord))) + " token");
+  if (word(kKindWord) != static_cast<int64_t>(KindOf(op))) {
+    return Refuse(op, TokenOfAnotherKind(KindOf(op), static_cast<Kind>(word(kKindWord))));
   }
   const int64_t sequence = word(kHighWord) * kTokenWordSize + word(kLowWord);
   const std::lock_guard lock(mutex_);
   const auto found = entries_.find(sequence);
   if (found == entries_.end() || found->second.received) {
-    return Refuse(op, "the token of a send not yet received",
-                  "exchange " + std::to_string(sequence) + ", received before");
+    return Refuse(op, TokenUsedBefore(sequence));
   }
   found->second.received = true;
   return found->second.exchange;

@@ -31,6 +31,7 @@
 
 #include "cc/fault.h"
 #include "cc/layout.h"
+#include "cc/op.h"
 #include "cc/token.h"
 
 namespace jax_sm_free {
@@ -57,12 +58,6 @@ struct Exchange {
   std::string Describe() const;
 };
 
-// One for every op: its name, and the kind of exchange that it sends or receives.
-struct OpInfo {
-  const char* name;
-  Kind kind;
-};
-
 // The exchanges of one rank. Thread-safe.
 class Ledger {
  public:
@@ -70,11 +65,11 @@ class Ledger {
       : buffer_id_(buffer_id), rank_(rank), num_slots_(num_slots) {}
 
   // Opens an exchange in `run` at `call_site`. A fault if all slots are taken.
-  Result<Exchange> Begin(const OpInfo& op, int64_t run, int64_t call_site);
+  Result<Exchange> Begin(Op op, int64_t run, int64_t call_site);
 
   // Takes the exchange that `token` names for receiving. A fault if the token is none, is another
   // rank's, is of another kind, or was used before.
-  Result<Exchange> Finish(const OpInfo& op, const float* token);
+  Result<Exchange> Finish(Op op, const float* token);
 
   // Gives the slot back.
   void Release(const Exchange& exchange);
@@ -110,7 +105,7 @@ class Ledger {
   // The state of `run`, made on its first use; null where no run can be forgotten for it.
   Run* FindRun(int64_t run);
   void Forget(std::map<int64_t, int64_t>::iterator age);
-  Fault Refuse(const OpInfo& op, std::string expected, std::string seen) const;
+  Fault Refuse(Op op, Fault fault) const;
 
   const int64_t buffer_id_;
   const int32_t rank_;

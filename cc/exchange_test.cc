@@ -5,6 +5,7 @@
 #include <string>
 #include <thread>
 #include <unordered_set>
+#include <utility>
 #include <vector>
 
 #include "gtest/gtest.h"
@@ -14,9 +15,9 @@ namespace {
 
 using ::testing::IsSubstring;
 
-constexpr OpInfo kSend{"dispatch_send", Kind::kDispatch};
-constexpr OpInfo kRecv{"dispatch_recv", Kind::kDispatch};
-constexpr OpInfo kOtherRecv{"combine_recv", Kind::kCombine};
+constexpr Op kSend = Op::kDispatchSend;
+constexpr Op kRecv = Op::kDispatchRecv;
+constexpr Op kOtherRecv = Op::kCombineRecv;
 constexpr int64_t kBufferId = 6;
 constexpr int32_t kRank = 3;
 constexpr int kMaxRuns = 64;
@@ -44,7 +45,7 @@ bool Receive(Ledger& ledger, const Token& token) {
   return true;
 }
 
-std::string SeenByRecv(Ledger& ledger, const Token& token, const OpInfo& op = kRecv) {
+std::string SeenByRecv(Ledger& ledger, const Token& token, Op op = kRecv) {
   const Result<Exchange> result = ledger.Finish(op, token.data());
   return FaultOf(result) == nullptr ? "no fault" : FaultOf(result)->seen;
 }
@@ -124,7 +125,7 @@ TEST_F(LedgerTest, RunsHaveSlotsOfTheirOwn) {
 }
 
 TEST_F(LedgerTest, KindsHaveSlotsOfTheirOwn) {
-  constexpr OpInfo kOtherSend{"combine_send", Kind::kCombine};
+  constexpr Op kOtherSend = Op::kCombineSend;
   Begun(ledger_, 1);
   Begun(ledger_, 1);
   const Result<Exchange> other = ledger_.Begin(kOtherSend, 1, 0);
@@ -134,7 +135,7 @@ TEST_F(LedgerTest, KindsHaveSlotsOfTheirOwn) {
 }
 
 TEST_F(LedgerTest, ReleaseFreesTheSlotOfItsOwnKind) {
-  constexpr OpInfo kOtherSend{"combine_send", Kind::kCombine};
+  constexpr Op kOtherSend = Op::kCombineSend;
   Begun(ledger_, 1);
   Begun(ledger_, 1);
   const Result<Exchange> other = ledger_.Begin(kOtherSend, 1, 0);
@@ -143,15 +144,17 @@ TEST_F(LedgerTest, ReleaseFreesTheSlotOfItsOwnKind) {
 }
 
 TEST_F(LedgerTest, ARunThatHoldsAnExchangeOfAnyKindOutlivesIdleOnes) {
-  for (const Kind kind :
-       {Kind::kDispatch, Kind::kCombine, Kind::kDispatchBackward, Kind::kCombineBackward}) {
+  for (const auto& [send, recv] : {std::pair{Op::kDispatchSend, Op::kDispatchRecv},
+                                   std::pair{Op::kCombineSend, Op::kCombineRecv},
+                                   std::pair{Op::kDispatchBackwardSend, Op::kDispatchBackwardRecv},
+                                   std::pair{Op::kCombineBackwardSend, Op::kCombineBackwardRecv}}) {
     Ledger ledger(kBufferId, kRank, 2);
-    const Result<Exchange> held = ledger.Begin({"send", kind}, -1, 0);
+    const Result<Exchange> held = ledger.Begin(send, -1, 0);
     const Token token = TokenOf(ledger, std::get<Exchange>(held));
     for (int run = 0; run < 3 * kMaxRuns; ++run) {
       ASSERT_TRUE(Receive(ledger, TokenOf(ledger, Begun(ledger, run))));
     }
-    EXPECT_EQ(FaultOf(ledger.Finish({"recv", kind}, token.data())), nullptr) << KindName(kind);
+    EXPECT_EQ(FaultOf(ledger.Finish(recv, token.data())), nullptr) << OpName(recv);
   }
 }
 

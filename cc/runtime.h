@@ -46,7 +46,8 @@ class Buffer {
 
   // Keeps the first fault until it is taken.
   void RecordFault(const Fault& fault);
-  std::optional<std::string> TakeFault();
+  // What buffer.check() raises. Platforms on which a buffer ends with its first fault keep it.
+  virtual std::optional<std::string> TakeFault();
 
  private:
   const int64_t id_;

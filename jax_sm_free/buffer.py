@@ -290,9 +290,12 @@ class Buffer:
     # ------------------------------------------------------------------------------- lifetime
 
     def check(self) -> None:
-        """Raises the first fault since the last check, if there was one. Not collective.
+        """Raises the fault that the buffer has met, if there was one. Not collective.
 
-        On CPU the program that met the fault has raised it too, when its results were asked for.
+        On CPU that is the first fault since the last check; the program that met it has raised it
+        too, when its results were asked for. On GPUs the first fault stays: results are NaN where
+        it reached them, and every later check and call raises it. Wait for results before the
+        check, which waits for nothing.
 
         Raises:
           FaultError: with rank, peer, op, expected and seen.

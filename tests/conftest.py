@@ -1,26 +1,78 @@
-"""Eight CPU devices for every test, set before JAX is imported.
+"""Devices for the tests, chosen before JAX is imported: eight on the CPU, unless told otherwise.
 
-JAX_PLATFORMS=cuda in the environment runs the same tests on GPUs instead.
+JAX_PLATFORMS=cuda in the environment runs the same tests on the GPUs that there are; groups of
+ranks shrink to them. XLA_FLAGS=--xla_force_host_platform_device_count=2 does so on the CPU.
 """
 
+import faulthandler
+import gc
 import os
+import sys
 
 import pytest
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-if os.environ["JAX_PLATFORMS"] == "cpu":
+HANG_SECONDS = 300
+
+
+def add_flag(name, value):
     flags = os.environ.get("XLA_FLAGS", "")
-    if "xla_force_host_platform_device_count" not in flags:
-        os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
+    if name not in flags:
+        os.environ["XLA_FLAGS"] = f"{flags} --{name}={value}".strip()
+
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+ON_GPUS = "cuda" in os.environ["JAX_PLATFORMS"]
+add_flag("xla_force_host_platform_device_count", 8)
+if ON_GPUS:
+    # Callbacks run on a CPU device, and some tests need one beside the GPUs.
+    os.environ["JAX_PLATFORMS"] = "cuda,cpu"
+    # Several workers share the GPUs, and buffers take memory that is not XLA's.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    # Sums of products are compared: no TF32, and no time for a choice among kernels.
+    os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
+    add_flag("xla_gpu_autotune_level", 0)
+
+MARKERS = {
+    "cpu_only": "shows something of the CPU platform alone",
+    "gpu_only": "needs GPUs (JAX_PLATFORMS=cuda)",
+}
+
+
+def pytest_addoption(parser, pluginmanager):
+    if not pluginmanager.hasplugin("timeout"):
+        parser.addini("timeout", "seconds of a test, where pytest-timeout is not installed")
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "cpu_only: shows something of the CPU platform alone")
+    for name, reason in MARKERS.items():
+        config.addinivalue_line("markers", f"{name}: {reason}")
 
 
 def pytest_collection_modifyitems(items):
-    if os.environ["JAX_PLATFORMS"] == "cpu":
-        return
+    skipped = "cpu_only" if ON_GPUS else "gpu_only"
     for item in items:
-        if item.get_closest_marker("cpu_only"):
-            item.add_marker(pytest.mark.skip(reason="shows something of the CPU platform alone"))
+        if item.get_closest_marker(skipped):
+            item.add_marker(pytest.mark.skip(reason=MARKERS[skipped]))
+
+
+@pytest.fixture(autouse=True)
+def end_of_hangs(request):
+    """Ends the process of a test that hangs, stacks first, where pytest-timeout does not."""
+    if request.config.pluginmanager.hasplugin("timeout"):
+        yield
+        return
+    faulthandler.dump_traceback_later(HANG_SECONDS, exit=True, file=sys.__stderr__)
+    yield
+    faulthandler.cancel_dump_traceback_later()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def close_buffers_of_module():
+    """Buffers that tests share take device memory and a thread for each GPU."""
+    yield
+    if ON_GPUS:
+        import support
+
+        support.runners.cache_clear()
+        support.apis.cache_clear()
+        gc.collect()

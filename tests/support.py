@@ -6,6 +6,7 @@ there are: eight CPU devices, or the GPUs of the machine under JAX_PLATFORMS=cud
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -18,6 +19,7 @@ import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import jax_sm_free as smf
 from jax_sm_free import reference
@@ -37,8 +39,9 @@ QUICK_COMPILE = {
     "xla_cpu_parallel_codegen_split_count": 1,
 }
 
-# What a run that met a fault raises when its results are asked for.
-RUN_ERROR = jax.errors.JaxRuntimeError
+# What a run that met a fault raises when its results are asked for; ValueError where JAX found out
+# before it returned them, as it does on a single device.
+RUN_ERROR = (jax.errors.JaxRuntimeError, ValueError)
 
 
 def random_examples(count: int) -> Callable[[Callable[..., None]], Callable[..., None]]:
@@ -77,7 +80,7 @@ def make_config(ep_size: int = SOME_RANKS, **sizes: Any) -> Config:
         "top_k": 3,
         "max_tokens": 6,
         "dtype": jnp.float32,
-        "timeout_s": 60.0,
+        "timeout_s": 60.0 if ON_CPU else 20.0,  # on GPUs nothing but a hang takes long
     }
     return Config(ep_size=ep_size, **(defaults | sizes))
 
@@ -172,6 +175,27 @@ def round_trip_tokens(api: Api, x: Any, topk_idx: Any, topk_weights: Any, y: Any
     return recv, api.buffer.combine(y, recv.layout)
 
 
+def row_numbers(config: Config) -> np.ndarray:
+    """The rows of x in `big_round_trip`, a number each: f32 [ep_size, max_tokens]."""
+    size = config.ep_size * config.max_tokens
+    return np.arange(size, dtype=np.float32).reshape(config.ep_size, config.max_tokens)
+
+
+def big_round_trip(api: Api, topk_idx: Any, topk_weights: Any) -> Any:
+    """Two columns of all rows received, their counts, and two columns of all sums.
+
+    Rows are made where they are needed, so that not even the host's memory holds them all.
+    """
+    config = api.buffer.config
+    rank = jax.lax.axis_index("ep").astype(jnp.float32)
+    number = jnp.arange(config.max_tokens, dtype=jnp.float32) + rank * config.max_tokens
+    x = jnp.broadcast_to(number[:, None], (config.max_tokens, config.hidden)).astype(config.dtype)
+    recv = api.buffer.dispatch(x, topk_idx, topk_weights)
+    columns = jnp.array([0, config.hidden - 1])
+    out = api.buffer.combine(recv.x, recv.layout, weights=recv.weights)
+    return recv.x[:, columns], recv.counts, out[:, columns]
+
+
 def poison_unused(y: Any, layout: smf.Layout) -> Any:
     """NaN in every row of y that belongs to no token."""
     rows = jnp.where(layout.rows < 0, y.shape[0], layout.rows).reshape(-1)
@@ -252,6 +276,10 @@ def make_inputs(
 
 
 # -------------------------------------------------------------------------------------- faults
+#
+# On CPU the results of a run that met a fault raise it, and its buffer goes on. On GPUs the results
+# are there, NaN where the fault reached them; `check` and every later call raise it, and the buffer
+# has come to its end. A call that fails on one GPU while others go on may raise for all of them.
 
 
 def error_of(run: Callable[..., Any], *args: Any) -> str:
@@ -264,14 +292,80 @@ def error_of(run: Callable[..., Any], *args: Any) -> str:
     raise AssertionError(f"expected the run to fail, but it gave {jax.tree.map(np.shape, out)}")
 
 
+def run_into_fault(run: Callable[..., Any], *args: Any) -> str:
+    """The fault that a run must meet, as its results raise it; on GPUs, as the next call does."""
+    if not ON_CPU:
+        with contextlib.suppress(RUN_ERROR):
+            jax.block_until_ready(run(*args))
+    return error_of(run, *args)
+
+
 def fault_of(buffer: smf.Buffer) -> str:
-    """The fault that `check` raises; it must raise it once, and then no more."""
+    """The fault that `check` raises: on CPU once, and then no more; on GPUs each time."""
     try:
         buffer.check()
     except smf.FaultError as error:
-        buffer.check()
+        if ON_CPU:
+            buffer.check()
+        else:
+            with pytest.raises(smf.FaultError, match=re.escape(str(error))):
+                buffer.check()
         return str(error)
     raise AssertionError("expected buffer.check() to raise the fault, but it did not")
+
+
+def go_on(
+    buffer: smf.Buffer, run: Callable[..., Any], compiled: Callable[..., Any]
+) -> tuple[smf.Buffer, Callable[..., Any]]:
+    """Buffer and run to use after a fault: the same on CPU, others on GPUs."""
+    if ON_CPU:
+        return buffer, run
+    buffer.close()
+    buffer = open_buffer(buffer.config, buffer.mesh)
+    return buffer, compiled(buffer)
+
+
+def errors_by_rank(buffer: smf.Buffer, run: Callable[..., Any], *args: Any) -> list[str | None]:
+    """For each rank the error that all of its results carry, or None.
+
+    A rank whose results are poisoned carries the buffer's fault.
+    """
+    ranks = range(buffer.config.ep_size)
+    try:
+        out = run(*args)
+    except RUN_ERROR as error:
+        return [str(error) for _ in ranks]
+    errors = [_error_of_rank(out, rank) for rank in ranks]
+    if ON_CPU:
+        return errors
+    return [
+        error or (fault_of(buffer) if _is_poisoned(out, rank) else None)
+        for rank, error in enumerate(errors)
+    ]
+
+
+def _shards_of_rank(out: Any, rank: int) -> list[Any]:
+    shards = [shard for leaf in jax.tree.leaves(out) for shard in leaf.addressable_shards]
+    return [shard.data for shard in shards if (shard.index[0].start or 0) == rank]
+
+
+def _error_of_rank(out: Any, rank: int) -> str | None:
+    errors = []
+    for shard in _shards_of_rank(out, rank):
+        try:
+            shard.block_until_ready()
+        except RUN_ERROR as error:
+            errors.append(str(error))
+    assert len(errors) in (0, len(jax.tree.leaves(out))), f"rank {rank}: {errors}"
+    return errors[0] if errors else None
+
+
+def _is_poisoned(out: Any, rank: int) -> bool:
+    """Whether all floats of the rank are NaN. Some of them being NaN is an error of its own."""
+    floats = [np.asarray(shard) for shard in _shards_of_rank(out, rank)]
+    nan = [np.isnan(a) for a in floats if jnp.issubdtype(a.dtype, jnp.floating) and a.size]
+    assert len({bool(value) for a in nan for value in a.flat}) == 1, f"rank {rank} is half poisoned"
+    return bool(nan[0].all())
 
 
 def assert_matches(text: str, *patterns: str) -> None:

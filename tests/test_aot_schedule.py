@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_sm_free as smf
-from jax_sm_free import _cpu
+from jax_sm_free import _cpu, primitives
 
 NUM_RANKS, T, H, F, E, TOP_K, NUM_LAYERS = 4, 1024, 1024, 2048, 16, 2, 3
 SIZES = {"hidden": H, "num_experts": E, "top_k": TOP_K, "max_tokens": T}
@@ -241,7 +241,7 @@ def test_abstract_devices_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse(*_: Any) -> int:
         raise AssertionError("opened a buffer for devices that are not there")
 
-    monkeypatch.setattr(_cpu, "open_buffer", refuse)
+    monkeypatch.setattr(primitives.Native, "open_buffer", refuse)
     buffer, other = (smf.Buffer(aot.mesh(), "ep", **SIZES) for _ in range(2))
     assert buffer.transport == "abstract"
     buffer.check()

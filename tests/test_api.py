@@ -210,22 +210,28 @@ def test_a_shard_map_over_only_some_axes_is_refused():
             jax.eval_shape(run, X, IDX, WEIGHTS)
 
 
+def rows_of(buffer, *args):
+    return buffer.dispatch(*args).x
+
+
+def compiled_rows(buffer):
+    return support.on_ranks(functools.partial(rows_of, buffer), support.mesh_of(CONFIG.ep_size))
+
+
 @pytest.mark.skipif(support.MAX_RANKS < 2, reason="needs two ranks")
 def test_a_shard_map_over_the_same_devices_in_another_order_is_a_fault():
     """Not to be seen at trace time: the ranks would be mistaken for each other."""
     inputs = make_inputs(CONFIG)
     with support.open_buffer(CONFIG) as buffer:
         mesh = jax.sharding.Mesh(buffer.mesh.devices[::-1], ("ep",))
-        run = support.on_ranks(lambda *args: buffer.dispatch(*args).x, mesh)
+        run = support.on_ranks(functools.partial(rows_of, buffer), mesh)
         expected = (
             r"expected shard_map over the buffer's own mesh, .* position \d, seen position \d"
         )
-        support.assert_matches(support.error_of(run, *inputs), expected)
+        support.assert_matches(support.run_into_fault(run, *inputs), expected)
         support.assert_matches(support.fault_of(buffer), expected)
-        good = support.on_ranks(lambda *args: buffer.dispatch(*args).x, buffer.mesh)
-        want = support.on_ranks(
-            lambda *args: support.apis(CONFIG)[1].buffer.dispatch(*args).x, buffer.mesh, True
-        )
+        buffer, good = support.go_on(buffer, compiled_rows(buffer), compiled_rows)
+        want = compiled_rows(support.apis(CONFIG)[1].buffer)
         support.assert_same_bits(good(*inputs), want(*inputs))
 
 

@@ -1,4 +1,4 @@
-"""The pure-JAX reference against loops over NumPy arrays, written from the contract."""
+"""The pure-JAX reference, on CPU, against loops over NumPy arrays, written from the contract."""
 
 from __future__ import annotations
 
@@ -125,8 +125,9 @@ def combine(ys, rows, weights, topk_idx, config: Config) -> np.ndarray:
 
 
 def mesh_of(ep_size: int) -> jax.sharding.Mesh:
-    assert jax.device_count() >= ep_size, "set XLA_FLAGS=--xla_force_host_platform_device_count=8"
-    return jax.sharding.Mesh(np.array(jax.devices()[:ep_size]), ("ep",))
+    devices = jax.devices("cpu")
+    assert len(devices) >= ep_size, "set XLA_FLAGS=--xla_force_host_platform_device_count=8"
+    return jax.sharding.Mesh(np.array(devices[:ep_size]), ("ep",))
 
 
 def on_ranks(fn, mesh, **kwargs):
@@ -309,7 +310,7 @@ def test_values_and_scales(values):
 
 
 def test_two_axes_beside_another():
-    devices = np.array(jax.devices()[:8]).reshape(2, 2, 2)
+    devices = np.array(jax.devices("cpu")[:8]).reshape(2, 2, 2)
     mesh = jax.sharding.Mesh(devices, ("data", "node", "gpu"))
     config = make_config(4)
     buffer = buffer_of(config, mesh, ("node", "gpu"))

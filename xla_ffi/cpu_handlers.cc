@@ -11,6 +11,7 @@
 #include "cc/cpu/host_buffer.h"
 #include "cc/cpu/ops.h"
 #include "cc/cpu/unpack.h"
+#include "cc/op.h"
 #include "cc/runtime.h"
 #include "xla/ffi/api/ffi.h"
 #include "xla_ffi/decode.h"
@@ -45,10 +46,9 @@ ffi::Future Failed(const ffi::Error& error) {
 }
 
 // Finds the buffer and the rank of a call.
-ffi::Error Locate(const OpInfo& op, int64_t buffer_id, int32_t device, ffi::RunId run,
-                  HostCall& call) {
+ffi::Error Locate(Op op, int64_t buffer_id, int32_t device, ffi::RunId run, HostCall& call) {
   auto buffer = std::dynamic_pointer_cast<HostBuffer>(Registry::Get().Find(buffer_id));
-  const std::string prefix = std::string("jax_sm_free: ") + op.name + ": ";
+  const std::string prefix = std::string("jax_sm_free: ") + OpName(op) + ": ";
   if (buffer == nullptr) {
     return ffi::Error(
         ffi::ErrorCode::kFailedPrecondition,
@@ -74,14 +74,14 @@ ffi::Error DispatchSendImpl(int64_t buffer_id, ffi::RunId run, int32_t device, C
                             S32 position,           // [], in the mesh
                             Out<F32> token) {       // [kTokenSize]
   HostCall call;
-  if (auto error = Locate(kDispatchSend, buffer_id, device, run, call); error.failure()) {
+  if (auto error = Locate(Op::kDispatchSend, buffer_id, device, run, call); error.failure()) {
     return error;
   }
   const ConstRows rows = RowsOf(values, scales);
   const std::optional<Matrix> quantized = QuantizedOf(call.config(), values);
   const int64_t num_tokens = topk_idx.dimensions()[0];
   if (auto error =
-          CheckDispatched(call.op.name, call.config(), num_tokens, rows.row_bytes(), quantized);
+          CheckDispatched(OpName(call.op), call.config(), num_tokens, rows.row_bytes(), quantized);
       error.failure()) {
     return error;
   }
@@ -100,13 +100,14 @@ ffi::Error CombineBackwardSendImpl(int64_t buffer_id, ffi::RunId run, int32_t de
                                    S32 topk_idx,             // [T, top_k]
                                    Out<F32> token) {         // [kTokenSize]
   HostCall call;
-  if (auto error = Locate(kCombineBackwardSend, buffer_id, device, run, call); error.failure()) {
+  if (auto error = Locate(Op::kCombineBackwardSend, buffer_id, device, run, call);
+      error.failure()) {
     return error;
   }
   const ConstRows rows{.values = static_cast<const std::byte*>(out_grad.untyped_data()),
                        .values_bytes = RowBytes(out_grad)};
   const int64_t num_tokens = topk_idx.dimensions()[0];
-  if (auto error = CheckRows(call.op.name, call.config(), num_tokens, rows.row_bytes());
+  if (auto error = CheckRows(OpName(call.op), call.config(), num_tokens, rows.row_bytes());
       error.failure()) {
     return error;
   }
@@ -121,10 +122,11 @@ ffi::Error CombineSendImpl(int64_t buffer_id, ffi::RunId run, int32_t device, Ca
                            S32 num_rows_from,  // [ep_size]
                            Out<F32> token) {   // [kTokenSize]
   HostCall call;
-  if (auto error = Locate(kCombineSend, buffer_id, device, run, call); error.failure()) {
+  if (auto error = Locate(Op::kCombineSend, buffer_id, device, run, call); error.failure()) {
     return error;
   }
-  if (auto error = CheckLayout(call.op.name, call.config(), rows, RowBytes(y)); error.failure()) {
+  if (auto error = CheckLayout(OpName(call.op), call.config(), rows, RowBytes(y));
+      error.failure()) {
     return error;
   }
   const SumOperands operands{.matrix = MatrixOf(y),
@@ -142,10 +144,11 @@ ffi::Error DispatchBackwardSendImpl(int64_t buffer_id, ffi::RunId run, int32_t d
                                     S32 num_rows_from,      // [ep_size]
                                     Out<F32> token) {       // [kTokenSize]
   HostCall call;
-  if (auto error = Locate(kDispatchBackwardSend, buffer_id, device, run, call); error.failure()) {
+  if (auto error = Locate(Op::kDispatchBackwardSend, buffer_id, device, run, call);
+      error.failure()) {
     return error;
   }
-  if (auto error = CheckLayout(call.op.name, call.config(), rows, RowBytes(x_grad));
+  if (auto error = CheckLayout(OpName(call.op), call.config(), rows, RowBytes(x_grad));
       error.failure()) {
     return error;
   }
@@ -185,22 +188,22 @@ ffi::Future DispatchRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
                              Out<S32> rows,               // [ep_size * max_tokens, top_k]
                              Out<S32> num_rows_from) {    // [ep_size]
   HostCall call;
-  if (auto error = Locate(kDispatchRecv, buffer_id, device, run, call); error.failure()) {
+  if (auto error = Locate(Op::kDispatchRecv, buffer_id, device, run, call); error.failure()) {
     return Failed(error);
   }
-  if (auto error = CheckLayout(call.op.name, call.config(), *rows, 0); error.failure()) {
+  if (auto error = CheckLayout(OpName(call.op), call.config(), *rows, 0); error.failure()) {
     return Failed(error);
   }
   const int64_t capacity = call.config().recv_capacity;
   const int64_t num_rows = values->dimensions()[0];
   if (auto error =
-          CheckSizes(call.op.name, "recv_capacity", num_rows == capacity, capacity, num_rows);
+          CheckSizes(OpName(call.op), "recv_capacity", num_rows == capacity, capacity, num_rows);
       error.failure()) {
     return Failed(error);
   }
   const std::optional<Matrix> dequantized = QuantizedOf(call.config(), *values);
   const MutableRows x = RowsOf(values, scales);
-  if (auto error = CheckDispatched(call.op.name, call.config(), 0, x.row_bytes(), dequantized);
+  if (auto error = CheckDispatched(OpName(call.op), call.config(), 0, x.row_bytes(), dequantized);
       error.failure()) {
     return Failed(error);
   }
@@ -227,15 +230,15 @@ ffi::Future DispatchRecvTokensImpl(int64_t buffer_id, ffi::RunId run, int32_t de
                                    Out<S32> rows,               // [R, 1]
                                    Out<S32> num_rows_from) {    // [ep_size]
   HostCall call;
-  if (auto error = Locate(kDispatchRecv, buffer_id, device, run, call); error.failure()) {
+  if (auto error = Locate(Op::kDispatchRecv, buffer_id, device, run, call); error.failure()) {
     return Failed(error);
   }
-  if (auto error = CheckLayout(call.op.name, call.config(), *rows, 0); error.failure()) {
+  if (auto error = CheckLayout(OpName(call.op), call.config(), *rows, 0); error.failure()) {
     return Failed(error);
   }
   const std::optional<Matrix> dequantized = QuantizedOf(call.config(), *values);
   const MutableRows x = RowsOf(values, scales);
-  if (auto error = CheckDispatched(call.op.name, call.config(), 0, x.row_bytes(), dequantized);
+  if (auto error = CheckDispatched(OpName(call.op), call.config(), 0, x.row_bytes(), dequantized);
       error.failure()) {
     return Failed(error);
   }
@@ -256,7 +259,7 @@ ffi::Future ReceiveSums(const HostCall& call, const F32& token, const S32& topk_
                         Out<ffi::AnyBuffer>& out, float* weight_grads) {
   const int64_t num_tokens = topk_idx.dimensions()[0];
   const Matrix matrix = MatrixOf(*out);
-  if (auto error = CheckRows(call.op.name, call.config(), num_tokens, matrix.row_bytes());
+  if (auto error = CheckRows(OpName(call.op), call.config(), num_tokens, matrix.row_bytes());
       error.failure()) {
     return Failed(error);
   }
@@ -273,7 +276,7 @@ ffi::Future CombineRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
                             S32 topk_idx,               // [T, top_k]
                             Out<ffi::AnyBuffer> out) {  // [T, hidden]
   HostCall call;
-  if (auto error = Locate(kCombineRecv, buffer_id, device, run, call); error.failure()) {
+  if (auto error = Locate(Op::kCombineRecv, buffer_id, device, run, call); error.failure()) {
     return Failed(error);
   }
   return ReceiveSums(call, token, topk_idx, out, nullptr);
@@ -285,7 +288,8 @@ ffi::Future DispatchBackwardRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t 
                                      Out<ffi::AnyBuffer> x_grad,  // [T, hidden]
                                      Out<F32> weight_grads) {     // [T, top_k]
   HostCall call;
-  if (auto error = Locate(kDispatchBackwardRecv, buffer_id, device, run, call); error.failure()) {
+  if (auto error = Locate(Op::kDispatchBackwardRecv, buffer_id, device, run, call);
+      error.failure()) {
     return Failed(error);
   }
   return ReceiveSums(call, token, topk_idx, x_grad, weight_grads->typed_data());
@@ -300,11 +304,12 @@ ffi::Future CombineBackwardRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t d
                                     Out<ffi::AnyBuffer> y_grad,  // [N, hidden]
                                     Out<F32> weight_grads) {     // [N], or [0]
   HostCall call;
-  if (auto error = Locate(kCombineBackwardRecv, buffer_id, device, run, call); error.failure()) {
+  if (auto error = Locate(Op::kCombineBackwardRecv, buffer_id, device, run, call);
+      error.failure()) {
     return Failed(error);
   }
   const Matrix matrix = MatrixOf(*y_grad);
-  if (auto error = CheckLayout(call.op.name, call.config(), rows, matrix.row_bytes());
+  if (auto error = CheckLayout(OpName(call.op), call.config(), rows, matrix.row_bytes());
       error.failure()) {
     return Failed(error);
   }

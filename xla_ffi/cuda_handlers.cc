@@ -10,6 +10,7 @@
 
 #include "cc/cuda/device_buffer.h"
 #include "cc/cuda/kernels.h"
+#include "cc/op.h"
 #include "cc/runtime.h"
 #include "xla/ffi/api/ffi.h"
 #include "xla_ffi/decode.h"
@@ -33,7 +34,8 @@ ffi::Error Precondition(const std::string& message) {
 }
 
 // Finds the buffer and the rank; an earlier fault of the buffer is this call's error.
-ffi::Error Locate(const char* name, int64_t buffer_id, int32_t device, Call& call) {
+ffi::Error Locate(Op op, int64_t buffer_id, int32_t device, Call& call) {
+  const char* name = OpName(op);
   auto buffer = std::dynamic_pointer_cast<DeviceBuffer>(Registry::Get().Find(buffer_id));
   if (buffer == nullptr) {
     return Precondition(std::string(name) + ": expected buffer " + std::to_string(buffer_id) +
@@ -45,6 +47,7 @@ ffi::Error Locate(const char* name, int64_t buffer_id, int32_t device, Call& cal
                         std::to_string(buffer_id) + ", seen device " + std::to_string(device));
   }
   if (const std::optional<Fault> fault = buffer->SeenFault()) {
+    buffer->Stop();
     return ffi::Error::Internal(fault->Describe());
   }
   call = {name, std::move(buffer), rank};
@@ -75,7 +78,8 @@ ffi::Error DispatchSendImpl(int64_t buffer_id, int32_t device, cudaStream_t stre
                             S32 position,           // [], in the mesh
                             Out<F32> token) {       // [kTokenSize]
   Call call;
-  if (auto error = Locate("dispatch_send", buffer_id, device, call); error.failure()) return error;
+  if (auto error = Locate(Op::kDispatchSend, buffer_id, device, call); error.failure())
+    return error;
   const ConstRows rows = RowsOf(values, scales);
   const int64_t num_tokens = topk_idx.dimensions()[0];
   if (auto error = CheckRows(call.name, call.config(), num_tokens, rows.row_bytes());
@@ -97,7 +101,7 @@ ffi::Error CombineBackwardSendImpl(int64_t buffer_id, int32_t device, cudaStream
                                    S32 topk_idx,             // [T, top_k]
                                    Out<F32> token) {         // [kTokenSize]
   Call call;
-  if (auto error = Locate("combine_backward_send", buffer_id, device, call); error.failure()) {
+  if (auto error = Locate(Op::kCombineBackwardSend, buffer_id, device, call); error.failure()) {
     return error;
   }
   ConstRows rows;
@@ -131,7 +135,7 @@ ffi::Error CombineSendImpl(int64_t buffer_id, int32_t device, cudaStream_t strea
                            S32 num_rows_from,  // [ep_size]
                            Out<F32> token) {   // [kTokenSize]
   Call call;
-  if (auto error = Locate("combine_send", buffer_id, device, call); error.failure()) return error;
+  if (auto error = Locate(Op::kCombineSend, buffer_id, device, call); error.failure()) return error;
   if (auto error = CheckLayout(call.name, call.config(), rows, RowBytes(y)); error.failure()) {
     return error;
   }
@@ -152,7 +156,7 @@ ffi::Error DispatchBackwardSendImpl(int64_t buffer_id, int32_t device, cudaStrea
                                     S32 num_rows_from,      // [ep_size]
                                     Out<F32> token) {       // [kTokenSize]
   Call call;
-  if (auto error = Locate("dispatch_backward_send", buffer_id, device, call); error.failure()) {
+  if (auto error = Locate(Op::kDispatchBackwardSend, buffer_id, device, call); error.failure()) {
     return error;
   }
   if (auto error = CheckLayout(call.name, call.config(), rows, RowBytes(x_grad)); error.failure()) {
@@ -181,7 +185,8 @@ ffi::Error DispatchRecvImpl(int64_t buffer_id, int32_t device, cudaStream_t stre
                             Out<S32> rows,               // [ep_size * max_tokens, top_k]
                             Out<S32> num_rows_from) {    // [ep_size]
   Call call;
-  if (auto error = Locate("dispatch_recv", buffer_id, device, call); error.failure()) return error;
+  if (auto error = Locate(Op::kDispatchRecv, buffer_id, device, call); error.failure())
+    return error;
   if (auto error = CheckLayout(call.name, call.config(), *rows, 0); error.failure()) return error;
   const int64_t capacity = call.config().recv_capacity;
   const int64_t num_rows = values->dimensions()[0];
@@ -211,7 +216,8 @@ ffi::Error DispatchRecvTokensImpl(int64_t buffer_id, int32_t device, cudaStream_
                                   Out<S32> rows,               // [R, 1]
                                   Out<S32> num_rows_from) {    // [ep_size]
   Call call;
-  if (auto error = Locate("dispatch_recv", buffer_id, device, call); error.failure()) return error;
+  if (auto error = Locate(Op::kDispatchRecv, buffer_id, device, call); error.failure())
+    return error;
   if (auto error = CheckLayout(call.name, call.config(), *rows, 0); error.failure()) return error;
   const TokensOut out{RowsOf(values, scales),     topk_idx->typed_data(),
                       topk_weights->typed_data(), counts->typed_data(),
@@ -251,7 +257,7 @@ ffi::Error CombineRecvImpl(int64_t buffer_id, int32_t device, cudaStream_t strea
                            S32 topk_idx,               // [T, top_k]
                            Out<ffi::AnyBuffer> out) {  // [T, hidden]
   Call call;
-  if (auto error = Locate("combine_recv", buffer_id, device, call); error.failure()) return error;
+  if (auto error = Locate(Op::kCombineRecv, buffer_id, device, call); error.failure()) return error;
   return ReceiveSums(call, Op::kCombineRecv, Kind::kCombine, token.typed_data(), topk_idx, out,
                      nullptr, stream);
 }
@@ -262,7 +268,7 @@ ffi::Error DispatchBackwardRecvImpl(int64_t buffer_id, int32_t device, cudaStrea
                                     Out<ffi::AnyBuffer> x_grad,  // [T, hidden]
                                     Out<F32> weight_grads) {     // [T, top_k]
   Call call;
-  if (auto error = Locate("dispatch_backward_recv", buffer_id, device, call); error.failure()) {
+  if (auto error = Locate(Op::kDispatchBackwardRecv, buffer_id, device, call); error.failure()) {
     return error;
   }
   return ReceiveSums(call, Op::kDispatchBackwardRecv, Kind::kDispatchBackward, token.typed_data(),
@@ -278,7 +284,7 @@ ffi::Error CombineBackwardRecvImpl(int64_t buffer_id, int32_t device, cudaStream
                                    Out<ffi::AnyBuffer> y_grad,  // [N, hidden]
                                    Out<F32> weight_grads) {     // [N], or [0]
   Call call;
-  if (auto error = Locate("combine_backward_recv", buffer_id, device, call); error.failure()) {
+  if (auto error = Locate(Op::kCombineBackwardRecv, buffer_id, device, call); error.failure()) {
     return error;
   }
   const Matrix matrix = MatrixOf(*y_grad);

@@ -15,8 +15,8 @@ namespace {
 using ::testing::IsSubstring;
 
 constexpr int64_t kId = 5;
-constexpr OpInfo kSend{"dispatch_send", Kind::kDispatch};
-constexpr OpInfo kRecv{"dispatch_recv", Kind::kDispatch};
+constexpr Op kSend = Op::kDispatchSend;
+constexpr Op kRecv = Op::kDispatchRecv;
 constexpr Config kConfig{
     .ep_size = 2, .num_experts = 4, .top_k = 2, .max_tokens = 3, .row_bytes = 8};
 

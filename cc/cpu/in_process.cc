@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdio>
-#include <string>
 #include <utility>
 
 #include "cc/cpu/worker_pool.h"
+#include "cc/fault_texts.h"
 
 namespace jax_sm_free {
 namespace {
@@ -15,12 +15,6 @@ constexpr size_t kMaxFailedRuns = 1024;
 
 // A wait as long as this is worth a line in the log.
 constexpr double kSlowWaitSeconds = 10.0;
-
-std::string Seconds(double seconds) {
-  char text[32];
-  (void)std::snprintf(text, sizeof(text), "%g s", seconds);
-  return text;
-}
 
 }  // namespace
 
@@ -69,8 +63,7 @@ std::optional<Fault> InProcess::Send(const ExchangeKey& key, int32_t src, int32_
   return std::nullopt;
 }
 
-void InProcess::Receive(const OpInfo& op, const Exchange& exchange, int32_t dst,
-                        Receiver receiver) {
+void InProcess::Receive(Op op, const Exchange& exchange, int32_t dst, Receiver receiver) {
   Arrival arrival;
   {
     const std::lock_guard lock(mutex_);
@@ -89,7 +82,7 @@ void InProcess::Receive(const OpInfo& op, const Exchange& exchange, int32_t dst,
   receiver(std::move(arrival));
 }
 
-void InProcess::ArmTimer(Inbox& inbox, const OpInfo& op, const Exchange& exchange, int32_t dst,
+void InProcess::ArmTimer(Inbox& inbox, Op op, const Exchange& exchange, int32_t dst,
                          double waited) {
   const double until =
       waited < kSlowWaitSeconds ? std::min(kSlowWaitSeconds, timeout_s_) : timeout_s_;
@@ -101,7 +94,7 @@ void InProcess::ArmTimer(Inbox& inbox, const OpInfo& op, const Exchange& exchang
   inbox.timer = Watchdog::Get().Start(std::chrono::duration<double>(until - waited), expire);
 }
 
-void InProcess::OnTimer(const OpInfo& op, const Exchange& exchange, int32_t dst, double waited) {
+void InProcess::OnTimer(Op op, const Exchange& exchange, int32_t dst, double waited) {
   Fault fault;
   {
     const std::lock_guard lock(mutex_);
@@ -118,23 +111,13 @@ void InProcess::OnTimer(const OpInfo& op, const Exchange& exchange, int32_t dst,
   Fail(exchange.key.run, fault);
 }
 
-Fault InProcess::MissingFault(const Inbox& inbox, const OpInfo& op, const Exchange& exchange,
-                              int32_t dst, double waited) const {
-  std::string missing;
-  int32_t first = -1;
-  for (int32_t src = 0; src < ep_size_; ++src) {
-    if (inbox.arrived[src]) continue;
-    if (first < 0) first = src;
-    missing += (missing.empty() ? "" : ", ") + std::to_string(src);
-  }
-  return {.op = op.name,
-          .rank = dst,
-          .peer = first,
-          .expected =
-              "messages from " + std::to_string(ep_size_) + " ranks within " + Seconds(timeout_s_),
-          .seen = std::to_string(inbox.num_arrived) + " after " + Seconds(waited) +
-                  ", none from rank " + missing,
-          .exchange = exchange.Describe()};
+Fault InProcess::MissingFault(const Inbox& inbox, Op op, const Exchange& exchange, int32_t dst,
+                              double waited) const {
+  Fault fault = MissingMessages(inbox.arrived, timeout_s_, waited);
+  fault.op = OpName(op);
+  fault.rank = dst;
+  fault.exchange = exchange.Describe();
+  return fault;
 }
 
 std::vector<InProcess::Receiver> InProcess::TakeReceivers(

@@ -41,7 +41,7 @@ class InProcess : public std::enable_shared_from_this<InProcess> {
   // Calls `receiver` once, when the round is complete for `dst` or its run has failed: on this
   // thread if that is so already, else on the worker pool. `op` and `exchange` are for the fault
   // that is raised if the round is not complete within timeout_s.
-  void Receive(const OpInfo& op, const Exchange& exchange, int32_t dst, Receiver receiver);
+  void Receive(Op op, const Exchange& exchange, int32_t dst, Receiver receiver);
 
   // Ends `run` on all ranks of the group with `fault`. A second fault of a run changes nothing.
   void Fail(int64_t run, const Fault& fault);
@@ -66,10 +66,9 @@ class InProcess : public std::enable_shared_from_this<InProcess> {
   std::optional<Fault> FaultOfRun(int64_t run) const;
   Inbox& FindInbox(const ExchangeKey& key, int32_t dst);
   std::vector<Message> TakeMessages(const ExchangeKey& key, int32_t dst);
-  void ArmTimer(Inbox& inbox, const OpInfo& op, const Exchange& exchange, int32_t dst,
-                double waited);
-  void OnTimer(const OpInfo& op, const Exchange& exchange, int32_t dst, double waited);
-  Fault MissingFault(const Inbox& inbox, const OpInfo& op, const Exchange& exchange, int32_t dst,
+  void ArmTimer(Inbox& inbox, Op op, const Exchange& exchange, int32_t dst, double waited);
+  void OnTimer(Op op, const Exchange& exchange, int32_t dst, double waited);
+  Fault MissingFault(const Inbox& inbox, Op op, const Exchange& exchange, int32_t dst,
                      double waited) const;
   std::vector<Receiver> TakeReceivers(const std::function<bool(int64_t run)>& of_run);
 

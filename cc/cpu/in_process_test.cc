@@ -20,7 +20,7 @@ using ::testing::IsSubstring;
 using testing::OnEveryRank;
 using testing::Random;
 
-constexpr OpInfo kRecv{"dispatch_recv", Kind::kDispatch};
+constexpr Op kRecv = Op::kDispatchRecv;
 constexpr double kNever = 600;  // a timeout that no test waits for
 constexpr double kSoon = 0.05;
 constexpr double kLater = 0.4;  // leaves a busy machine the time to do something before

@@ -1,16 +1,16 @@
 #include "cc/cpu/ops.h"
 
-#include <string>
 #include <utility>
 
 #include "cc/cpu/numeric.h"
 #include "cc/cpu/quantize.h"
+#include "cc/fault_texts.h"
 
 namespace jax_sm_free {
 namespace {
 
 Fault Fail(const HostCall& call, int64_t run, Fault fault) {
-  fault.op = call.op.name;
+  fault.op = OpName(call.op);
   fault.rank = call.rank->rank;
   call.rank->transport->Fail(run, fault);
   return fault;
@@ -41,12 +41,7 @@ std::optional<Fault> SendAll(const HostCall& call, int64_t call_site, Pack pack,
 std::optional<Fault> DispatchSend(const HostCall& call, int64_t call_site, int32_t position,
                                   const TopK& topk, const ConstRows& rows, float* token) {
   if (position != call.rank->position) {
-    return Fail(
-        call, call.run,
-        {.expected = "shard_map over the buffer's own mesh, where this device has position " +
-                     std::to_string(call.rank->position),
-         .seen = "position " + std::to_string(position),
-         .exchange = {}});
+    return Fail(call, call.run, PositionDiffers(call.rank->position, position));
   }
   const Result<Route> made = Route::Make(call.config(), topk);
   if (const Fault* fault = FaultOf(made)) return Fail(call, call.run, *fault);
@@ -70,7 +65,8 @@ std::optional<Fault> CombineBackwardSend(const HostCall& call, int64_t call_site
   if (const Fault* fault = FaultOf(made)) return Fail(call, call.run, *fault);
   const auto& route = std::get<Route>(made);
   const auto pack = [&](int32_t dst) {
-    return PackRows(call.config(), call.op.kind, route.tokens(dst), rows, call.rank->pool.Take());
+    return PackRows(call.config(), KindOf(call.op), route.tokens(dst), rows,
+                    call.rank->pool.Take());
   };
   return SendAll(call, call_site, pack, token);
 }
@@ -79,7 +75,7 @@ std::optional<Fault> SendSums(const HostCall& call, int64_t call_site, const Sum
                               float* token) {
   if (auto fault = Check(call.config(), operands.layout)) return Fail(call, call.run, *fault);
   std::vector<Message> messages =
-      PackSums(call.config(), call.op.kind, operands.matrix, operands.y, operands.weights,
+      PackSums(call.config(), KindOf(call.op), operands.matrix, operands.y, operands.weights,
                operands.weight_grads, operands.layout, call.rank->pool);
   const auto pack = [&](int32_t dst) { return std::move(messages[dst]); };
   return SendAll(call, call_site, pack, token);

@@ -18,21 +18,13 @@
 #include "cc/cpu/reduce.h"
 #include "cc/exchange.h"
 #include "cc/fault.h"
+#include "cc/op.h"
 
 namespace jax_sm_free {
 
-inline constexpr OpInfo kDispatchSend{"dispatch_send", Kind::kDispatch};
-inline constexpr OpInfo kDispatchRecv{"dispatch_recv", Kind::kDispatch};
-inline constexpr OpInfo kCombineSend{"combine_send", Kind::kCombine};
-inline constexpr OpInfo kCombineRecv{"combine_recv", Kind::kCombine};
-inline constexpr OpInfo kCombineBackwardSend{"combine_backward_send", Kind::kCombineBackward};
-inline constexpr OpInfo kCombineBackwardRecv{"combine_backward_recv", Kind::kCombineBackward};
-inline constexpr OpInfo kDispatchBackwardSend{"dispatch_backward_send", Kind::kDispatchBackward};
-inline constexpr OpInfo kDispatchBackwardRecv{"dispatch_backward_recv", Kind::kDispatchBackward};
-
 // One call of an op by one rank.
 struct HostCall {
-  OpInfo op;
+  Op op = Op::kDispatchSend;
   std::shared_ptr<HostBuffer> buffer;
   HostRank* rank = nullptr;
   int64_t run = 0;

@@ -60,8 +60,7 @@ std::shared_ptr<HostBuffer> BufferOf(const Config& config) {
   return std::make_shared<HostBuffer>(0, config, std::move(places));
 }
 
-HostCall CallOf(const OpInfo& op, const std::shared_ptr<HostBuffer>& buffer, int32_t rank,
-                int64_t run) {
+HostCall CallOf(Op op, const std::shared_ptr<HostBuffer>& buffer, int32_t rank, int64_t run) {
   return {op, buffer, buffer->RankOf(rank), run};
 }
 
@@ -139,7 +138,7 @@ class Layer {
         num_rows_from_(Poisoned<int32_t>(config_.ep_size)) {}
 
   std::optional<Fault> SendDispatch(const Source& source) {
-    return DispatchSend(Call(kDispatchSend), 2 * site_, rank_, source.topk(), source.rows(),
+    return DispatchSend(Call(Op::kDispatchSend), 2 * site_, rank_, source.topk(), source.rows(),
                         token_.data());
   }
 
@@ -150,15 +149,16 @@ class Layer {
                          .weights = weights_.data(),
                          .dropped = dropped_.data(),
                          .layout = {rows_.data(), num_rows_from_.data()}};
-    return Received(Call(kDispatchRecv), token_, [out](const Config& config, const auto& messages) {
-      return UnpackExperts(config, messages, out);
-    });
+    return Received(Call(Op::kDispatchRecv), token_,
+                    [out](const Config& config, const auto& messages) {
+                      return UnpackExperts(config, messages, out);
+                    });
   }
 
   std::optional<Fault> SendCombine() {
     const std::vector<std::byte> y = RunExperts();
     return SendSums(
-        Call(kCombineSend), 2 * site_ + 1,
+        Call(Op::kCombineSend), 2 * site_ + 1,
         {.matrix = kMatrix,
          .y = y.data(),
          .weights = weights_.data(),
@@ -168,13 +168,14 @@ class Layer {
 
   std::optional<Fault> ReceiveCombine(const Source& source, std::vector<std::byte>& out) {
     out = Poisoned<std::byte>(source.num_tokens * kMatrix.row_bytes());
-    return Received(Call(kCombineRecv), token_, [&](const Config& config, const auto& messages) {
-      return SumOverRanks(config, kMatrix, source.topk(), messages, out.data(), nullptr);
-    });
+    return Received(
+        Call(Op::kCombineRecv), token_, [&](const Config& config, const auto& messages) {
+          return SumOverRanks(config, kMatrix, source.topk(), messages, out.data(), nullptr);
+        });
   }
 
  private:
-  HostCall Call(const OpInfo& op) const { return CallOf(op, buffer_, rank_, run_); }
+  HostCall Call(Op op) const { return CallOf(op, buffer_, rank_, run_); }
 
   std::vector<std::byte> RunExperts() const {
     auto y = Decode(kMatrix.dtype, values_.data(), config_.recv_capacity * kMatrix.hidden);
@@ -326,7 +327,7 @@ TEST(BackwardTest, DispatchBackwardBringsGradientsToTheirTokens) {
                                .layout = {token_rows.rows.data(), token_rows.num_rows_from.data(),
                                           1, config.max_recv_tokens()}};
     Token token{};
-    const HostCall send = CallOf(kDispatchBackwardSend, buffer, rank, 1);
+    const HostCall send = CallOf(Op::kDispatchBackwardSend, buffer, rank, 1);
     ASSERT_EQ(Describe(SendSums(send, 0, operands, token.data())), "");
 
     auto out = Poisoned<std::byte>(source.num_tokens * kMatrix.row_bytes());
@@ -334,7 +335,7 @@ TEST(BackwardTest, DispatchBackwardBringsGradientsToTheirTokens) {
     const auto unpack = [&](const Config& c, const std::vector<Message>& messages) {
       return SumOverRanks(c, kMatrix, source.topk(), messages, out.data(), weight_grads.data());
     };
-    const HostCall recv = CallOf(kDispatchBackwardRecv, buffer, rank, 1);
+    const HostCall recv = CallOf(Op::kDispatchBackwardRecv, buffer, rank, 1);
     ASSERT_EQ(Describe(Received(recv, token, unpack)), "");
     const auto sums = Decode(kMatrix.dtype, out.data(), source.num_tokens * kMatrix.hidden);
     ExpectGradients(config, source, sums, weight_grads);
@@ -348,7 +349,7 @@ TEST(BackwardTest, CombineBackwardSendsATokensGradientToEveryRankOfItsExperts) {
   OnEveryRank(config.ep_size, [&](int32_t rank) {
     Token token{};
     ASSERT_EQ(
-        Describe(CombineBackwardSend(CallOf(kCombineBackwardSend, buffer, rank, 1), 0,
+        Describe(CombineBackwardSend(CallOf(Op::kCombineBackwardSend, buffer, rank, 1), 0,
                                      sources[rank].topk(), sources[rank].rows(), token.data())),
         "");
     const auto unpack = [&](const Config&, const std::vector<Message>& messages) {
@@ -363,7 +364,8 @@ TEST(BackwardTest, CombineBackwardSendsATokensGradientToEveryRankOfItsExperts) {
       }
       return std::optional<Fault>();
     };
-    EXPECT_EQ(Describe(Received(CallOf(kCombineBackwardRecv, buffer, rank, 1), token, unpack)), "");
+    EXPECT_EQ(Describe(Received(CallOf(Op::kCombineBackwardRecv, buffer, rank, 1), token, unpack)),
+              "");
   });
 }
 
@@ -451,7 +453,7 @@ TEST_F(FaultsTest, RunsThatLostATokenGiveTheirMessagesBack) {
 TEST_F(FaultsTest, ADeviceAtAnotherPlaceOfTheMeshIsAFault) {
   const Source source = SourcesOf(config_, 1)[0];
   Token token{};
-  const auto fault = DispatchSend(CallOf(kDispatchSend, buffer_, 0, 1), 0, /*position=*/2,
+  const auto fault = DispatchSend(CallOf(Op::kDispatchSend, buffer_, 0, 1), 0, /*position=*/2,
                                   source.topk(), source.rows(), token.data());
   EXPECT_EQ(SeenBy(fault), "position 2");
 }
@@ -461,7 +463,7 @@ TEST_F(FaultsTest, ALayoutOfOtherRowsIsAFault) {
   const std::vector<int32_t> num_rows_from(kEpSize, 1);
   Token token{};
   const auto fault = SendSums(
-      CallOf(kCombineSend, buffer_, 0, 1), 0,
+      CallOf(Op::kCombineSend, buffer_, 0, 1), 0,
       {.matrix = kMatrix, .layout = {rows.data(), num_rows_from.data(), 1, 99}}, token.data());
   EXPECT_EQ(SeenBy(fault), "99");
 }
@@ -498,12 +500,12 @@ TEST_F(FaultsTest, AFaultOfUnpackingEndsTheRun) {
   const std::vector<Source> sources = SourcesOf(config_, 1);
   Token token{};
   for (int32_t rank = 0; rank < kEpSize; ++rank) {
-    EXPECT_EQ(Describe(DispatchSend(CallOf(kDispatchSend, buffer_, rank, 1), 0, rank,
+    EXPECT_EQ(Describe(DispatchSend(CallOf(Op::kDispatchSend, buffer_, rank, 1), 0, rank,
                                     sources[rank].topk(), sources[rank].rows(), token.data())),
               "");
   }
   const auto fault =
-      Received(CallOf(kDispatchRecv, buffer_, kEpSize - 1, 1), token,
+      Received(CallOf(Op::kDispatchRecv, buffer_, kEpSize - 1, 1), token,
                [](const Config&, const auto&) -> std::optional<Fault> {
                  return Fault{.peer = 1, .expected = "", .seen = "a mismatch", .exchange = {}};
                });
@@ -518,13 +520,13 @@ TEST_F(FaultsTest, AFaultOfUnpackingEndsTheRun) {
 TEST_F(FaultsTest, TheFloatModeOfTheReceiverHoldsWhereItsProgramGoesOn) {
   const std::vector<Source> sources = SourcesOf(config_, 1);
   Token token{};
-  const HostCall call = CallOf(kDispatchSend, buffer_, 0, 1);
+  const HostCall call = CallOf(Op::kDispatchSend, buffer_, 0, 1);
   EXPECT_EQ(Describe(DispatchSend(call, 0, 0, sources[0].topk(), sources[0].rows(), token.data())),
             "");
   std::promise<int> rounding;
   ASSERT_EQ(std::fesetround(FE_UPWARD), 0);
   Receive(
-      CallOf(kDispatchRecv, buffer_, 0, 1), token.data(),
+      CallOf(Op::kDispatchRecv, buffer_, 0, 1), token.data(),
       [](const Config&, const auto&) { return std::optional<Fault>(); },
       [&rounding](const auto&) { rounding.set_value(std::fegetround()); });
   std::fesetround(FE_TONEAREST);

@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <cstring>
-#include <string>
 #include <utility>
 
+#include "cc/fault_texts.h"
 #include "cc/routing.h"
 
 namespace jax_sm_free {
@@ -18,10 +18,7 @@ Result<Route> Route::Make(const Config& config, const TopK& topk) {
       const int32_t expert = topk.idx[t * config.top_k + k];
       if (expert == -1) continue;
       if (expert < -1 || expert >= config.num_experts) {
-        return Fault{.expected = "topk_idx in [-1, " + std::to_string(config.num_experts) + ")",
-                     .seen = std::to_string(expert) + " at token " + std::to_string(t) + ", k " +
-                             std::to_string(k),
-                     .exchange = {}};
+        return IndexOutOfRange(config.num_experts, expert, t, k);
       }
       std::vector<int32_t>& tokens = route.tokens_[OwnerRank(expert, num_local)];
       if (tokens.empty() || tokens.back() != t) tokens.push_back(static_cast<int32_t>(t));

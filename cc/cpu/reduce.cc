@@ -6,6 +6,7 @@
 
 #include "cc/cpu/numeric.h"
 #include "cc/cpu/pack.h"
+#include "cc/fault_texts.h"
 #include "cc/routing.h"
 
 // One body, compiled for wider vectors too and chosen when the library is loaded. Sanitizers can
@@ -135,10 +136,6 @@ float ScaleAndDot(const Matrix& matrix, const std::byte* in, const std::byte* y,
   return 0;
 }
 
-Fault Mismatch(int32_t peer, std::string expected, std::string seen) {
-  return {.peer = peer, .expected = std::move(expected), .seen = std::move(seen), .exchange = {}};
-}
-
 }  // namespace
 
 std::optional<Fault> Check(const Config& config, const LayoutIn& layout) {
@@ -146,16 +143,13 @@ std::optional<Fault> Check(const Config& config, const LayoutIn& layout) {
   for (int32_t source = 0; source < config.ep_size; ++source) {
     const int32_t rows = layout.num_rows_from[source];
     if (rows < 0 || rows > config.max_tokens) {
-      return Mismatch(source,
-                      "layout.num_rows_from in [0, " + std::to_string(config.max_tokens) + "]",
-                      std::to_string(rows));
+      return LayoutCountDiffers(source, config.max_tokens, rows);
     }
     num_token_rows += rows;
   }
   for (int64_t i = 0; i < num_token_rows * layout.fanout; ++i) {
     if (layout.rows[i] >= -1 && layout.rows[i] < layout.num_rows) continue;
-    return Mismatch(-1, "layout.rows in [-1, " + std::to_string(layout.num_rows) + ")",
-                    std::to_string(layout.rows[i]));
+    return LayoutRowsDiffer(layout.num_rows, layout.rows[i]);
   }
   return std::nullopt;
 }

@@ -36,8 +36,7 @@ __global__ void BeginKernel(const RankView view, const BeginArgs args) {
     }
     state->current = {sequence, slot, kOk};
     if (tried == num_slots) {
-      Raise(view, args.op,
-            {FaultCode::kSlots, -1, num_slots, static_cast<int64_t>(state->slot_sequence[slot])});
+      Raise(view, args.op, {FaultCode::kSlots});
       state->current.failed = kNothing;
     } else {
       before = state->slot_sequence[slot];
@@ -45,8 +44,8 @@ __global__ void BeginKernel(const RankView view, const BeginArgs args) {
       state->slot_sequence[slot] = sequence;
       if (args.position_of_program != nullptr && *args.position_of_program != view.position) {
         Raise(view, args.op, {FaultCode::kPosition, -1, view.position, *args.position_of_program});
-        state->current.failed = kEmpty;
       }
+      if (state->faulted != 0) state->current.failed = kEmpty;
     }
     WriteToken(view, args, args.kind);
   }
@@ -57,8 +56,8 @@ __global__ void BeginKernel(const RankView view, const BeginArgs args) {
     const uint64_t* ack = Ack(view, view.rank, current.slot, peer);
     if (WaitFor(view, ack, before)) continue;
     Raise(view, args.op,
-          {FaultCode::kTimeout, peer, static_cast<int64_t>(before),
-           static_cast<int64_t>(LoadAcquire(ack))});
+          {IsStopped(view) ? FaultCode::kStopped : FaultCode::kAckTimeout, peer,
+           static_cast<int64_t>(before), static_cast<int64_t>(LoadAcquire(ack))});
     state->current.failed = kNothing;
   }
 }

@@ -5,6 +5,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 
 #include "cc/cuda/device_state.h"
 
@@ -83,19 +84,36 @@ __device__ inline void StoreRelease(uint64_t* address, uint64_t value) {
   asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
 
+__device__ inline void StoreRelaxed(uint64_t* address, uint64_t value) {
+  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
 __device__ inline uint64_t Nanoseconds() {
   uint64_t now;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
   return now;
 }
 
-// Waits until *address >= value. False after the timeout. Called by any number of threads of one
-// block; blocks nothing but this block.
+// Whether the host has told this rank to wait no longer.
+__device__ inline bool IsStopped(const RankView& view) {
+  return *const_cast<const volatile int32_t*>(&view.status->stopped) != 0;
+}
+
+// Waits until *address >= value. False after the timeout, or soon after the host said stop: what is
+// on its way still arrives. Called by any number of threads of one block; blocks nothing but this
+// block.
 __device__ inline bool WaitFor(const RankView& view, const uint64_t* address, uint64_t value) {
-  const auto limit = static_cast<uint64_t>(view.config.timeout_s * 1e9);
-  const uint64_t start = Nanoseconds();
-  while (LoadAcquire(address) < value) {
-    if (Nanoseconds() - start > limit) return false;
+  constexpr uint64_t kStopNanoseconds = 500'000'000;
+  constexpr uint32_t kLooksPerStop = 1024;  // the host's memory is far
+  uint64_t end = Nanoseconds() + static_cast<uint64_t>(view.config.timeout_s * 1e9);
+  bool stopped = false;
+  for (uint32_t looks = 1; LoadAcquire(address) < value; ++looks) {
+    const uint64_t now = Nanoseconds();
+    if (now > end) return false;
+    if (!stopped && looks % kLooksPerStop == 0 && IsStopped(view)) {
+      stopped = true;
+      end = end < now + kStopNanoseconds ? end : now + kStopNanoseconds;
+    }
     __nanosleep(100);
   }
   return true;
@@ -112,9 +130,9 @@ struct FaultNumbers {
 // Writes the first fault into pinned memory, where the host finds it.
 __device__ inline void Raise(const RankView& view, Op op, const FaultNumbers& fault) {
   Status* status = view.status;
+  view.state->faulted = 1;
   if (atomicCAS_system(&status->claimed, 0, 1) != 0) return;
   status->op = static_cast<int32_t>(op);
-  status->rank = view.rank;
   status->peer = fault.peer;
   status->slot = view.state->current.slot;
   status->sequence = static_cast<int64_t>(view.state->current.sequence);
@@ -133,12 +151,27 @@ __device__ inline bool IsLastBlock(DeviceState* state) {
   __threadfence();
   __syncthreads();
   if (threadIdx.x == 0) {
-    last = atomicAdd(&state->tickets, 1U) == gridDim.x - 1;
-    if (last) state->tickets = 0;
+    last = atomicAdd(&state->blocks_done, 1U) == gridDim.x - 1;
+    if (last) state->blocks_done = 0;
   }
   __syncthreads();
   if (last) __threadfence();
   return last;
+}
+
+// True in all lanes of the warp of the grid that is the last to finish a step of the kernel, of
+// which there are at most kMaxRanks. Everything the other warps wrote before is visible to it.
+// Nobody waits: other warps go on with the next step.
+__device__ inline bool IsLastWarp(DeviceState* state, int step) {
+  __threadfence();
+  __syncwarp();
+  uint32_t before = 0;
+  if (threadIdx.x % kWarpSize == 0) before = atomicAdd(&state->warps_done[step], 1U);
+  before = __shfl_sync(kFullWarp, before, 0);
+  if (before != gridDim.x * (blockDim.x / kWarpSize) - 1) return false;
+  state->warps_done[step] = 0;
+  __threadfence();
+  return true;
 }
 
 // Tells every source that its message in this slot has been read, and frees the slot. By one block.
@@ -165,23 +198,25 @@ __device__ inline void SendNotice(const RankView& view, int32_t dst) {
 }
 
 // Hands a part of a packed message over: to the mover for another rank, by a signal for our own. By
-// one thread, after all of the part is written; bytes [begin, end) of the message.
+// one thread, of the warp or block that IsLastWarp or IsLastBlock has chosen: the rows are then in
+// L2, through which copy engines read. Bytes [begin, end) of the message. Warps that end different
+// steps may post at the same time.
 __device__ inline void PostBytes(const RankView& view, int32_t dst, int part, int64_t begin,
                                  int64_t end) {
   DeviceState* state = view.state;
   const Current current = state->current;
-  __threadfence_system();
+  const uint64_t signal = SignalOf(current.sequence, part);
   if (dst == view.rank) {
-    StoreRelease(Signal(view, current.slot, view.rank), SignalOf(current.sequence, part));
+    *Signal(view, current.slot, view.rank) = signal;  // read by later kernels of this stream
     return;
   }
-  MailboxEntry* entry = view.mailbox + state->mailbox_head % kMailboxEntries;
-  entry->dst = dst;
-  entry->slot = current.slot;
-  entry->begin = begin;
-  entry->end = end;
-  entry->signal = SignalOf(current.sequence, part);
-  StoreRelease(&entry->tag, ++state->mailbox_head);
+  const CopyOrder order{dst, current.slot, begin, end, signal};
+  uint32_t words[MailboxEntry::kWords];
+  memcpy(words, &order, sizeof(order));
+  const auto before = atomicAdd(&state->mailbox_head, 1ULL);
+  MailboxEntry* entry = view.mailbox + before % kMailboxEntries;
+  const uint64_t number = (before + 1) << 32;
+  for (int i = 0; i < MailboxEntry::kWords; ++i) StoreRelaxed(entry->words + i, number | words[i]);
 }
 
 // Hands over a message that is one part.
@@ -192,20 +227,26 @@ __device__ inline void Post(const RankView& view, int32_t dst) {
   PostBytes(view, dst, kLastPart, 0, end);
 }
 
-// A row cut into segments of whole 16-byte words, one for a warp at a time, so that many warps
-// share few rows evenly. Rows of other sizes are one segment.
+// A row cut into segments of whole 16-byte words, at most `max_words` each, one for a warp at a
+// time, so that many warps share few rows evenly. Rows of other sizes are one segment.
 struct Segments {
   int32_t num_words;
   int32_t per_row;
   int32_t words;  // of each but the last
 
-  __device__ explicit Segments(int64_t row_bytes) {
-    constexpr int32_t kWords = 256;
+  __device__ Segments(int64_t row_bytes, int32_t max_words) {
     const bool wide = row_bytes % 16 == 0;
     num_words = static_cast<int32_t>(row_bytes / 16);
-    per_row = wide && num_words > 0 ? (num_words + kWords - 1) / kWords : 1;
+    per_row = wide && num_words > 0 ? (num_words + max_words - 1) / max_words : 1;
     words = (num_words + per_row - 1) / per_row;
   }
+  // Items number the segments of all rows.
+  __device__ int64_t row_of(int64_t item) const { return static_cast<uint32_t>(item) / divisor(); }
+  __device__ int32_t segment_of(int64_t item) const {
+    return static_cast<int32_t>(static_cast<uint32_t>(item) % divisor());
+  }
+  __device__ uint32_t divisor() const { return static_cast<uint32_t>(per_row); }
+
   __device__ int32_t begin(int32_t segment) const { return segment * words; }
   __device__ int32_t end(int32_t segment) const {
     return segment + 1 == per_row ? num_words : (segment + 1) * words;
@@ -217,6 +258,35 @@ template <typename T>
 __device__ inline T* ShufflePointer(T* pointer, int lane) {
   return reinterpret_cast<T*>(
       __shfl_sync(kFullWarp, reinterpret_cast<unsigned long long>(pointer), lane));
+}
+
+// Copies words [first, end) of a row, 16 bytes each, to every target: a row for each lane that has
+// one. All lanes of the warp call it; each keeps several loads in flight, and reads a word once.
+inline constexpr int kCopyUnroll = 8;
+inline constexpr int32_t kCopyWords = kCopyUnroll * kWarpSize;  // of a segment
+__device__ inline void WarpCopyToAll(std::byte* target, const std::byte* row, int32_t first,
+                                     int32_t end) {
+  constexpr int kUnroll = kCopyUnroll;
+  const int lane = threadIdx.x % kWarpSize;
+  const unsigned present = __ballot_sync(kFullWarp, target != nullptr);
+  const auto* source = reinterpret_cast<const uint4*>(row) + lane;
+  for (; first < end; first += kUnroll * kWarpSize) {
+    uint4 words[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int32_t i = first + u * kWarpSize;
+      if (i + lane < end) words[u] = __ldcs(source + i);
+    }
+    for (unsigned left = present; left != 0; left &= left - 1) {
+      const int from = __ffs(static_cast<int>(left)) - 1;
+      auto* out = reinterpret_cast<uint4*>(ShufflePointer(target, from)) + lane;
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int32_t i = first + u * kWarpSize;
+        if (i + lane < end) __stcs(out + i, words[u]);
+      }
+    }
+  }
 }
 
 // Copies `bytes` with all lanes of a warp, as wide as the addresses allow.

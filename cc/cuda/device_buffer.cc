@@ -4,66 +4,18 @@
 
 #include <algorithm>
 #include <atomic>
+#include <map>
 #include <utility>
 
 #include "cc/cuda/kernels.h"
+#include "cc/cuda/status_fault.h"
 
 namespace jax_sm_free::cuda {
 namespace {
 
-const char* const kOpNames[] = {"dispatch_send",          "dispatch_recv",
-                                "combine_send",           "combine_recv",
-                                "combine_backward_send",  "combine_backward_recv",
-                                "dispatch_backward_send", "dispatch_backward_recv"};
-
-// What a fault's numbers say.
-std::pair<std::string, std::string> Explain(const Status& status, const Config& config) {
-  const std::string expected = std::to_string(status.expected);
-  const std::string seen = std::to_string(status.seen);
-  switch (static_cast<FaultCode>(status.code)) {
-    case FaultCode::kNone:
-      break;
-    case FaultCode::kTimeout:
-      return {"exchange " + expected + " within " + std::to_string(config.timeout_s) + " s",
-              "none after exchange " + seen};
-    case FaultCode::kSlots:
-      return {"at most " + expected + " exchanges in flight (num_slots)",
-              "one send more while exchange " + seen + " was not received"};
-    case FaultCode::kToken:
-      return {"the token of one send", "magic word " + seen +
-                                           ": a sent value that was used more than once, or an "
-                                           "array that no send returned"};
-    case FaultCode::kTokenUsed:
-      return {"the token of a send not yet received", "exchange " + seen + ", received before"};
-    case FaultCode::kTokenOrigin:
-      return {"a token of this buffer and rank " + expected, "one of rank " + seen};
-    case FaultCode::kTokenKind:
-      return {std::string("a ") + KindName(static_cast<Kind>(status.expected)) + " token",
-              std::string("a ") + KindName(static_cast<Kind>(status.seen)) + " token"};
-    case FaultCode::kIndex:
-      return {"topk_idx in [-1, " + expected + ")",
-              seen + " at token " + std::to_string(status.detail / config.top_k) + ", k " +
-                  std::to_string(status.detail % config.top_k)};
-    case FaultCode::kPosition:
-      return {"shard_map over the buffer's own mesh, where this device has position " + expected,
-              "position " + seen};
-    case FaultCode::kLayout:
-      return {"a layout with values up to " + expected, seen};
-    case FaultCode::kPeer:
-      return {"a message", "one poisoned by the peer's own fault"};
-    case FaultCode::kOutOfStep: {
-      const char* what = status.detail == kKindDiffers      ? "kind "
-                         : status.detail == kRowBytesDiffer ? "row bytes "
-                                                            : "rows ";
-      return {"a message with " + std::string(what) + expected, what + seen};
-    }
-  }
-  return {"no fault", "fault code " + std::to_string(status.code)};
-}
-
 cudaError_t LoadKernels() {
-  for (const auto load :
-       {LoadBegin, LoadRoute, LoadPack, LoadWait, LoadUnpack, LoadPackSums, LoadSum, LoadSpread}) {
+  for (const auto load : {LoadBegin, LoadRoute, LoadPack, LoadWait, LoadPlan, LoadUnpackExperts,
+                          LoadUnpackTokens, LoadPackSums, LoadSum, LoadSpread}) {
     if (const cudaError_t error = load(); error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -108,22 +60,13 @@ void Freer::operator()(void* memory) const {
 }
 
 std::optional<Fault> DeviceRank::SeenFault() const {
-  Status& status = *view.status;
   if (mover != nullptr) {
-    if (const std::string error = mover->TakeError(); !error.empty()) {
+    if (const std::string error = mover->Error(); !error.empty()) {
       return Fault{
           .op = "copy", .rank = view.rank, .expected = "success", .seen = error, .exchange = {}};
     }
   }
-  if (std::atomic_ref(status.code).load(std::memory_order_acquire) == 0) return std::nullopt;
-  auto [expected, seen] = Explain(status, view.config);
-  return Fault{.op = kOpNames[status.op],
-               .rank = status.rank,
-               .peer = status.peer,
-               .expected = std::move(expected),
-               .seen = std::move(seen),
-               .exchange = "exchange " + std::to_string(status.sequence) + ", slot " +
-                           std::to_string(status.slot)};
+  return FaultIn(*view.status, view);
 }
 
 std::optional<Fault> DeviceBuffer::SeenFault() const {
@@ -132,12 +75,24 @@ std::optional<Fault> DeviceBuffer::SeenFault() const {
     if (rank == nullptr) continue;
     std::optional<Fault> fault = rank->SeenFault();
     if (!fault) continue;
-    // A poisoned message is only the echo of another rank's fault.
-    const bool echo = rank->view.status->code == static_cast<int32_t>(FaultCode::kPeer);
+    const bool echo = IsEcho(*rank->view.status);
     if (!first || !echo) first = std::move(fault);
     if (!echo) break;
   }
   return first;
+}
+
+std::optional<std::string> DeviceBuffer::TakeFault() {
+  const std::optional<Fault> fault = SeenFault();
+  if (!fault) return std::nullopt;
+  return fault->Describe();
+}
+
+void DeviceBuffer::Stop() {
+  for (const auto& rank : ranks_) {
+    if (rank == nullptr) continue;
+    std::atomic_ref(rank->view.status->stopped).store(1, std::memory_order_release);
+  }
 }
 
 void* DeviceBuffer::Take(int32_t device, bool host, int64_t bytes, std::string& error) {
@@ -179,6 +134,7 @@ std::string DeviceBuffer::Allocate(int32_t device, const Place& place) {
   take(view.state, false, 1);
   take(view.mailbox, true, kMailboxEntries);
   take(view.status, true, 1);
+  take(rank->copies_done, true, config.ep_size);
   take(view.row_of, false, int64_t{config.max_tokens} * config.ep_size);
   take(view.tile_counts, false, (MaxTiles(config) + 1) * NumKeys(config));
   take(view.group_row, false, num_runs);
@@ -188,6 +144,7 @@ std::string DeviceBuffer::Allocate(int32_t device, const Place& place) {
   if (!error.empty()) return error;
   std::fill_n(view.mailbox, kMailboxEntries, MailboxEntry{});
   *view.status = Status{};
+  std::fill_n(rank->copies_done, config.ep_size, 0);
   (void)cudaMemset(view.base[place.rank], 0, view.regions.recv);
   (void)cudaMemset(view.state, 0, sizeof(DeviceState));
   if (const cudaError_t status = LoadKernels(); status != cudaSuccess) {
@@ -232,10 +189,14 @@ Result<std::shared_ptr<DeviceBuffer>> DeviceBuffer::Make(
       buffer->ranks_[device]->view.base[rank] = buffer->ranks_[peer]->view.base[rank];
     }
   }
+  std::map<int32_t, std::shared_ptr<Crossbar>> crossbars;  // by group
   for (size_t device = 0; device < places.size() && config.ep_size > 1; ++device) {
     if (!places[device]) continue;
     DeviceRank& rank = *buffer->ranks_[device];
-    rank.mover = std::make_unique<Mover>(static_cast<int>(device), rank.view);
+    auto& crossbar = crossbars[places[device]->group];
+    if (crossbar == nullptr) crossbar = std::make_shared<Crossbar>();
+    rank.mover =
+        std::make_unique<Mover>(static_cast<int>(device), rank.view, crossbar, rank.copies_done);
   }
   return buffer;
 }

@@ -26,7 +26,8 @@ using Memory = std::unique_ptr<void, Freer>;
 
 struct DeviceRank {
   RankView view;
-  std::unique_ptr<Mover> mover;  // null for a group of one
+  uint64_t* copies_done = nullptr;  // [ep_size], the mover's
+  std::unique_ptr<Mover> mover;     // null for a group of one
 
   // The fault that this rank has met, if any. It stays.
   std::optional<Fault> SeenFault() const;
@@ -42,10 +43,16 @@ class DeviceBuffer : public Buffer {
   // Null for a device outside the buffer's mesh.
   DeviceRank* RankOf(int32_t device) const;
 
-  // The first fault of any rank.
+  // The first fault of any rank. It stays: what else is under way can not be known, so that every
+  // later call and check meets it too.
   std::optional<Fault> SeenFault() const;
+  std::optional<std::string> TakeFault() override;
 
-  void Close() override { Free(); }
+  // Ends all waits soon, with a fault. Called where a call is refused, which a peer may wait for.
+  void Stop();
+
+  // The memory goes with the last call that still enqueues.
+  void Close() override { Stop(); }
   int64_t MessageBytes(int32_t device) const override;
 
  private:

@@ -27,6 +27,7 @@
 
 #include "cc/config.h"
 #include "cc/layout.h"
+#include "cc/op.h"
 #include "cc/routing.h"
 #include "cc/token.h"
 
@@ -91,43 +92,53 @@ constexpr RegionLayout RegionsOf(const Config& config) {
 // What went wrong, as numbers; the host turns it into a Fault.
 enum class FaultCode : int32_t {
   kNone,
-  kTimeout,      // expected: sequence number; seen: the last one
-  kSlots,        // seen: the sequence number still in flight
-  kToken,        // seen: the magic word
+  kTimeout,     // detail: bit s, source s is missing; seen: the last sequence number of the peer
+  kAckTimeout,  // expected, seen: sequence number
+  kSlots,
+  kToken,        // seen: the magic word, as bits
   kTokenUsed,    // seen: sequence number
-  kTokenOrigin,  // expected, seen: rank
+  kTokenOrigin,  // seen: rank; detail: buffer
   kTokenKind,    // expected, seen: Kind
-  kIndex,        // expected: num_experts; seen: the index
+  kIndex,        // seen: the index; detail: token * top_k + k
   kPosition,     // expected, seen: position in the mesh
-  kLayout,       // expected: bound; seen: the value
+  kLayout,       // expected: bound; seen: a row
+  kLayoutCount,  // seen: a count of rows
+  kMessageKind,  // expected, seen: Kind
+  kOutOfStep,    // expected, seen: bytes of a row; detail: rows expected << 32 | rows seen
   kPeer,         // the peer's own fault poisoned its message
-  kOutOfStep,    // expected, seen: what `detail` says of the message: see Difference
+  kStopped,      // the host ended the wait
 };
 
-enum Difference : int64_t { kRowBytesDiffer, kKindDiffers, kNumRowsDiffer };
-
-// In pinned host memory. The first fault stays until the host takes it.
+// In pinned host memory. The first fault stays.
 struct Status {
-  int32_t code;  // FaultCode, written last
-  int32_t op;    // Op
-  int32_t rank;
+  int32_t stopped;  // the host's only word: waits end soon
+  int32_t code;     // FaultCode, written last
+  int32_t op;       // Op
   int32_t peer;
   int32_t slot;
   int32_t claimed;
   int64_t sequence;
   int64_t expected;
   int64_t seen;
-  int64_t detail;  // of kIndex: token * top_k + k
+  int64_t detail;
 };
 
 // A copy to issue: bytes [begin, end) of the message for `dst` in `slot`, and the signal behind it.
-struct MailboxEntry {
-  uint64_t tag;  // number of this entry, from 1, written last
+struct CopyOrder {
   int32_t dst;
   int32_t slot;
   int64_t begin;
   int64_t end;
   uint64_t signal;
+};
+
+// An order in the mailbox, in words of 32 bits, each below the order's number (from 1) in one
+// 64-bit store: so the host knows a whole order when it sees one. A fence between the order and a
+// flag would do too, but one that reaches the host takes long beside kernels that write at full
+// speed.
+struct MailboxEntry {
+  static constexpr int kWords = sizeof(CopyOrder) / sizeof(uint32_t);
+  uint64_t words[kWords];
 };
 
 constexpr uint64_t SignalOf(uint64_t sequence, int part) { return sequence * kNumParts + part; }
@@ -147,16 +158,19 @@ struct Current {
 
 // In device memory, one for each rank.
 struct DeviceState {
-  uint64_t sequence;      // of the last send
-  uint64_t mailbox_head;  // entries posted
+  uint64_t sequence;                // of the last send
+  unsigned long long mailbox_head;  // entries posted; the type that atomicAdd takes
   Current current;
+  int32_t faulted;  // what this rank sends is poisoned from now on: nobody knows what it rests on
   uint64_t slot_sequence[kMaxSlots];
   int32_t slot_phase[kMaxSlots];   // SlotPhase
-  uint32_t tickets;                // blocks of the running kernel that are done
+  uint32_t blocks_done;            // of the running kernel
+  uint32_t warps_done[kMaxRanks];  // of the running kernel, with each of its steps
   int32_t num_rows[kMaxRanks];     // of the messages being packed or unpacked, by peer
   int32_t routed_rows[kMaxRanks];  // tokens that the last route sent to each rank
   int32_t first_part[kMaxRanks];   // rows of the first part of the messages, by peer
   int32_t first_row[kMaxRanks + 1];
+  int32_t all_here;  // all messages of the dispatch being received have come
 };
 enum SlotPhase : int32_t { kFree, kSent, kReceiving };
 
@@ -179,18 +193,6 @@ struct RankView {
   int64_t* group_end;    // [num_local_experts]: end of the rows kept
   int64_t* group_next;   // [num_local_experts]: end of the group, padding included
   uint8_t* covered;      // [max(recv_capacity, max_recv_tokens)]: rows that the layout names
-};
-
-// The ops, for faults.
-enum class Op : int32_t {
-  kDispatchSend,
-  kDispatchRecv,
-  kCombineSend,
-  kCombineRecv,
-  kCombineBackwardSend,
-  kCombineBackwardRecv,
-  kDispatchBackwardSend,
-  kDispatchBackwardRecv,
 };
 
 }  // namespace jax_sm_free::cuda

@@ -19,10 +19,16 @@ Function Find(const char* name) {
 
 }  // namespace
 
-cudaError_t WriteBehind(cudaStream_t stream, uint64_t* address, uint64_t value) {
-  static const auto write = Find<decltype(&cuStreamWriteValue64)>("cuStreamWriteValue64");
-  if (write == nullptr) return cudaErrorNotSupported;
-  const CUresult result = write(stream, reinterpret_cast<CUdeviceptr>(address), value, 0);
+cudaError_t WriteBehind(cudaStream_t stream, const std::array<Write, 2>& writes) {
+  static const auto batch = Find<decltype(&cuStreamBatchMemOp)>("cuStreamBatchMemOp");
+  if (batch == nullptr) return cudaErrorNotSupported;
+  std::array<CUstreamBatchMemOpParams, 2> ops{};
+  for (size_t i = 0; i < ops.size(); ++i) {
+    ops[i].writeValue.operation = CU_STREAM_MEM_OP_WRITE_VALUE_64;
+    ops[i].writeValue.address = reinterpret_cast<CUdeviceptr>(writes[i].address);
+    ops[i].writeValue.value64 = writes[i].value;
+  }
+  const CUresult result = batch(stream, ops.size(), ops.data(), 0);
   return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorLaunchFailure;
 }
 

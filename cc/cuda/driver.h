@@ -6,12 +6,19 @@
 
 #include <cuda_runtime_api.h>
 
+#include <array>
 #include <cstdint>
 
 namespace jax_sm_free::cuda {
 
-// Writes `value` to device memory, of any GPU with peer access, behind all that is on `stream`.
-cudaError_t WriteBehind(cudaStream_t stream, uint64_t* address, uint64_t value);
+struct Write {
+  uint64_t* address;
+  uint64_t value;
+};
+
+// Writes to device memory, of any GPU with peer access, or to pinned memory, behind all that is on
+// `stream`, in order.
+cudaError_t WriteBehind(cudaStream_t stream, const std::array<Write, 2>& writes);
 
 }  // namespace jax_sm_free::cuda
 

@@ -59,16 +59,10 @@ struct WaitArgs {
 };
 void LaunchWait(const RankView& view, const WaitArgs& args, cudaStream_t stream);
 
-// Waits for the messages themselves, up to a part of them. One block.
-struct WaitMessagesArgs {
-  Op op;
-  int part;
-  int32_t first;  // of the sources, and how many of them, around the ring
-  int32_t count;
-};
-void LaunchWaitMessages(const RankView& view, const WaitMessagesArgs& args, cudaStream_t stream);
+// Waits for the messages themselves. One block.
+void LaunchWaitMessages(const RankView& view, Op op, cudaStream_t stream);
 
-// unpack.cu
+// unpack_experts.cu
 
 struct ExpertsOut {
   MutableRows rows;        // [recv_capacity]
@@ -79,9 +73,14 @@ struct ExpertsOut {
   int32_t* layout_rows;    // [max_recv_tokens, top_k]
   int32_t* num_rows_from;  // [ep_size]
 };
-// Waits for each source's message right before it is unpacked, our own first: while the last ones
-// are on their way, the others are written.
+// Places the groups, for LaunchUnpackExperts. One block.
+void LaunchPlan(const RankView& view, const ExpertsOut& out, cudaStream_t stream);
+
+// Our own rows first; others as they come in: while the last ones are on their way, the rest is
+// written.
 void LaunchUnpackExperts(const RankView& view, const ExpertsOut& out, cudaStream_t stream);
+
+// unpack_tokens.cu
 
 struct TokensOut {
   MutableRows rows;        // [max_recv_tokens]
@@ -141,7 +140,9 @@ cudaError_t LoadBegin();
 cudaError_t LoadRoute();
 cudaError_t LoadPack();
 cudaError_t LoadWait();
-cudaError_t LoadUnpack();
+cudaError_t LoadPlan();
+cudaError_t LoadUnpackExperts();
+cudaError_t LoadUnpackTokens();
 cudaError_t LoadPackSums();
 cudaError_t LoadSum();
 cudaError_t LoadSpread();

@@ -12,17 +12,16 @@ namespace jax_sm_free::cuda {
 
 inline constexpr int kRowThreads = 256;  // of a block that moves rows: eight warps, a row each
 
-// Blocks for `num_rows` rows, at most as many as the device holds at once.
+// As many blocks as the device holds at once: each takes its share of the rows.
 template <typename Kernel>
-int RowBlocks(Kernel kernel, int64_t num_rows) {
+int FullGrid(Kernel kernel) {
   int device = 0;
   int num_sms = 1;
   int per_sm = 1;
   (void)cudaGetDevice(&device);
   (void)cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
   (void)cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kRowThreads, 0);
-  const int64_t wanted = (num_rows + kRowThreads / 32 - 1) / (kRowThreads / 32);
-  return static_cast<int>(std::clamp<int64_t>(wanted, 1, int64_t{num_sms} * std::max(per_sm, 1)));
+  return num_sms * std::max(per_sm, 1);
 }
 
 template <typename Kernel>

@@ -1,6 +1,9 @@
 #include "cc/cuda/mover.h"
 
+#include <algorithm>
+#include <array>
 #include <atomic>
+#include <bit>
 #include <utility>
 
 #include "cc/cuda/driver.h"
@@ -8,15 +11,29 @@
 namespace jax_sm_free::cuda {
 namespace {
 
-// How long the thread looks for entries without sleeping after there was a sign of any. A step of a
+// How long the thread looks for orders without sleeping after there was a sign of any. A step of a
 // program is shorter than this, and a sleep would add its length to an exchange.
 constexpr auto kSpinTime = std::chrono::milliseconds(20);
 constexpr auto kSleepTime = std::chrono::milliseconds(1);
 
+// How long before the end of a copy the next one is enqueued.
+constexpr std::chrono::microseconds kLead{6};
+
+// A copy's own time, however small.
+constexpr std::chrono::microseconds kStartUp{3};
+
+constexpr int64_t kMeasuredBytes = int64_t{64} << 20;
+
 }  // namespace
 
-Mover::Mover(int device, const RankView& view)
-    : device_(device), view_(view), streams_(view.config.ep_size) {
+Mover::Mover(int device, const RankView& view, std::shared_ptr<Crossbar> crossbar, uint64_t* done)
+    : device_(device),
+      view_(view),
+      crossbar_(std::move(crossbar)),
+      done_(done),
+      streams_(view.config.ep_size),
+      seconds_per_byte_(view.config.ep_size) {
+  if (const cudaError_t status = Prepare(); status != cudaSuccess) Fail(status);
   Wake();
   thread_ = std::thread([this] { Run(); });
 }
@@ -32,55 +49,134 @@ void Mover::Wake() {
   woken_.notify_one();
 }
 
-std::string Mover::TakeError() {
+std::string Mover::Error() {
   const std::lock_guard lock(mutex_);
-  return std::exchange(error_, {});
+  return error_;
 }
 
-bool Mover::TakeEntry(MailboxEntry& entry) {
-  MailboxEntry& slot = view_.mailbox[(next_tag_ - 1) % kMailboxEntries];
-  if (std::atomic_ref(slot.tag).load(std::memory_order_acquire) != next_tag_) return false;
-  entry = slot;
-  ++next_tag_;
+bool Mover::TakeOrder() {
+  MailboxEntry& entry = view_.mailbox[num_orders_ % kMailboxEntries];
+  std::array<uint32_t, MailboxEntry::kWords> words;
+  for (size_t i = 0; i < words.size(); ++i) {
+    const uint64_t word = std::atomic_ref(entry.words[i]).load(std::memory_order_acquire);
+    if (word >> 32 != ((num_orders_ + 1) & 0xFFFFFFFF)) return false;
+    words[i] = static_cast<uint32_t>(word);
+  }
+  ++num_orders_;
+  if (!failed_) waiting_.push_back(std::bit_cast<CopyOrder>(words));
   return true;
 }
 
-cudaError_t Mover::Issue(const MailboxEntry& entry) {
+bool Mover::IsDone(const Copy& copy) const {
+  return copy.dst < 0 ||
+         std::atomic_ref(done_[copy.dst]).load(std::memory_order_acquire) >= copy.number;
+}
+
+bool Mover::FinishCopy() {
+  Copy& copy = on_its_way_;
+  if (copy.dst < 0) return false;
+  const Clock::time_point now = Clock::now();
+  // While the copy before still runs, this one cannot have begun.
+  if (!IsDone(before_)) copy.end = std::max(copy.end, now + copy.length);
+  if (now + kLead < copy.end && !IsDone(copy)) return false;
+  crossbar_->Release(copy.dst);
+  before_ = std::exchange(copy, {});
+  return true;
+}
+
+bool Mover::StartCopy() {
+  if (on_its_way_.dst >= 0) return false;
+  if (waiting_.empty() || !crossbar_->TryTake(waiting_.front().dst)) return false;
+  const CopyOrder order = waiting_.front();
+  waiting_.pop_front();
+  const auto seconds = std::chrono::duration<double>(seconds_per_byte_[order.dst] *
+                                                     static_cast<double>(order.end - order.begin));
+  on_its_way_.dst = order.dst;
+  on_its_way_.number = before_.number + 1;
+  on_its_way_.length = kStartUp + std::chrono::duration_cast<Clock::duration>(seconds);
+  on_its_way_.end = Clock::now() + on_its_way_.length;
+  const cudaError_t status = Issue(order, on_its_way_.number);
+  if (status != cudaSuccess) Fail(status);
+  return true;
+}
+
+cudaError_t Mover::Issue(const CopyOrder& order, uint64_t number) {
   const Config& config = view_.config;
   const RegionLayout& regions = view_.regions;
-  const int64_t out = int64_t{entry.slot} * config.ep_size + entry.dst;
-  const int64_t in = int64_t{entry.slot} * config.ep_size + view_.rank;
+  const int64_t out = int64_t{order.slot} * config.ep_size + order.dst;
+  const int64_t in = int64_t{order.slot} * config.ep_size + view_.rank;
   const std::byte* source = view_.base[view_.rank] + regions.stage + out * regions.message_bytes;
-  std::byte* target = view_.base[entry.dst] + regions.recv + in * regions.message_bytes;
-  const cudaError_t copied =
-      cudaMemcpyAsync(target + entry.begin, source + entry.begin, entry.end - entry.begin,
-                      cudaMemcpyDeviceToDevice, streams_[entry.dst]);
-  if (copied != cudaSuccess) return copied;
-  auto* signal = reinterpret_cast<uint64_t*>(view_.base[entry.dst] + regions.signals) + in;
-  return WriteBehind(streams_[entry.dst], signal, entry.signal);
+  std::byte* target = view_.base[order.dst] + regions.recv + in * regions.message_bytes;
+  cudaStream_t stream = streams_[order.dst];
+  if (order.begin < order.end) {
+    const cudaError_t copied =
+        cudaMemcpyAsync(target + order.begin, source + order.begin, order.end - order.begin,
+                        cudaMemcpyDeviceToDevice, stream);
+    if (copied != cudaSuccess) return copied;
+  }
+  auto* signal = reinterpret_cast<uint64_t*>(view_.base[order.dst] + regions.signals) + in;
+  return WriteBehind(stream, {{{signal, order.signal}, {done_ + order.dst, number}}});
+}
+
+// Nothing more is sent: peers run into their timeout, and are not kept from each other's links.
+void Mover::Fail(cudaError_t status) {
+  failed_ = true;
+  waiting_.clear();
+  if (on_its_way_.dst >= 0) crossbar_->Release(std::exchange(on_its_way_, {}).dst);
+  const std::lock_guard lock(mutex_);
+  if (error_.empty()) error_ = cudaGetErrorString(status);
+}
+
+cudaError_t Mover::MeasureLink(int32_t dst) {
+  const RegionLayout& regions = view_.regions;
+  const int64_t bytes = std::min(regions.total - regions.recv, kMeasuredBytes);
+  cudaStream_t stream = streams_[dst];
+  cudaEvent_t start = nullptr;
+  cudaEvent_t stop = nullptr;
+  float milliseconds = 0;
+  (void)cudaEventCreate(&start);
+  (void)cudaEventCreate(&stop);
+  for (int i = 0; i < 2; ++i) {  // the first one warms up
+    (void)cudaEventRecord(start, stream);
+    (void)cudaMemcpyAsync(view_.base[dst] + regions.recv, view_.base[view_.rank] + regions.recv,
+                          bytes, cudaMemcpyDeviceToDevice, stream);
+    (void)cudaEventRecord(stop, stream);
+    (void)cudaEventSynchronize(stop);
+  }
+  (void)cudaEventElapsedTime(&milliseconds, start, stop);
+  (void)cudaEventDestroy(start);
+  (void)cudaEventDestroy(stop);
+  seconds_per_byte_[dst] = milliseconds * 1e-3 / static_cast<double>(bytes);
+  return cudaGetLastError();
+}
+
+cudaError_t Mover::Prepare() {
+  cudaError_t status = cudaSetDevice(device_);
+  for (int32_t dst = 0; dst < view_.config.ep_size && status == cudaSuccess; ++dst) {
+    if (dst == view_.rank) continue;
+    status = cudaStreamCreateWithFlags(&streams_[dst], cudaStreamNonBlocking);
+    if (status == cudaSuccess) status = MeasureLink(dst);
+  }
+  return status;
 }
 
 void Mover::Run() {
-  cudaError_t status = cudaSetDevice(device_);
-  for (cudaStream_t& stream : streams_) {
-    if (status == cudaSuccess) status = cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
-  }
+  (void)cudaSetDevice(device_);
   while (!stop_) {
-    MailboxEntry entry;
-    if (TakeEntry(entry)) {
-      if (status == cudaSuccess) status = Issue(entry);
-      if (status != cudaSuccess) {
-        const std::lock_guard lock(mutex_);
-        if (error_.empty()) error_ = cudaGetErrorString(status);
-      }
-      last_active_ = Clock::now().time_since_epoch().count();
+    const bool took = TakeOrder();
+    const bool finished = FinishCopy();
+    const bool started = StartCopy();
+    if (took || finished || started) last_active_ = Clock::now().time_since_epoch().count();
+    const bool busy = on_its_way_.dst >= 0 || !waiting_.empty();
+    if (busy || Clock::now().time_since_epoch() - Clock::duration(last_active_) < kSpinTime) {
       continue;
     }
-    if (Clock::now().time_since_epoch() - Clock::duration(last_active_) < kSpinTime) continue;
     std::unique_lock lock(mutex_);
     woken_.wait_for(lock, kSleepTime);
   }
+  if (on_its_way_.dst >= 0) crossbar_->Release(on_its_way_.dst);
   for (cudaStream_t stream : streams_) {
+    if (stream == nullptr) continue;
     (void)cudaStreamSynchronize(stream);
     (void)cudaStreamDestroy(stream);
   }

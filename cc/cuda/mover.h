@@ -9,46 +9,83 @@
 #include <chrono>
 #include <condition_variable>
 #include <cstdint>
+#include <deque>
+#include <memory>
 #include <mutex>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "cc/cuda/crossbar.h"
 #include "cc/cuda/device_state.h"
 
 namespace jax_sm_free::cuda {
 
-// The host thread of one GPU. Kernels post entries to its mailbox in pinned memory; for each it
+// The host thread of one GPU. Kernels post orders to its mailbox in pinned memory; for each it
 // enqueues a copy of exactly the message's bytes on the stream of that destination, and behind it a
 // write of the sequence number to the destination's signal. Nothing it enqueues ever waits.
+//
+//   mailbox ---> waiting ---------------> on its way -----------------------> done
+//                         the crossbar                 shortly before the end
+//                         gives the link               the link goes back
+//
+// Copy engines serve one peer after the other, so a rank has one copy on its way at a time. All
+// ranks post to their peers in the order of the ring, and keep it: whoever took the next free link
+// instead would leave two ranks with the same last destination. The link goes back a little before
+// the copy ends, for it takes the host some time to enqueue the next one; when that is follows from
+// how long a link needs for a byte, measured when the buffer is made.
 class Mover {
  public:
-  Mover(int device, const RankView& view);
+  // `crossbar` is shared by the group. `done` u64 [ep_size] is pinned memory of this mover's alone,
+  // zeros. Measures the links to the peers, whose regions hold nothing yet.
+  Mover(int device, const RankView& view, std::shared_ptr<Crossbar> crossbar, uint64_t* done);
   ~Mover();
   Mover(const Mover&) = delete;
   Mover& operator=(const Mover&) = delete;
 
-  // Called when an exchange was enqueued: entries will come soon.
+  // Called when an exchange was enqueued: orders will come soon.
   void Wake();
 
-  // The first error of a copy, empty if there was none.
-  std::string TakeError();
+  // The first error of a copy, empty if there was none. It stays.
+  std::string Error();
 
  private:
   using Clock = std::chrono::steady_clock;
 
+  // A copy that was enqueued: the how manieth, and when it should have moved its bytes.
+  struct Copy {
+    int32_t dst = -1;
+    uint64_t number = 0;
+    Clock::duration length{};
+    Clock::time_point end{};
+  };
+
+  cudaError_t Prepare();
+  cudaError_t MeasureLink(int32_t dst);
   void Run();
-  bool TakeEntry(MailboxEntry& entry);
-  cudaError_t Issue(const MailboxEntry& entry);
+  // Each says whether it found anything to do.
+  bool TakeOrder();
+  bool FinishCopy();
+  bool StartCopy();
+  bool IsDone(const Copy& copy) const;
+  cudaError_t Issue(const CopyOrder& order, uint64_t number);
+  void Fail(cudaError_t status);
 
   const int device_;
   const RankView view_;
-  std::vector<cudaStream_t> streams_;  // by destination
-  uint64_t next_tag_ = 1;
+  const std::shared_ptr<Crossbar> crossbar_;
+  uint64_t* const done_;                  // by destination: the last copy that has arrived
+  std::vector<cudaStream_t> streams_;     // by destination
+  std::vector<double> seconds_per_byte_;  // by destination
+  std::deque<CopyOrder> waiting_;
+  Copy on_its_way_;
+  Copy before_;              // may still move its last bytes
+  uint64_t num_orders_ = 0;  // taken from the mailbox
   std::mutex mutex_;
   std::condition_variable woken_;
   std::atomic<Clock::rep> last_active_{0};
   std::atomic<bool> stop_{false};
+  bool failed_ = false;
   std::string error_;  // guarded by mutex_
   std::thread thread_;
 };

@@ -9,6 +9,10 @@
 namespace jax_sm_free::cuda {
 namespace {
 
+// Few loads of many warps: a row has few terms, so that each warp waits often.
+constexpr int kLoads = 2;
+constexpr int kBlocks = 4;  // on an SM
+
 // Headers, and the number of rows for each destination. One block of one thread for each rank.
 __global__ void PackSumsHeadersKernel(const RankView view, const PackSumsArgs args) {
   DeviceState* state = view.state;
@@ -16,7 +20,7 @@ __global__ void PackSumsHeadersKernel(const RankView view, const PackSumsArgs ar
   for (int32_t dst = threadIdx.x; dst < view.config.ep_size; dst += blockDim.x) {
     const int32_t num_rows = args.layout.num_rows_from[dst];
     if (num_rows < 0 || num_rows > view.config.max_tokens) {
-      Raise(view, args.op, {FaultCode::kLayout, dst, view.config.max_tokens, num_rows});
+      Raise(view, args.op, {FaultCode::kLayoutCount, dst, 0, num_rows});
       state->current.failed = kEmpty;
     }
     state->num_rows[dst] = num_rows;
@@ -57,35 +61,41 @@ __device__ Terms TermsOf(const RankView& view, const PackSumsArgs& args, int64_t
   return terms;
 }
 
-// The message for `dst`. One launch for each, so that the first leaves while the next is summed.
+// The message for one rank after the other, so that the first leaves while the next is summed.
 template <typename T, int kWidth, bool kWeighted>
-__global__ void __launch_bounds__(kRowThreads)
-    PackSumsKernel(const RankView view, const PackSumsArgs args, const int32_t dst) {
+__global__ void __launch_bounds__(kRowThreads, kBlocks)
+    PackSumsKernel(const RankView view, const PackSumsArgs args) {
   const DeviceState* state = view.state;
   const Current current = state->current;
-  if (current.failed == kOk) {
-    const Warps warps = WarpsOfGrid();
-    const int lane = threadIdx.x % kWarpSize;
-    const int32_t top_k = view.config.top_k;
-    std::byte* message = OutMessage(view, current.slot, dst);
-    const MessageLayout layout = LayoutOf(view.config, HeaderOf(message));
-    const Segments segments(args.matrix.row_bytes());
-    const int64_t first = state->first_row[dst];
-    const int64_t num_items = (state->first_row[dst + 1] - first) * segments.per_row;
-    for (int64_t item = warps.index; item < num_items; item += warps.count) {
-      const int64_t row = item / segments.per_row;
-      const auto segment = static_cast<int32_t>(item - row * segments.per_row);
-      WarpSum<T, kWidth, kWeighted>(TermsOf(view, args, first + row),
-                                    FirstVector<kWidth>(segments, segment),
-                                    EndVector<kWidth>(segments, segment, args.matrix.hidden),
-                                    message + layout.rows + row * layout.row_stride);
-      if (segment == 0 && args.weight_grads != nullptr && lane < top_k) {
-        PartOf<float>(message, layout.weight)[row * top_k + lane] =
-            args.weight_grads[(first + row) * top_k + lane];
+  if (current.failed == kNothing) return;
+  const Warps warps = WarpsOfGrid();
+  const int lane = threadIdx.x % kWarpSize;
+  const int32_t top_k = view.config.top_k;
+  const Segments segments(args.matrix.row_bytes(), kLoads * kWarpSize);
+  int64_t next = warps.index;  // the items of all messages are numbered through
+  for (int32_t i = 1; i <= view.config.ep_size; ++i) {
+    const int32_t dst = (view.rank + i) % view.config.ep_size;  // ranks start at different peers
+    if (current.failed == kOk) {
+      std::byte* message = OutMessage(view, current.slot, dst);
+      const MessageLayout layout = LayoutOf(view.config, HeaderOf(message));
+      const int64_t first = state->first_row[dst];
+      const int64_t num_items = (state->first_row[dst + 1] - first) * segments.per_row;
+      for (; next < num_items; next += warps.count) {
+        const int64_t row = segments.row_of(next);
+        const int32_t segment = segments.segment_of(next);
+        WarpSum<T, kWidth, kWeighted, kLoads>(
+            TermsOf(view, args, first + row), FirstVector<kWidth>(segments, segment),
+            EndVector<kWidth>(segments, segment, args.matrix.hidden),
+            message + layout.rows + row * layout.row_stride);
+        if (segment == 0 && args.weight_grads != nullptr && lane < top_k) {
+          PartOf<float>(message, layout.weight)[row * top_k + lane] =
+              args.weight_grads[(first + row) * top_k + lane];
+        }
       }
+      next -= num_items;
     }
+    if (IsLastWarp(view.state, dst) && lane == 0) Post(view, dst);
   }
-  if (IsLastBlock(view.state) && threadIdx.x == 0 && current.failed != kNothing) Post(view, dst);
 }
 
 struct Launch {
@@ -95,11 +105,8 @@ struct Launch {
 
   template <typename T, int kWidth, bool kWeighted>
   void Run() const {
-    static const int blocks = RowBlocks(PackSumsKernel<T, kWidth, kWeighted>, INT32_MAX);
-    for (int32_t i = 1; i <= view.config.ep_size; ++i) {
-      const int32_t dst = (view.rank + i) % view.config.ep_size;  // ranks start at different peers
-      PackSumsKernel<T, kWidth, kWeighted><<<blocks, kRowThreads, 0, stream>>>(view, args, dst);
-    }
+    static const int blocks = FullGrid(PackSumsKernel<T, kWidth, kWeighted>);
+    PackSumsKernel<T, kWidth, kWeighted><<<blocks, kRowThreads, 0, stream>>>(view, args);
   }
   template <typename T, int kWidth>
   void operator()() const {

@@ -2,7 +2,8 @@
 // place.
 //
 // Tokens are cut into tiles, a block each, a thread for each entry. `Count` makes a histogram of
-// every tile over its keys (experts, then destinations); its last block turns the histograms into
+// every tile over its keys (experts, then destinations; without weights nothing depends on experts,
+// and there are only destinations); its last block turns the histograms into
 // the first place of each key in each tile. `Place` ranks the entries of a tile: by tile, warp and
 // lane.
 
@@ -19,6 +20,10 @@ struct Entry {
   int32_t expert = -1;  // -1: none
   int32_t dst = -1;     // its rank, if this is the token's first entry for that rank, else -1
 };
+
+__device__ int32_t FirstKey(const RankView& view, const RouteArgs& args) {
+  return args.topk_weights == nullptr ? view.config.num_experts : 0;
+}
 
 // This thread's entry of the tile, read through shared memory.
 class Tile {
@@ -40,7 +45,7 @@ class Tile {
     if (i >= size_ || experts[i] == -1) return entry;
     if (experts[i] < -1 || experts[i] >= num_experts_) {
       const int64_t detail = first_token_ * top_k_ + i;
-      Raise(view, args.op, {FaultCode::kIndex, -1, num_experts_, experts[i], detail});
+      Raise(view, args.op, {FaultCode::kIndex, -1, 0, experts[i], detail});
       atomicMax(&view.state->current.failed, int32_t{kEmpty});
       return entry;
     }
@@ -85,7 +90,8 @@ __device__ void WriteHeaders(const RankView& view, const RouteArgs& args, const 
     if (failed) header.first_part = 0;
     WriteHeader(view, dst, header);
   }
-  for (int32_t expert = threadIdx.x; expert < config.num_experts; expert += blockDim.x) {
+  const int32_t num_counted = config.num_experts - FirstKey(view, args);
+  for (int32_t expert = threadIdx.x; expert < num_counted; expert += blockDim.x) {
     const int32_t dst = OwnerRank(expert, num_local);
     std::byte* notice = Notice(view, dst, current.slot, view.rank);
     RowsPerExpert(notice)[LocalExpert(expert, num_local)] = failed ? 0 : totals[expert];
@@ -96,10 +102,10 @@ __device__ void WriteHeaders(const RankView& view, const RouteArgs& args, const 
 }
 
 // Turns the tiles' counts into first places, and leaves the totals behind them. One block.
-__device__ void ScanTiles(const RankView& view, int32_t num_tiles) {
-  constexpr int kUnroll = 8;
+__device__ void ScanTiles(const RankView& view, int32_t first_key, int32_t num_tiles) {
+  constexpr int kUnroll = 32;  // a round trip to memory for so many tiles
   const int32_t num_keys = NumKeys(view.config);
-  for (int32_t key = threadIdx.x; key < num_keys; key += blockDim.x) {
+  for (int32_t key = first_key + threadIdx.x; key < num_keys; key += blockDim.x) {
     int32_t* column = view.tile_counts + key;
     int32_t total = 0;
     for (int32_t first = 0; first < num_tiles; first += kUnroll) {
@@ -124,18 +130,19 @@ __global__ void __launch_bounds__(kTileEntries)
   extern __shared__ int32_t histogram[];  // [num_keys]
   const int32_t num_keys = NumKeys(view.config);
   const int32_t num_experts = view.config.num_experts;
-  for (int32_t key = threadIdx.x; key < num_keys; key += blockDim.x) histogram[key] = 0;
+  const int32_t first_key = FirstKey(view, args);
+  for (int32_t key = first_key + threadIdx.x; key < num_keys; key += blockDim.x) histogram[key] = 0;
   __syncthreads();
   const Tile tile(view, args);
   const Entry entry = tile.Read(view, args);
-  if (entry.expert >= 0) atomicAdd(&histogram[entry.expert], 1);
+  if (entry.expert >= first_key) atomicAdd(&histogram[entry.expert], 1);
   if (entry.dst >= 0) atomicAdd(&histogram[num_experts + entry.dst], 1);
   __syncthreads();
-  for (int32_t key = threadIdx.x; key < num_keys; key += blockDim.x) {
+  for (int32_t key = first_key + threadIdx.x; key < num_keys; key += blockDim.x) {
     view.tile_counts[int64_t{blockIdx.x} * num_keys + key] = histogram[key];
   }
   if (!IsLastBlock(view.state)) return;
-  ScanTiles(view, static_cast<int32_t>(gridDim.x));
+  ScanTiles(view, first_key, static_cast<int32_t>(gridDim.x));
   __syncthreads();
   const int32_t* totals = view.tile_counts + int64_t{gridDim.x} * num_keys;
   for (int32_t dst = threadIdx.x; dst < view.config.ep_size; dst += blockDim.x) {
@@ -183,8 +190,10 @@ __global__ void __launch_bounds__(kTileEntries)
   const Config& config = view.config;
   const int32_t num_keys = NumKeys(config);
   const auto num_warps = static_cast<int32_t>(blockDim.x / kWarpSize);
-  int32_t* own = histograms + threadIdx.x / kWarpSize * num_keys;
-  for (int32_t i = threadIdx.x; i < num_keys * num_warps; i += blockDim.x) histograms[i] = 0;
+  const int32_t first_key = FirstKey(view, args);
+  const int32_t num_used = num_keys - first_key;
+  int32_t* own = histograms + threadIdx.x / kWarpSize * num_used - first_key;  // by key
+  for (int32_t i = threadIdx.x; i < num_used * num_warps; i += blockDim.x) histograms[i] = 0;
   const Tile tile(view, args);
   for (int32_t i = threadIdx.x; i < tile.num_tokens() * config.ep_size; i += blockDim.x) {
     view.row_of[tile.first_token() * config.ep_size + i] = -1;
@@ -193,14 +202,14 @@ __global__ void __launch_bounds__(kTileEntries)
   const int32_t dst_key = entry.dst < 0 ? -1 : config.num_experts + entry.dst;
   const Rank expert_rank = RankInWarp(entry.expert);
   const Rank dst_rank = RankInWarp(dst_key);
-  if (entry.expert >= 0 && expert_rank.rank == 0) own[entry.expert] = expert_rank.count;
+  if (entry.expert >= first_key && expert_rank.rank == 0) own[entry.expert] = expert_rank.count;
   if (dst_key >= 0 && dst_rank.rank == 0) own[dst_key] = dst_rank.count;
   __syncthreads();
-  for (int32_t key = threadIdx.x; key < num_keys; key += blockDim.x) {
-    int32_t place = view.tile_counts[int64_t{blockIdx.x} * num_keys + key];
+  for (int32_t i = threadIdx.x; i < num_used; i += blockDim.x) {
+    int32_t place = view.tile_counts[int64_t{blockIdx.x} * num_keys + first_key + i];
     for (int32_t warp = 0; warp < num_warps; ++warp) {
-      const int32_t count = histograms[warp * num_keys + key];
-      histograms[warp * num_keys + key] = place;
+      const int32_t count = histograms[warp * num_used + i];
+      histograms[warp * num_used + i] = place;
       place += count;
     }
   }

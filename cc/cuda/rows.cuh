@@ -19,11 +19,12 @@ struct Terms {
 };
 
 // Vectors [first, end) of out = sum over the terms of weight * row, from zero, in float32, cast
-// once. kWeighted false: a plain sum. All lanes of the warp call it.
-template <typename T, int kWidth, bool kWeighted>
+// once. kWeighted false: a plain sum. kLoads: loads of a lane in flight. All lanes of the warp call
+// it.
+template <typename T, int kWidth, bool kWeighted, int kLoads>
 __device__ void WarpSum(const Terms& terms, int32_t first, int32_t end, std::byte* out) {
   using V = Vector<T, kWidth>;
-  constexpr int kUnroll = kWidth == 1 ? 1 : 4;  // loads of a lane in flight
+  constexpr int kUnroll = kWidth == 1 ? 1 : kLoads;
   const int lane = threadIdx.x % kWarpSize;
   for (; first < end; first += kUnroll * kWarpSize) {
     float total[kUnroll][kWidth] = {};

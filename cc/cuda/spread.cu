@@ -109,7 +109,7 @@ struct Launch {
   cudaStream_t stream;
   template <typename T, int kWidth>
   void operator()() const {
-    static const int blocks = RowBlocks(SpreadKernel<T, kWidth>, INT32_MAX);
+    static const int blocks = FullGrid(SpreadKernel<T, kWidth>);
     SpreadKernel<T, kWidth><<<blocks, kRowThreads, 0, stream>>>(view, args);
   }
 };
@@ -125,9 +125,9 @@ struct LoadAll {
 }  // namespace
 
 void LaunchSpread(const RankView& view, const SpreadArgs& args, cudaStream_t stream) {
-  LaunchWaitMessages(view, {args.op, kLastPart, 0, view.config.ep_size}, stream);
+  LaunchWaitMessages(view, args.op, stream);
   (void)cudaMemsetAsync(view.covered, 0, args.layout.num_rows, stream);
-  static const int blocks = RowBlocks(MarkKernel, INT32_MAX);
+  static const int blocks = FullGrid(MarkKernel);
   MarkKernel<<<blocks, kRowThreads, 0, stream>>>(view, args);
   Dispatch(args.matrix, Launch{view, args, stream});
 }

@@ -9,6 +9,7 @@
 namespace jax_sm_free::cuda {
 namespace {
 
+constexpr int kLoads = 4;
 static_assert(kMaxRanks <= kWarpSize, "a lane for each rank");
 
 __device__ Terms TermsOf(const RankView& view, int64_t token) {
@@ -46,15 +47,16 @@ __global__ void __launch_bounds__(kRowThreads) SumKernel(const RankView view, co
   const Current current = view.state->current;
   const Warps warps = WarpsOfGrid();
   const int lane = threadIdx.x % kWarpSize;
-  const Segments segments(args.matrix.row_bytes());
+  const Segments segments(args.matrix.row_bytes(), kLoads * kWarpSize);
   const int64_t num_items = args.num_tokens * segments.per_row;
   for (int64_t item = warps.index; item < num_items; item += warps.count) {
-    const int64_t token = item / segments.per_row;
-    const auto segment = static_cast<int32_t>(item - token * segments.per_row);
+    const int64_t token = segments.row_of(item);
+    const int32_t segment = segments.segment_of(item);
     std::byte* out = args.out + token * args.matrix.row_bytes();
     if (current.failed == kOk) {
-      WarpSum<T, kWidth, false>(TermsOf(view, token), FirstVector<kWidth>(segments, segment),
-                                EndVector<kWidth>(segments, segment, args.matrix.hidden), out);
+      WarpSum<T, kWidth, false, kLoads>(
+          TermsOf(view, token), FirstVector<kWidth>(segments, segment),
+          EndVector<kWidth>(segments, segment, args.matrix.hidden), out);
       if (segment == 0 && args.weight_grads != nullptr) TakeWeightGrads(view, args, token);
     } else if (segment == 0) {
       WarpFill(out, 0xFF, args.matrix.row_bytes());
@@ -72,7 +74,7 @@ struct Launch {
   cudaStream_t stream;
   template <typename T, int kWidth>
   void operator()() const {
-    static const int blocks = RowBlocks(SumKernel<T, kWidth>, INT32_MAX);
+    static const int blocks = FullGrid(SumKernel<T, kWidth>);
     SumKernel<T, kWidth><<<blocks, kRowThreads, 0, stream>>>(view, args);
   }
 };
@@ -88,7 +90,7 @@ struct LoadAll {
 }  // namespace
 
 void LaunchSum(const RankView& view, const SumArgs& args, cudaStream_t stream) {
-  LaunchWaitMessages(view, {args.op, kLastPart, 0, view.config.ep_size}, stream);
+  LaunchWaitMessages(view, args.op, stream);
   Dispatch(args.matrix, Launch{view, args, stream});
 }
 

@@ -3,6 +3,7 @@
 
 #include <cuda_runtime.h>
 
+#include "cc/cuda/await.cuh"
 #include "cc/cuda/device.cuh"
 #include "cc/cuda/kernels.h"
 #include "cc/cuda/launch.h"
@@ -16,12 +17,12 @@ __device__ void Take(const RankView& view, const WaitArgs& args) {
   const float* token = args.token;
   state->current = {0, 0, kNothing};
   if (token[kMagicWord] != kTokenMagic) {
-    Raise(view, args.op, {FaultCode::kToken, -1, 0, static_cast<int64_t>(token[kMagicWord])});
+    Raise(view, args.op, {FaultCode::kToken, -1, 0, __float_as_int(token[kMagicWord])});
     return;
   }
   const auto word = [token](TokenWord w) { return static_cast<int64_t>(token[w]); };
   if (word(kRankWord) != view.rank || word(kBufferWord) != view.buffer_id % kTokenWordSize) {
-    Raise(view, args.op, {FaultCode::kTokenOrigin, -1, view.rank, word(kRankWord)});
+    Raise(view, args.op, {FaultCode::kTokenOrigin, -1, 0, word(kRankWord), word(kBufferWord)});
     return;
   }
   if (word(kKindWord) != static_cast<int64_t>(args.kind)) {
@@ -33,22 +34,12 @@ __device__ void Take(const RankView& view, const WaitArgs& args) {
   const auto slot = static_cast<int32_t>(word(kSlotWord));
   if (slot < 0 || slot >= view.config.num_slots || state->slot_sequence[slot] != sequence ||
       state->slot_phase[slot] != kSent) {
+    state->current = {sequence, slot, kNothing};
     Raise(view, args.op, {FaultCode::kTokenUsed, -1, 0, static_cast<int64_t>(sequence)});
     return;
   }
   state->slot_phase[slot] = kReceiving;
   state->current = {sequence, slot, kOk};
-}
-
-// Waits until *signal is at least `value`; `source` is to blame if it never is.
-__device__ bool Await(const RankView& view, Op op, const uint64_t* signal, uint64_t value,
-                      int32_t source) {
-  if (WaitFor(view, signal, value)) return true;
-  Raise(view, op,
-        {FaultCode::kTimeout, source, static_cast<int64_t>(value),
-         static_cast<int64_t>(LoadAcquire(signal))});
-  view.state->current.failed = kEmpty;
-  return false;
 }
 
 // Waits for one source's notice and looks at what it says.
@@ -57,7 +48,7 @@ __device__ void AwaitNotice(const RankView& view, const WaitArgs& args, int32_t 
   const Current current = state->current;
   state->num_rows[source] = 0;
   state->first_part[source] = 0;
-  const uint64_t* noticed = Noticed(view, view.rank, current.slot, source);
+  const uint64_t* noticed = Noticed(view, view.rank, current.slot, 0);
   if (!Await(view, args.op, noticed, current.sequence, source)) return;
   const MessageHeader& header = HeaderOf(Notice(view, view.rank, current.slot, source));
   const auto refuse = [&](const FaultNumbers& fault) {
@@ -66,16 +57,12 @@ __device__ void AwaitNotice(const RankView& view, const WaitArgs& args, int32_t 
   };
   const auto kind = static_cast<int32_t>(args.kind);
   if (header.kind == kPoisonedKind) return refuse({FaultCode::kPeer, source});
-  if (header.kind != kind) {
-    return refuse({FaultCode::kOutOfStep, source, kind, header.kind, kKindDiffers});
-  }
-  if (header.row_bytes != args.row_bytes) {
-    return refuse(
-        {FaultCode::kOutOfStep, source, args.row_bytes, header.row_bytes, kRowBytesDiffer});
-  }
-  if (args.expected_rows != nullptr && header.num_rows != args.expected_rows[source]) {
-    return refuse({FaultCode::kOutOfStep, source, args.expected_rows[source], header.num_rows,
-                   kNumRowsDiffer});
+  if (header.kind != kind) return refuse({FaultCode::kMessageKind, source, kind, header.kind});
+  const int32_t num_rows =
+      args.expected_rows != nullptr ? args.expected_rows[source] : header.num_rows;
+  if (header.row_bytes != args.row_bytes || header.num_rows != num_rows) {
+    return refuse({FaultCode::kOutOfStep, source, args.row_bytes, header.row_bytes,
+                   int64_t{num_rows} << 32 | header.num_rows});
   }
   state->num_rows[source] = header.num_rows;
   state->first_part[source] = static_cast<int32_t>(header.first_part);
@@ -99,20 +86,15 @@ __global__ void WaitKernel(const RankView view, const WaitArgs args) {
   state->first_row[view.config.ep_size] = next;
 }
 
-__global__ void WaitMessagesKernel(const RankView view, const WaitMessagesArgs args) {
-  const Current current = view.state->current;
-  if (current.failed != kOk) return;
-  for (int32_t i = threadIdx.x; i < args.count; i += blockDim.x) {
-    const int32_t source = (args.first + i) % view.config.ep_size;
-    (void)Await(view, args.op, Signal(view, current.slot, source),
-                SignalOf(current.sequence, args.part), source);
-  }
+__global__ void WaitMessagesKernel(const RankView view, const Op op) {
+  if (view.state->current.failed == kOk)
+    AwaitMessages(view, op, {0, view.config.ep_size, kLastPart});
 }
 
 }  // namespace
 
-void LaunchWaitMessages(const RankView& view, const WaitMessagesArgs& args, cudaStream_t stream) {
-  WaitMessagesKernel<<<1, kMaxRanks, 0, stream>>>(view, args);
+void LaunchWaitMessages(const RankView& view, Op op, cudaStream_t stream) {
+  WaitMessagesKernel<<<1, kMaxRanks, 0, stream>>>(view, op);
 }
 
 void LaunchWait(const RankView& view, const WaitArgs& args, cudaStream_t stream) {

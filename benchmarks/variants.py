@@ -1,0 +1,95 @@
+"""The ways to run each contestant on GPUs, of which the fastest one is compared.
+
+Options are XLA's debug options, given to the compiler for this contestant's programs alone: what a
+version does not know is an error of that program and not the end of the process, as it is in
+XLA_FLAGS.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from jax.sharding import Mesh
+
+from benchmarks import contestants
+from benchmarks.cases import Case, Load
+
+Options = dict[str, bool | int | str]
+
+
+@dataclasses.dataclass(frozen=True)
+class Variant:
+    """One way to run one contestant.
+
+    Attributes:
+      name: of the variant.
+      make: (case, load, mesh) to an object with the interface of `PureJax`.
+      options: of the compiler.
+    """
+
+    name: str
+    make: Callable[[Case, Load, Mesh], Any]
+    options: Options = dataclasses.field(default_factory=dict)
+
+    def __str__(self) -> str:
+        options = ",".join(f"{name}={value}" for name, value in self.options.items())
+        return f"{self.name} [{options}]" if options else self.name
+
+
+# Without it, XLA may run a collective beside nothing.
+_SCHEDULED: Options = {"xla_gpu_enable_latency_hiding_scheduler": True}
+_ONE_SHOT = "xla_gpu_unsupported_use_ragged_all_to_all_one_shot_kernel"
+_NCCL: Options = {_ONE_SHOT: False, "xla_gpu_allow_ragged_all_to_all_nccl_send_recv_fallback": True}
+
+
+def _dense(name: str, options: Options) -> Variant:
+    make = lambda case, load, mesh: contestants.make_peer(case, load)  # noqa: E731
+    return Variant(name, make, {**_SCHEDULED, **options})
+
+
+def _ragged(name: str, options: Options, num_updates: int) -> Variant:
+    make = lambda case, load, mesh: contestants.make_ragged(case, load, num_updates)  # noqa: E731
+    return Variant(f"{name}, {num_updates} updates a rank", make, {**_SCHEDULED, **options})
+
+
+OURS = (Variant("jax_sm_free", contestants.make_ours),)
+ALL_TO_ALL = (_dense("NCCL", {}),)
+RAGGED = (
+    _ragged("NCCL", _NCCL, 1),
+    _ragged("one-shot kernel", {}, 256),
+    _ragged("one-shot kernel", {}, 1),
+)
+# One copy of a token goes to a rank, as with ours.
+DESCRIPTIONS = {
+    "ours": "jax_sm_free: send, GEMMs between by overlap(), recv",
+    "all_to_all": "one row for each (token, rank), messages padded to the fullest, "
+    "lax.all_to_all, sort, gather; sums before and after the way back",
+    "ragged": "the same with lax.ragged_all_to_all for the rows: no padding travels",
+}
+
+
+def of(contestant: str, ragged_options: Options | None, ragged_updates: int) -> tuple[Variant, ...]:
+    """The variants of "ours", "all_to_all" or "ragged"; with options given, ragged has one."""
+    if contestant == "ragged" and ragged_options is not None:
+        return (_ragged("as given", ragged_options, ragged_updates),)
+    return {"ours": OURS, "all_to_all": ALL_TO_ALL, "ragged": RAGGED}[contestant]
+
+
+def parse_options(text: str) -> Options:
+    """Reads "name=value,name=value" with true, false, integers or text.
+
+    Raises:
+      ValueError: for an entry without "=".
+    """
+    options: Options = {}
+    for entry in filter(None, text.split(",")):
+        name, equals, value = entry.strip().lstrip("-").partition("=")
+        if not equals:
+            raise ValueError(f"expected name=value, got {entry!r}")
+        if value.lower() in ("true", "false"):
+            options[name] = value.lower() == "true"
+        else:
+            options[name] = int(value) if value.lstrip("-").isdigit() else value
+    return options

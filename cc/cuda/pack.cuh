@@ -1,0 +1,68 @@
+// Messages of token rows, part by part.
+
+#ifndef JAX_SM_FREE_CC_CUDA_PACK_CUH_
+#define JAX_SM_FREE_CC_CUDA_PACK_CUH_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cc/cuda/device.cuh"
+
+namespace jax_sm_free::cuda {
+
+// Where the rows of the messages being packed lie.
+struct OutRows {
+  std::byte* rows;
+  int64_t row_stride;
+};
+
+// The row of a token in the message to a rank: a lane for each rank; null where it does not go.
+__device__ inline std::byte* PackTarget(const RankView& view, const OutRows* outs, int64_t token) {
+  const int dst = threadIdx.x % kWarpSize;
+  const int32_t ep_size = view.config.ep_size;
+  const int32_t row = dst < ep_size ? view.row_of[token * ep_size + dst] : -1;
+  return row >= 0 ? outs[dst].rows + row * outs[dst].row_stride : nullptr;
+}
+
+// Posts a part of all messages; what lies before the rows goes with the first. By one thread.
+__device__ inline void PostPart(const RankView& view, int part) {
+  const Current current = view.state->current;
+  for (int32_t i = 1; i <= view.config.ep_size; ++i) {
+    const int32_t dst = (view.rank + i) % view.config.ep_size;  // ranks start at different peers
+    if (current.failed != kOk) {
+      if (part == kLastPart) Post(view, dst);
+      continue;
+    }
+    const MessageHeader& header = HeaderOf(OutMessage(view, current.slot, dst));
+    const MessageLayout layout = LayoutOf(view.config, header);
+    const int64_t middle = layout.rows + header.first_part * layout.row_stride;
+    PostBytes(view, dst, part, part == 0 ? 0 : middle, part == 0 ? middle : layout.total);
+  }
+}
+
+// Calls pack(outs, first, end) for the tokens of one part after the other, in all threads of the
+// grid, and posts each when all warps have packed it, while others go on with the next.
+template <typename Pack>
+__device__ void PackParts(const RankView& view, int64_t num_tokens, const Pack& pack) {
+  __shared__ OutRows outs[kMaxRanks];
+  const Current current = view.state->current;
+  if (current.failed == kNothing) return;
+  const bool ok = current.failed == kOk;
+  for (int32_t dst = threadIdx.x; ok && dst < view.config.ep_size; dst += blockDim.x) {
+    std::byte* message = OutMessage(view, current.slot, dst);
+    const MessageLayout layout = LayoutOf(view.config, HeaderOf(message));
+    outs[dst] = {message + layout.rows, layout.row_stride};
+  }
+  __syncthreads();
+  int64_t first = 0;
+  for (int part = 0; part < kNumParts; ++part) {
+    const int64_t end = part == kLastPart ? num_tokens : FirstPartTokens(view.config, num_tokens);
+    if (ok) pack(outs, first, end);
+    if (IsLastWarp(view.state, part) && threadIdx.x % kWarpSize == 0) PostPart(view, part);
+    first = end;
+  }
+}
+
+}  // namespace jax_sm_free::cuda
+
+#endif  // JAX_SM_FREE_CC_CUDA_PACK_CUH_

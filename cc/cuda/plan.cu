@@ -1,0 +1,141 @@
+// Places the groups of a dispatch's expert rows, from the counts in the notices.
+
+#include <cuda_runtime.h>
+
+#include "cc/cuda/device.cuh"
+#include "cc/cuda/kernels.h"
+#include "cc/cuda/launch.h"
+
+namespace jax_sm_free::cuda {
+namespace {
+
+constexpr int kPlanThreads = 256;
+
+// Rows that groups take when each keeps its first `level`; all threads of the block get the sum.
+__device__ int64_t BlockRowsAtLevel(const Config& config, const int64_t* counts, int64_t level) {
+  __shared__ unsigned long long sum;
+  __syncthreads();
+  if (threadIdx.x == 0) sum = 0;
+  __syncthreads();
+  unsigned long long mine = 0;
+  for (int32_t e = threadIdx.x; e < config.num_local_experts(); e += blockDim.x) {
+    mine += RowsAtLevel(counts + e, 1, level, config.expert_alignment);
+  }
+  atomicAdd(&sum, mine);
+  __syncthreads();
+  return static_cast<int64_t>(sum);
+}
+
+// CutLevel of cc/routing.h, by a block.
+__device__ int64_t BlockCutLevel(const Config& config, const int64_t* counts, int64_t highest) {
+  if (BlockRowsAtLevel(config, counts, highest) <= config.recv_capacity) return highest;
+  int64_t low = 0;
+  int64_t high = highest;
+  while (low < high) {
+    const int64_t middle = low + (high - low + 1) / 2;
+    if (BlockRowsAtLevel(config, counts, middle) <= config.recv_capacity) {
+      low = middle;
+    } else {
+      high = middle - 1;
+    }
+  }
+  return low;
+}
+
+// Sum of a value over the lanes before this one, and over all of them.
+struct WarpPrefix {
+  int64_t before;
+  int64_t total;
+};
+__device__ WarpPrefix PrefixOf(int64_t value) {
+  const int lane = threadIdx.x % kWarpSize;
+  int64_t sum = value;
+  for (int offset = 1; offset < kWarpSize; offset *= 2) {
+    const int64_t other = __shfl_up_sync(kFullWarp, sum, offset);
+    if (lane >= offset) sum += other;
+  }
+  return {sum - value, __shfl_sync(kFullWarp, sum, kWarpSize - 1)};
+}
+
+// First rows and ends of the groups, from their counts, which become the first rows. One warp.
+__device__ void PlaceGroups(const RankView& view, const ExpertsOut& out, int64_t* counts,
+                            int64_t level) {
+  const int32_t num_local = view.config.num_local_experts();
+  int64_t next = 0;
+  int64_t dropped = 0;
+  for (int32_t first = 0; first < num_local; first += kWarpSize) {
+    const int32_t e = first + static_cast<int32_t>(threadIdx.x);
+    const int64_t count = e < num_local ? counts[e] : 0;
+    const int64_t kept = count < level ? count : level;
+    const int64_t size = RoundUp(kept, view.config.expert_alignment);
+    const WarpPrefix prefix = PrefixOf(size);
+    dropped += PrefixOf(count - kept).total;
+    if (e < num_local) {
+      counts[e] = next + prefix.before;
+      view.group_end[e] = counts[e] + kept;
+      view.group_next[e] = counts[e] + size;
+    }
+    next += prefix.total;
+  }
+  if (threadIdx.x == 0) *out.dropped = static_cast<int32_t>(dropped);
+}
+
+// Whether all messages have come. In all threads of the block.
+__device__ bool AllHere(const RankView& view) {
+  const Current current = view.state->current;
+  if (current.failed != kOk) return false;
+  bool here = true;
+  for (int32_t source = threadIdx.x; source < view.config.ep_size; source += blockDim.x) {
+    here = LoadAcquire(Signal(view, current.slot, source)) >= SignalOf(current.sequence, kLastPart);
+  }
+  return __syncthreads_and(here) != 0;
+}
+
+// Places the groups: GroupPlan of cc/routing.h. One block.
+__global__ void PlanKernel(const RankView view, const ExpertsOut out) {
+  extern __shared__ int64_t counts[];  // [num_local_experts]
+  __shared__ unsigned long long highest;
+  const Config& config = view.config;
+  const Current current = view.state->current;
+  const int32_t num_local = config.num_local_experts();
+  if (threadIdx.x == 0) highest = 0;
+  __syncthreads();
+  for (int32_t e = threadIdx.x; e < num_local; e += blockDim.x) {
+    int64_t count = 0;
+    for (int32_t source = 0; source < config.ep_size; ++source) {
+      view.group_row[source * num_local + e] = count;
+      if (current.failed != kOk) continue;
+      count += RowsPerExpert(Notice(view, view.rank, current.slot, source))[e];
+    }
+    counts[e] = count;
+    out.counts[e] = static_cast<int32_t>(count);
+    atomicMax(&highest, static_cast<unsigned long long>(count));
+  }
+  __syncthreads();
+  const int64_t level = BlockCutLevel(config, counts, static_cast<int64_t>(highest));
+  __syncthreads();
+  if (threadIdx.x < kWarpSize) PlaceGroups(view, out, counts, level);
+  __syncthreads();
+  for (int32_t e = threadIdx.x; e < num_local; e += blockDim.x) {
+    out.group_sizes[e] = static_cast<int32_t>(view.group_next[e] - counts[e]);
+    for (int32_t source = 0; source < config.ep_size; ++source) {
+      view.group_row[source * num_local + e] += counts[e];
+    }
+  }
+  for (int32_t source = threadIdx.x; source < config.ep_size; source += blockDim.x) {
+    out.num_rows_from[source] = current.failed == kOk ? view.state->num_rows[source] : 0;
+  }
+  const bool all_here = AllHere(view);
+  if (threadIdx.x == 0) view.state->all_here = all_here ? 1 : 0;
+}
+
+}  // namespace
+
+void LaunchPlan(const RankView& view, const ExpertsOut& out, cudaStream_t stream) {
+  const auto shared = view.config.num_local_experts() * sizeof(int64_t);
+  PlanKernel<<<1, kPlanThreads, shared, stream>>>(view, out);
+}
+
+cudaError_t LoadPlan() { return Load(PlanKernel); }
+
+}  // namespace jax_sm_free::cuda

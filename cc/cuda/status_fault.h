@@ -1,0 +1,21 @@
+// The fault that a kernel wrote into pinned memory as numbers, in words.
+
+#ifndef JAX_SM_FREE_CC_CUDA_STATUS_FAULT_H_
+#define JAX_SM_FREE_CC_CUDA_STATUS_FAULT_H_
+
+#include <optional>
+
+#include "cc/cuda/device_state.h"
+#include "cc/fault.h"
+
+namespace jax_sm_free::cuda {
+
+// None until a kernel has written all of it.
+std::optional<Fault> FaultIn(Status& status, const RankView& view);
+
+// Whether the fault only follows from another rank's, or from the buffer's end.
+bool IsEcho(const Status& status);
+
+}  // namespace jax_sm_free::cuda
+
+#endif  // JAX_SM_FREE_CC_CUDA_STATUS_FAULT_H_

@@ -1,0 +1,56 @@
+// A dispatch's rows out of their messages into expert groups: each token row is read once, however
+// many expert rows it becomes.
+
+#include <cuda_runtime.h>
+
+#include "cc/cuda/device.cuh"
+#include "cc/cuda/kernels.h"
+#include "cc/cuda/launch.h"
+#include "cc/cuda/unpack.cuh"
+#include "cc/cuda/unpack_experts.cuh"
+
+namespace jax_sm_free::cuda {
+namespace {
+
+// All of a token row whose parts are not whole words.
+__device__ void SpreadParts(const TokenRow& from, const MutableRows& out, int32_t expert_row) {
+  for (unsigned left = __ballot_sync(kFullWarp, expert_row >= 0); left != 0; left &= left - 1) {
+    SplitRow(from, out, __shfl_sync(kFullWarp, expert_row, __ffs(static_cast<int>(left)) - 1));
+  }
+}
+
+__global__ void __launch_bounds__(kRowThreads)
+    UnpackExpertsKernel(const RankView view, const ExpertsOut out, const Turn turn,
+                        const Turn next) {
+  const Warps warps = WarpsOfGrid();
+  const bool wide = out.rows.scales_bytes == 0 && out.rows.values_bytes % 16 == 0;
+  const Segments segments(wide ? out.rows.values_bytes : 1, kCopyWords);
+  TakeTurn(view, out, turn, next, [&](const TurnRows& rows) {
+    const int64_t num_items = int64_t{rows.size()} * segments.per_row;
+    for (int64_t item = warps.index; item < num_items; item += warps.count) {
+      const TokenRow from = rows.at(static_cast<int32_t>(segments.row_of(item)));
+      const int32_t segment = segments.segment_of(item);
+      const int32_t expert_row = ExpertRow(view, from, out, segment == 0);
+      if (wide) {
+        WarpCopyToAll(ExpertTarget(out, expert_row), from.bytes(), segments.begin(segment),
+                      segments.end(segment));
+      } else {
+        SpreadParts(from, out.rows, expert_row);
+      }
+    }
+  });
+}
+
+}  // namespace
+
+void LaunchUnpackExperts(const RankView& view, const ExpertsOut& out, cudaStream_t stream) {
+  static const int blocks = FullGrid(UnpackExpertsKernel);
+  LaunchPlan(view, out, stream);
+  ForEachTurn(view.config.ep_size, [&](const Turn& turn, const Turn& next) {
+    UnpackExpertsKernel<<<blocks, kRowThreads, 0, stream>>>(view, out, turn, next);
+  });
+}
+
+cudaError_t LoadUnpackExperts() { return Load(UnpackExpertsKernel); }
+
+}  // namespace jax_sm_free::cuda

@@ -1,0 +1,115 @@
+#include "cc/fault_texts.h"
+
+#include <cmath>
+#include <cstddef>
+#include <cstdio>
+#include <utility>
+
+#include "cc/token.h"
+
+namespace jax_sm_free {
+namespace {
+
+Fault Texts(std::string expected, std::string seen, int32_t peer = -1) {
+  return {.peer = peer, .expected = std::move(expected), .seen = std::move(seen), .exchange = {}};
+}
+
+std::string RowsOfBytes(int64_t rows, int64_t bytes) {
+  return std::to_string(rows) + " rows of " + std::to_string(bytes) + " bytes";
+}
+
+std::string OfBuffer(int64_t buffer, int64_t rank) {
+  return "of buffer " + std::to_string(buffer) + ", rank " + std::to_string(rank);
+}
+
+std::string TokenOf(Kind kind) { return std::string("a ") + KindName(kind) + " token"; }
+
+}  // namespace
+
+std::string DescribeExchange(Kind kind, int64_t sequence, int32_t slot) {
+  return std::string(KindName(kind)) + " exchange " + std::to_string(sequence) + ", slot " +
+         std::to_string(slot);
+}
+
+std::string DescribeSeconds(double seconds) {
+  char text[32];
+  (void)std::snprintf(text, sizeof(text), "%g s", seconds);
+  return text;
+}
+
+Fault MissingMessages(const std::vector<bool>& arrived, double timeout_s, double waited_s) {
+  std::string missing;
+  int32_t first = -1;
+  int num_arrived = 0;
+  for (size_t source = 0; source < arrived.size(); ++source) {
+    if (arrived[source]) {
+      ++num_arrived;
+      continue;
+    }
+    if (first < 0) first = static_cast<int32_t>(source);
+    missing += (missing.empty() ? "" : ", ") + std::to_string(source);
+  }
+  return Texts("messages from " + std::to_string(arrived.size()) + " ranks within " +
+                   DescribeSeconds(timeout_s),
+               std::to_string(num_arrived) + " after " + DescribeSeconds(waited_s) +
+                   ", none from rank " + missing,
+               first);
+}
+
+Fault TooManySends(int32_t num_slots, const std::string& what) {
+  return Texts("at most " + std::to_string(num_slots) + " " + what + " in flight (num_slots)",
+               "one send more without a recv");
+}
+
+Fault NotOneToken(float magic) {
+  constexpr float kMaxUses = 1024;
+  // Sums past 2^24 are rounded, so that the quotient of added tokens is a whole number or nearly.
+  const float quotient = magic / kTokenMagic;
+  const float uses = std::round(quotient);
+  const bool added = uses > 1 && uses < kMaxUses && std::abs(quotient - uses) < 1e-4F;
+  return Texts("the token of one send", added ? "the sum of " +
+                                                    std::to_string(static_cast<int>(uses)) +
+                                                    " tokens: a sent value was used more than once"
+                                              : "an array that no send returned");
+}
+
+Fault TokenOfAnother(int64_t buffer, int64_t rank, int64_t seen_buffer, int64_t seen_rank) {
+  return Texts("a token " + OfBuffer(buffer, rank), "one " + OfBuffer(seen_buffer, seen_rank));
+}
+
+Fault TokenOfAnotherKind(Kind expected, Kind seen) {
+  return Texts(TokenOf(expected), TokenOf(seen));
+}
+
+Fault TokenUsedBefore(int64_t sequence) {
+  return Texts("the token of a send not yet received",
+               "exchange " + std::to_string(sequence) + ", received before");
+}
+
+Fault IndexOutOfRange(int32_t num_experts, int64_t index, int64_t token, int64_t k) {
+  return Texts(
+      "topk_idx in [-1, " + std::to_string(num_experts) + ")",
+      std::to_string(index) + " at token " + std::to_string(token) + ", k " + std::to_string(k));
+}
+
+Fault PositionDiffers(int64_t position, int64_t seen) {
+  return Texts("shard_map over the buffer's own mesh, where this device has position " +
+                   std::to_string(position),
+               "position " + std::to_string(seen));
+}
+
+Fault LayoutRowsDiffer(int64_t num_rows, int64_t seen) {
+  return Texts("layout.rows in [-1, " + std::to_string(num_rows) + ")", std::to_string(seen));
+}
+
+Fault LayoutCountDiffers(int32_t source, int64_t max_tokens, int64_t seen) {
+  return Texts("layout.num_rows_from in [0, " + std::to_string(max_tokens) + "]",
+               std::to_string(seen), source);
+}
+
+Fault MessageDiffers(int32_t source, int64_t num_rows, int64_t row_bytes, int64_t seen_rows,
+                     int64_t seen_row_bytes) {
+  return Texts(RowsOfBytes(num_rows, row_bytes), RowsOfBytes(seen_rows, seen_row_bytes), source);
+}
+
+}  // namespace jax_sm_free

@@ -1,0 +1,48 @@
+// What each fault expected and saw, in words: all platforms say the same of the same fault.
+//
+// Op, rank and exchange are the caller's to add.
+
+#ifndef JAX_SM_FREE_CC_FAULT_TEXTS_H_
+#define JAX_SM_FREE_CC_FAULT_TEXTS_H_
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "cc/fault.h"
+#include "cc/layout.h"
+
+namespace jax_sm_free {
+
+// "dispatch exchange 12, slot 1"
+std::string DescribeExchange(Kind kind, int64_t sequence, int32_t slot);
+
+// "1.5 s"
+std::string DescribeSeconds(double seconds);
+
+// `arrived`: by source; one at least has not.
+Fault MissingMessages(const std::vector<bool>& arrived, double timeout_s, double waited_s);
+
+// `what`: the exchanges that share the slots.
+Fault TooManySends(int32_t num_slots, const std::string& what);
+
+// A token whose magic word is not that of one token.
+Fault NotOneToken(float magic);
+Fault TokenOfAnother(int64_t buffer, int64_t rank, int64_t seen_buffer, int64_t seen_rank);
+Fault TokenOfAnotherKind(Kind expected, Kind seen);
+Fault TokenUsedBefore(int64_t sequence);
+
+Fault IndexOutOfRange(int32_t num_experts, int64_t index, int64_t token, int64_t k);
+Fault PositionDiffers(int64_t position, int64_t seen);
+
+// Of a layout that no dispatch of this buffer returned.
+Fault LayoutRowsDiffer(int64_t num_rows, int64_t seen);
+Fault LayoutCountDiffers(int32_t source, int64_t max_tokens, int64_t seen);
+
+// A message from a rank out of step.
+Fault MessageDiffers(int32_t source, int64_t num_rows, int64_t row_bytes, int64_t seen_rows,
+                     int64_t seen_row_bytes);
+
+}  // namespace jax_sm_free
+
+#endif  // JAX_SM_FREE_CC_FAULT_TEXTS_H_
