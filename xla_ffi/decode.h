@@ -85,6 +85,11 @@ inline ffi::Error CheckRows(const char* op, const Config& config, int64_t num_to
                     row_bytes);
 }
 
+// Bytes that a row of a dispatch travels as.
+inline int64_t WireBytes(const std::optional<Matrix>& quantized, int64_t row_bytes) {
+  return quantized ? QuantizedRowBytes(*quantized) : row_bytes;
+}
+
 // Rows of a dispatch: `row_bytes` of values and scales, where they are, and what they travel as.
 inline ffi::Error CheckDispatched(const char* op, const Config& config, int64_t num_tokens,
                                   int64_t row_bytes, const std::optional<Matrix>& quantized) {
@@ -95,7 +100,7 @@ inline ffi::Error CheckDispatched(const char* op, const Config& config, int64_t 
       error.failure()) {
     return error;
   }
-  return CheckRows(op, config, num_tokens, QuantizedRowBytes(*quantized));
+  return CheckRows(op, config, num_tokens, WireBytes(quantized, row_bytes));
 }
 
 inline ffi::Error CheckLayout(const char* op, const Config& config, const S32& rows,

@@ -119,7 +119,7 @@ struct Launch {
 
   template <typename T, int kWidth>
   void operator()() const {
-    static const int blocks = FullGrid(PackQuantizedKernel<T, kWidth>, kRowThreads);
+    static const int blocks = FullGrid(PackQuantizedKernel<T, kWidth>);
     PackQuantizedKernel<T, kWidth><<<blocks, kRowThreads, 0, stream>>>(view, args);
   }
 };

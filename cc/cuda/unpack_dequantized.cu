@@ -17,7 +17,7 @@ namespace {
 
 // Loads of a lane in flight; and how many blocks registers leave room for then.
 constexpr int kUnroll = 8;
-constexpr int kMinBlocks = 4;
+constexpr int kMinBlocks = 3;
 
 // Groups [first, end) of a row that becomes whole 16-byte words, to every target. All lanes of the
 // warp call it; each keeps several loads in flight.
@@ -134,7 +134,7 @@ struct LaunchExpertsTurn {
   template <typename T, int kWidth>
   void operator()() const {
     const auto kernel = UnpackExpertsDequantizedKernel<T, kWidth>;
-    static const int blocks = FullGrid(kernel, kRowThreads);
+    static const int blocks = FullGrid(kernel);
     kernel<<<blocks, kRowThreads, 0, stream>>>(view, out, hidden, turn, next);
   }
 };
@@ -148,7 +148,7 @@ struct LaunchTokens {
   template <typename T, int kWidth>
   void operator()() const {
     const auto kernel = UnpackTokensDequantizedKernel<T, kWidth>;
-    static const int blocks = FullGrid(kernel, kRowThreads);
+    static const int blocks = FullGrid(kernel);
     kernel<<<blocks, kRowThreads, 0, stream>>>(view, out, hidden);
   }
 };
