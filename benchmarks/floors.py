@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from benchmarks.cases import Case, Load
 
@@ -52,12 +53,13 @@ def _best(run: Callable[[], Any]) -> float:
 def _local(device: Any, num_bytes: int) -> float:
     """The faster of a kernel that reads and writes, and XLA's copy."""
     x = jax.device_put(jnp.zeros(num_bytes // 4, jnp.float32), device)
+
     # Launched back to back, so that the cost of launching is hidden.
-    seconds = min(
-        _best(lambda fn=fn: [fn(x) for _ in range(_REPEATS)])
-        for fn in (jax.jit(lambda x: x + 1), jax.jit(jnp.copy))
-    )
-    return 2 * num_bytes * _REPEATS / seconds
+    def seconds(fn: Callable[[Array], Array]) -> float:
+        return _best(lambda: [fn(x) for _ in range(_REPEATS)])
+
+    best = min(seconds(jax.jit(lambda x: x + 1)), seconds(jax.jit(jnp.copy)))
+    return 2 * num_bytes * _REPEATS / best
 
 
 def _link(devices: list[Any], num_bytes: int) -> float | None:

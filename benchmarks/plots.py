@@ -45,7 +45,6 @@ def _bars(panel: Axes, table: Table, case: Case) -> None:
             panel.barh(ys, values, height, label=who, color=_COLORS[who])
     panel.set_yticks([y + 0.4 - height / 2 for y in range(len(rows))], [row.name for row in rows])
     panel.invert_yaxis()
-    panel.set_xscale("log")
     panel.set_xlabel("microseconds")
     panel.set_title(str(case))
     if panel.has_data():

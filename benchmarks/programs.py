@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import concurrent.futures
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+Name = TypeVar("Name")
 Step = Callable[..., Any]  # (carry, *args) -> what is computed, a pytree
 
 
@@ -80,7 +81,7 @@ def combine_beside_gemms(one: Any, count: int) -> Step:
     return step
 
 
-def compile_all(programs: Mapping[str, tuple[Any, tuple]]) -> dict[str, Any]:
+def compile_all(programs: Mapping[Name, tuple[Any, tuple]]) -> dict[Name, Any]:
     """Compiles jitted functions for their arguments, all at once.
 
     Products that are in several of them should have been compiled before: XLA would try for each

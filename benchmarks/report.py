@@ -10,6 +10,8 @@ import pathlib
 import platform
 import statistics
 import sys
+from collections.abc import Sequence
+from typing import Protocol
 
 from benchmarks.cases import Case
 from benchmarks.memcpy import num_cores
@@ -103,7 +105,13 @@ def versions() -> dict:
     return {"python": platform.python_version(), **packages}
 
 
-def write(path: pathlib.Path, rows: list[Row], **more: object) -> None:
+class HasJson(Protocol):
+    """A row of some table."""
+
+    def as_json(self) -> dict: ...
+
+
+def write(path: pathlib.Path, rows: Sequence[HasJson], **more: object) -> None:
     """Writes all times and what they were measured on."""
     path.parent.mkdir(parents=True, exist_ok=True)
     report = {

@@ -133,12 +133,13 @@ class Runs:
         """Microseconds of "dispatch" or "combine"."""
         return self._race({op: self._run(op)})[op]
 
-    def exchange(self, op: str) -> None:
-        """End to end, and by phase."""
-        with self.row(op):
-            self._put(op, self.time(op))
-            with self.row(f"{op}: phases"):
-                self._put_phases(op, self._trace(op, self._run(op)))
+    def end_to_end(self, op: str) -> None:
+        """A dispatch or a combine, with nothing beside it."""
+        self._put(op, self.time(op))
+
+    def phases(self, op: str) -> None:
+        """The same by phase, from a profile."""
+        self._put_phases(op, self._trace(op, self._run(op)))
 
     def exposed(self, op: str) -> None:
         """What communication adds to a step with GEMMs between send and recv."""
@@ -149,7 +150,7 @@ class Runs:
             name = f"{op} exposed, {num:g} GEMMs"
             with self.row(name):
                 times = self._race({"beside": beside[num], "alone": alone[num]})
-                self._put(name, times["beside"] - times["alone"], **times)
+                self._put(name, times["beside"] - times["alone"], times_us=times)
                 if self.who == "ours":
                     floor = setting.floors.exposed(op, times["alone"])
                     self.table.put(self.case, name, "floor", floor)
@@ -232,7 +233,7 @@ class Runs:
             raise run
         return trace.record(run, self.plan.traces / f"{self.who}_{name}")
 
-    def _put(self, name: str, value: float | None, unit: str = "us", **detail: Any) -> None:
+    def _put(self, name: str, value: float | None, *, unit: str = "us", **detail: Any) -> None:
         self.table.put(self.case, name, self.who, value, unit=unit, **detail)
 
     def _put_phases(self, op: str, events: list[trace.Event]) -> None:

@@ -136,7 +136,7 @@ def _names(entries: list[dict]) -> tuple[dict[int, int], dict[tuple[int, int], i
         label = str(entry.get("args", {}).get("name", "")) if entry.get("ph") == "M" else ""
         if entry.get("name") == "process_name" and (gpu := re.search(r"GPU:(\d+)", label)):
             gpus[entry["pid"]] = int(gpu[1])
-        if entry.get("name") == "thread_name" and (stream := re.match(r"Stream #(\d+)", label)):
+        if entry.get("name") == "thread_name" and (stream := re.search(r"Stream #?(\d+)", label)):
             streams[entry["pid"], entry["tid"]] = int(stream[1])
     return gpus, streams
 

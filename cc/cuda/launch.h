@@ -14,14 +14,23 @@ inline constexpr int kRowThreads = 256;  // of a block that moves rows: eight wa
 
 // As many blocks as the device holds at once: each takes its share of the rows.
 template <typename Kernel>
-int FullGrid(Kernel kernel) {
+int FullGrid(Kernel kernel, int threads = kRowThreads) {
   int device = 0;
   int num_sms = 1;
   int per_sm = 1;
   (void)cudaGetDevice(&device);
   (void)cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
-  (void)cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, kRowThreads, 0);
+  (void)cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, 0);
   return num_sms * std::max(per_sm, 1);
+}
+
+// Whether the device has bulk copies (cp.async.bulk).
+inline bool HasBulkCopies() {
+  int device = 0;
+  int major = 0;
+  (void)cudaGetDevice(&device);
+  (void)cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
+  return major >= 9 && getenv("SMF_NO_BULK") == nullptr;
 }
 
 template <typename Kernel>

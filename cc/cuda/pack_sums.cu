@@ -2,16 +2,13 @@
 
 #include <cuda_runtime.h>
 
+#include "cc/cuda/bulk_sum.cuh"
 #include "cc/cuda/kernels.h"
 #include "cc/cuda/launch.h"
-#include "cc/cuda/rows.cuh"
+#include "cc/cuda/sums.cuh"
 
 namespace jax_sm_free::cuda {
 namespace {
-
-// Few loads of many warps: a row has few terms, so that each warp waits often.
-constexpr int kLoads = 2;
-constexpr int kBlocks = 4;  // on an SM
 
 // Headers, and the number of rows for each destination. One block of one thread for each rank.
 __global__ void PackSumsHeadersKernel(const RankView view, const PackSumsArgs args) {
@@ -61,38 +58,52 @@ __device__ Terms TermsOf(const RankView& view, const PackSumsArgs& args, int64_t
   return terms;
 }
 
+// Token rows in the order in which they are summed: those for the next rank of the ring first, for
+// ourselves last.
+struct RingOrder {
+  int64_t first;
+  int64_t count;
+
+  __device__ explicit RingOrder(const RankView& view)
+      : first(view.state->first_row[(view.rank + 1) % view.config.ep_size]),
+        count(view.state->first_row[view.config.ep_size]) {}
+  __device__ int64_t row(int64_t i) const {
+    return first + i < count ? first + i : first + i - count;
+  }
+};
+
 // The message for one rank after the other, so that the first leaves while the next is summed.
-template <typename T, int kWidth, bool kWeighted>
-__global__ void __launch_bounds__(kRowThreads, kBlocks)
+template <typename T, int kWidth, bool kWeighted, bool kBulk>
+__global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
     PackSumsKernel(const RankView view, const PackSumsArgs args) {
   const DeviceState* state = view.state;
   const Current current = state->current;
   if (current.failed == kNothing) return;
   const Warps warps = WarpsOfGrid();
   const int lane = threadIdx.x % kWarpSize;
+  const int32_t ep_size = view.config.ep_size;
   const int32_t top_k = view.config.top_k;
-  const Segments segments(args.matrix.row_bytes(), kLoads * kWarpSize);
-  int64_t next = warps.index;  // the items of all messages are numbered through
-  for (int32_t i = 1; i <= view.config.ep_size; ++i) {
-    const int32_t dst = (view.rank + i) % view.config.ep_size;  // ranks start at different peers
+  const RingOrder order(view);
+  const auto terms_of = [&](int64_t i) { return TermsOf(view, args, order.row(i)); };
+  SumOf<T, kWidth, kWeighted, kBulk, decltype(terms_of)> sum(args.matrix, order.count, terms_of);
+  int64_t item = warps.index;
+  int64_t end = 0;
+  for (int32_t i = 1; i <= ep_size; ++i) {
+    const int32_t dst = (view.rank + i) % ep_size;
     if (current.failed == kOk) {
       std::byte* message = OutMessage(view, current.slot, dst);
       const MessageLayout layout = LayoutOf(view.config, HeaderOf(message));
       const int64_t first = state->first_row[dst];
-      const int64_t num_items = (state->first_row[dst + 1] - first) * segments.per_row;
-      for (; next < num_items; next += warps.count) {
-        const int64_t row = segments.row_of(next);
-        const int32_t segment = segments.segment_of(next);
-        WarpSum<T, kWidth, kWeighted, kLoads>(
-            TermsOf(view, args, first + row), FirstVector<kWidth>(segments, segment),
-            EndVector<kWidth>(segments, segment, args.matrix.hidden),
-            message + layout.rows + row * layout.row_stride);
-        if (segment == 0 && args.weight_grads != nullptr && lane < top_k) {
+      end += (state->first_row[dst + 1] - first) * sum.segments().per_row;
+      for (; item < end; item += warps.count) {
+        const int64_t token_row = order.row(sum.segments().row_of(item));
+        const int64_t row = token_row - first;
+        sum.Sum(item, message + layout.rows + row * layout.row_stride);
+        if (args.weight_grads != nullptr && lane < top_k && sum.segments().segment_of(item) == 0) {
           PartOf<float>(message, layout.weight)[row * top_k + lane] =
-              args.weight_grads[(first + row) * top_k + lane];
+              args.weight_grads[token_row * top_k + lane];
         }
       }
-      next -= num_items;
     }
     if (IsLastWarp(view.state, dst) && lane == 0) Post(view, dst);
   }
@@ -103,10 +114,19 @@ struct Launch {
   const PackSumsArgs& args;
   cudaStream_t stream;
 
+  template <typename T, int kWidth, bool kWeighted, bool kBulk>
+  void Run() const {
+    constexpr int kThreads = kSumThreads<kBulk>;
+    const auto kernel = PackSumsKernel<T, kWidth, kWeighted, kBulk>;
+    static const int blocks = FullGrid(kernel, kThreads);
+    kernel<<<blocks, kThreads, 0, stream>>>(view, args);
+  }
   template <typename T, int kWidth, bool kWeighted>
   void Run() const {
-    static const int blocks = FullGrid(PackSumsKernel<T, kWidth, kWeighted>);
-    PackSumsKernel<T, kWidth, kWeighted><<<blocks, kRowThreads, 0, stream>>>(view, args);
+    if constexpr (kWidth > 1) {
+      if (GoesInBulk(args.matrix)) return Run<T, kWidth, kWeighted, true>();
+    }
+    Run<T, kWidth, kWeighted, false>();
   }
   template <typename T, int kWidth>
   void operator()() const {
@@ -118,8 +138,14 @@ struct LoadAll {
   cudaError_t* error;
   template <typename T, int kWidth>
   void operator()() const {
-    if (*error == cudaSuccess) *error = Load(PackSumsKernel<T, kWidth, true>);
-    if (*error == cudaSuccess) *error = Load(PackSumsKernel<T, kWidth, false>);
+    LoadOne<T, kWidth, true, false>();
+    LoadOne<T, kWidth, false, false>();
+    if constexpr (kWidth > 1) LoadOne<T, kWidth, true, true>();
+    if constexpr (kWidth > 1) LoadOne<T, kWidth, false, true>();
+  }
+  template <typename T, int kWidth, bool kWeighted, bool kBulk>
+  void LoadOne() const {
+    if (*error == cudaSuccess) *error = Load(PackSumsKernel<T, kWidth, kWeighted, kBulk>);
   }
 };
 

@@ -4,7 +4,7 @@
 
 #include "cc/cuda/kernels.h"
 #include "cc/cuda/launch.h"
-#include "cc/cuda/rows.cuh"
+#include "cc/cuda/sums.cuh"
 
 namespace jax_sm_free::cuda {
 namespace {

@@ -2,14 +2,14 @@
 
 #include <cuda_runtime.h>
 
+#include "cc/cuda/bulk_sum.cuh"
 #include "cc/cuda/kernels.h"
 #include "cc/cuda/launch.h"
-#include "cc/cuda/rows.cuh"
+#include "cc/cuda/sums.cuh"
 
 namespace jax_sm_free::cuda {
 namespace {
 
-constexpr int kLoads = 4;
 static_assert(kMaxRanks <= kWarpSize, "a lane for each rank");
 
 __device__ Terms TermsOf(const RankView& view, int64_t token) {
@@ -42,27 +42,33 @@ __device__ void TakeWeightGrads(const RankView& view, const SumArgs& args, int64
   args.weight_grads[token * top_k + k] = grad;
 }
 
-template <typename T, int kWidth>
-__global__ void __launch_bounds__(kRowThreads) SumKernel(const RankView view, const SumArgs args) {
+__device__ void PoisonRow(const RankView& view, const SumArgs& args, int64_t token) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int32_t top_k = view.config.top_k;
+  WarpFill(args.out + token * args.matrix.row_bytes(), 0xFF, args.matrix.row_bytes());
+  if (args.weight_grads != nullptr && lane < top_k) {
+    args.weight_grads[token * top_k + lane] = __int_as_float(-1);
+  }
+}
+
+template <typename T, int kWidth, bool kBulk>
+__global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
+    SumKernel(const RankView view, const SumArgs args) {
   const Current current = view.state->current;
   const Warps warps = WarpsOfGrid();
-  const int lane = threadIdx.x % kWarpSize;
-  const Segments segments(args.matrix.row_bytes(), kLoads * kWarpSize);
-  const int64_t num_items = args.num_tokens * segments.per_row;
-  for (int64_t item = warps.index; item < num_items; item += warps.count) {
-    const int64_t token = segments.row_of(item);
-    const int32_t segment = segments.segment_of(item);
-    std::byte* out = args.out + token * args.matrix.row_bytes();
-    if (current.failed == kOk) {
-      WarpSum<T, kWidth, false, kLoads>(
-          TermsOf(view, token), FirstVector<kWidth>(segments, segment),
-          EndVector<kWidth>(segments, segment, args.matrix.hidden), out);
-      if (segment == 0 && args.weight_grads != nullptr) TakeWeightGrads(view, args, token);
-    } else if (segment == 0) {
-      WarpFill(out, 0xFF, args.matrix.row_bytes());
-      if (args.weight_grads != nullptr && lane < view.config.top_k) {
-        args.weight_grads[token * view.config.top_k + lane] = __int_as_float(-1);
+  if (current.failed == kOk) {
+    const auto terms_of = [&](int64_t token) { return TermsOf(view, token); };
+    SumOf<T, kWidth, false, kBulk, decltype(terms_of)> sum(args.matrix, args.num_tokens, terms_of);
+    for (int64_t item = warps.index; item < sum.num_items(); item += warps.count) {
+      const int64_t token = sum.segments().row_of(item);
+      sum.Sum(item, args.out + token * args.matrix.row_bytes());
+      if (args.weight_grads != nullptr && sum.segments().segment_of(item) == 0) {
+        TakeWeightGrads(view, args, token);
       }
+    }
+  } else {
+    for (int64_t token = warps.index; token < args.num_tokens; token += warps.count) {
+      PoisonRow(view, args, token);
     }
   }
   if (current.failed != kNothing && IsLastBlock(view.state)) Acknowledge(view);
@@ -72,10 +78,20 @@ struct Launch {
   const RankView& view;
   const SumArgs& args;
   cudaStream_t stream;
+
+  template <typename T, int kWidth, bool kBulk>
+  void Run() const {
+    constexpr int kThreads = kSumThreads<kBulk>;
+    const auto kernel = SumKernel<T, kWidth, kBulk>;
+    static const int blocks = FullGrid(kernel, kThreads);
+    kernel<<<blocks, kThreads, 0, stream>>>(view, args);
+  }
   template <typename T, int kWidth>
   void operator()() const {
-    static const int blocks = FullGrid(SumKernel<T, kWidth>);
-    SumKernel<T, kWidth><<<blocks, kRowThreads, 0, stream>>>(view, args);
+    if constexpr (kWidth > 1) {
+      if (GoesInBulk(args.matrix)) return Run<T, kWidth, true>();
+    }
+    Run<T, kWidth, false>();
   }
 };
 
@@ -83,7 +99,10 @@ struct LoadAll {
   cudaError_t* error;
   template <typename T, int kWidth>
   void operator()() const {
-    if (*error == cudaSuccess) *error = Load(SumKernel<T, kWidth>);
+    if (*error == cudaSuccess) *error = Load(SumKernel<T, kWidth, false>);
+    if constexpr (kWidth > 1) {
+      if (*error == cudaSuccess) *error = Load(SumKernel<T, kWidth, true>);
+    }
   }
 };
 

@@ -1,0 +1,96 @@
+// Sums of rows by a warp: both sides of a combine.
+
+#ifndef JAX_SM_FREE_CC_CUDA_SUMS_CUH_
+#define JAX_SM_FREE_CC_CUDA_SUMS_CUH_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cc/cuda/device.cuh"
+#include "cc/cuda/elements.cuh"
+
+namespace jax_sm_free::cuda {
+
+// The terms of a sum, one in each lane whose bit is set in `present`, added in lane order.
+struct Terms {
+  unsigned present = 0;
+  const std::byte* row = nullptr;  // this lane's
+  float weight = 1;                // this lane's
+};
+
+// total += weight * loaded. kWeighted false: without the weight.
+template <bool kWeighted, typename T, int kWidth>
+__device__ void Add(float (&total)[kWidth], const Vector<T, kWidth>& loaded, float weight) {
+#pragma unroll
+  for (int c = 0; c < kWidth; ++c) {
+    const float value = ToFloat(loaded.elements[c]);
+    total[c] = __fadd_rn(total[c], kWeighted ? __fmul_rn(weight, value) : value);
+  }
+}
+
+template <typename T, int kWidth>
+__device__ Vector<T, kWidth> Cast(const float (&total)[kWidth]) {
+  Vector<T, kWidth> cast;
+#pragma unroll
+  for (int c = 0; c < kWidth; ++c) cast.elements[c] = FromFloat<T>(total[c]);
+  return cast;
+}
+
+// out = sum over the terms of weight * row, from zero, in float32, cast once: a segment of a row at
+// a time, read from memory into registers. `terms_of(row)` is called by all lanes of a warp.
+template <typename T, int kWidth, bool kWeighted, typename TermsOf>
+class DirectSum {
+ public:
+  static constexpr int kLoads = kWidth == 1 ? 1 : 2;  // of a lane in flight
+
+  __device__ DirectSum(const Matrix& matrix, int64_t num_rows, const TermsOf& terms_of)
+      : segments_(matrix.row_bytes(), 2 * kWarpSize),
+        // Rows that are not whole 16-byte words are one segment, of elements.
+        num_vectors_(static_cast<int32_t>(kWidth == 1 ? matrix.hidden : segments_.num_words)),
+        num_items_(num_rows * segments_.per_row),
+        terms_of_(terms_of) {}
+
+  __device__ const Segments& segments() const { return segments_; }
+  __device__ int64_t num_items() const { return num_items_; }
+
+  // The segment that `item` numbers, of the row that begins at `out`.
+  __device__ void Sum(int64_t item, std::byte* out) const {
+    using V = Vector<T, kWidth>;
+    const int lane = threadIdx.x % kWarpSize;
+    const Terms terms = terms_of_(segments_.row_of(item));
+    const int32_t segment = segments_.segment_of(item);
+    const int32_t end = kWidth == 1 ? num_vectors_ : segments_.end(segment);
+    for (int32_t first = kWidth == 1 ? 0 : segments_.begin(segment); first < end;
+         first += kLoads * kWarpSize) {
+      float total[kLoads][kWidth] = {};
+      for (unsigned left = terms.present; left != 0; left &= left - 1) {
+        const int source = __ffs(static_cast<int>(left)) - 1;
+        const auto* row = reinterpret_cast<const V*>(ShufflePointer(terms.row, source));
+        const float weight = kWeighted ? __shfl_sync(kFullWarp, terms.weight, source) : 1.0F;
+        V loaded[kLoads];
+#pragma unroll
+        for (int u = 0; u < kLoads; ++u) {
+          const int32_t i = first + u * kWarpSize + lane;
+          if (i < end) loaded[u] = row[i];
+        }
+#pragma unroll
+        for (int u = 0; u < kLoads; ++u) Add<kWeighted>(total[u], loaded[u], weight);
+      }
+#pragma unroll
+      for (int u = 0; u < kLoads; ++u) {
+        const int32_t i = first + u * kWarpSize + lane;
+        if (i < end) reinterpret_cast<V*>(out)[i] = Cast<T>(total[u]);
+      }
+    }
+  }
+
+ private:
+  Segments segments_;
+  int32_t num_vectors_;
+  int64_t num_items_;
+  const TermsOf& terms_of_;
+};
+
+}  // namespace jax_sm_free::cuda
+
+#endif  // JAX_SM_FREE_CC_CUDA_SUMS_CUH_
