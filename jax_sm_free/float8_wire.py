@@ -32,11 +32,12 @@ def through_float8(x: Array) -> Array:
     padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, padding)))
     groups = padded.reshape(num_tokens, num_groups, SCALE_COLUMNS)
     magnitude = jnp.abs(groups)
-    amax = magnitude.max(axis=-1, keepdims=True)  # NaN if one of them is
+    amax = magnitude.max(axis=-1, keepdims=True)
     scale = _divide(jnp.maximum(amax, MIN_AMAX), jnp.full_like(amax, MAX_FLOAT8))
     arrived = _round_to_float8(_divide(magnitude, scale)) * scale
     arrived = jnp.where(jnp.signbit(groups), -arrived, arrived).astype(x.dtype)
-    arrived = jnp.where(amax < jnp.inf, arrived, jnp.asarray(jnp.nan, x.dtype))
+    finite = jnp.isfinite(groups).all(axis=-1, keepdims=True)
+    arrived = jnp.where(finite, arrived, jnp.asarray(jnp.nan, x.dtype))
     return arrived.reshape(padded.shape)[:, :hidden]
 
 

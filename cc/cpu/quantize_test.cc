@@ -108,7 +108,7 @@ TEST(QuantizeTest, FollowsTheFormula) {
 
 TEST(QuantizeTest, EachRowHasScalesOfItsOwn) {
   const Matrix matrix{DType::kFloat32, 130};
-  std::vector<float> x(3 * 130, 1.0F);
+  std::vector<float> x(390, 1.0F);
   std::fill(x.begin() + 130, x.begin() + 260, 448.0F);
   const auto bytes = Encode(matrix.dtype, x);
   const QuantizedRows quantized(matrix, bytes.data(), 3);
@@ -131,7 +131,7 @@ TEST(QuantizeTest, TheLargestNumbersStayFinite) {
   for (const DType dtype : kDTypes) {
     for (uint32_t below = 0; below < 64; ++below) {
       const auto top = std::bit_cast<uint32_t>(std::numeric_limits<float>::max());
-      float largest = std::bit_cast<float>(top - below);
+      auto largest = std::bit_cast<float>(top - below);
       if (dtype == DType::kBFloat16) largest = std::bit_cast<float>(0x7F7F0000U - (below << 16));
       if (dtype == DType::kFloat16) largest = 65504.0F - 32.0F * static_cast<float>(below);
       const Travelled travelled = Travel(dtype, {largest, -largest});
