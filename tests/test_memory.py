@@ -88,6 +88,17 @@ def test_messages_do_not_grow_over_a_hundred_steps():
         assert max(message_bytes(buffer)) <= estimate
 
 
+@pytest.mark.gpu_only
+@pytest.mark.parametrize("num_slots", [1, 3])
+def test_gpus_take_what_was_estimated(num_slots):
+    """All at once; pages, signals and routing scratch beside the messages are within 10 %."""
+    config = dataclasses.replace(CONFIG, num_slots=num_slots, max_tokens=1024, hidden=2048)
+    estimate = smf.estimate_memory(config)
+    with support.open_buffer(config) as buffer:
+        for taken in message_bytes(buffer):
+            assert estimate.total - estimate.recv <= taken <= 1.1 * (estimate.total - estimate.recv)
+
+
 def test_message_bytes_are_those_of_the_native_layout():
     """One table in Python, one in C++: they must agree, whatever the sizes."""
     from jax_sm_free import _cpu
@@ -118,8 +129,9 @@ def test_estimates_of_a_large_configuration():
     assert estimate.messages == 2 * 8 * message
     assert smf.get_rdma_size_hint(config) == 2 * 7 * message
     received = 40000 * (7168 * 2 + 4) + (2 * 32 + 1) * 4 + (8 * 4096 * 8 + 8) * 4
+    assert estimate.stage == 2 * 7 * message
     assert estimate.recv == received
-    assert estimate.total == estimate.messages + estimate.recv
+    assert estimate.total == estimate.messages + estimate.stage + estimate.recv
 
 
 def test_results_take_what_was_estimated():

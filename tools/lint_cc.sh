@@ -8,7 +8,7 @@ find cc xla_ffi -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' |
 
 # Sources for GPUs need the headers of a CUDA toolkit, which a machine may lack.
 mapfile -t sources < <(find cc xla_ffi -name '*.cc' -not -path '*cuda*' | sort)
-sources+=(xla_ffi/cuda_stub.cc)
+sources+=(xla_ffi/cuda_stub.cc cc/cuda/status_fault.cc cc/cuda/status_fault_test.cc)
 
 flags=(
   -std=c++20 -Wall -Wextra -I.

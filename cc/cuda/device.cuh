@@ -35,8 +35,7 @@ __device__ inline std::byte* InMessage(const RankView& view, int32_t slot, int32
 // Where the message for `dst` is packed: our own rows go straight to where they are received.
 __device__ inline std::byte* OutMessage(const RankView& view, int32_t slot, int32_t dst) {
   if (dst == view.rank) return InMessage(view, slot, dst);
-  return view.base[view.rank] + view.regions.stage +
-         MessageIndex(view, slot, dst) * view.regions.message_bytes;
+  return view.base[view.rank] + StageOffset(view, slot, dst);
 }
 
 __device__ inline uint64_t* Signal(const RankView& view, int32_t slot, int32_t source) {

@@ -6,8 +6,11 @@
 //   signals  u64 [num_slots, ep_size]  from each source: kNumParts times the sequence number whose
 //            message is there, plus the part of it that came last
 //   acks     u64 [num_slots, ep_size]  from each destination: the last one it has read from this
-//   slot recv     [num_slots, ep_size] messages, by source stage    [num_slots, ep_size] messages,
-//   by destination
+//            slot
+//   noticed  u64 [num_slots, ep_size]  from each source: the last one whose notice is there
+//   notices  [num_slots, ep_size] headers and rows per expert, by source
+//   recv     [num_slots, ep_size] messages, by source
+//   stage    [num_slots, ep_size - 1] messages, by destination, around the ring
 //
 // An exchange takes the first free slot, counted from its sequence number on, so that a slot rests
 // while its peers read it: the same one on all ranks, because all issue the same calls in the same
@@ -85,7 +88,8 @@ constexpr RegionLayout RegionsOf(const Config& config) {
   regions.notices = 3 * regions.acks;
   regions.recv = regions.notices + RoundUp(num_messages * regions.notice_bytes, kPage);
   regions.stage = regions.recv + num_messages * regions.message_bytes;
-  regions.total = regions.stage + num_messages * regions.message_bytes;
+  regions.total =
+      regions.stage + int64_t{config.num_slots} * (config.ep_size - 1) * regions.message_bytes;
   return regions;
 }
 
@@ -194,6 +198,13 @@ struct RankView {
   int64_t* group_next;   // [num_local_experts]: end of the group, padding included
   uint8_t* covered;      // [max(recv_capacity, max_recv_tokens)]: rows that the layout names
 };
+
+// Where a rank packs its message for `dst`, another rank, from the start of its region.
+constexpr int64_t StageOffset(const RankView& view, int32_t slot, int32_t dst) {
+  const int32_t num_peers = view.config.ep_size - 1;
+  const int32_t peer = (dst - view.rank + num_peers) % view.config.ep_size;
+  return view.regions.stage + (int64_t{slot} * num_peers + peer) * view.regions.message_bytes;
+}
 
 }  // namespace jax_sm_free::cuda
 

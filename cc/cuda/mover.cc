@@ -103,9 +103,8 @@ bool Mover::StartCopy() {
 cudaError_t Mover::Issue(const CopyOrder& order, uint64_t number) {
   const Config& config = view_.config;
   const RegionLayout& regions = view_.regions;
-  const int64_t out = int64_t{order.slot} * config.ep_size + order.dst;
   const int64_t in = int64_t{order.slot} * config.ep_size + view_.rank;
-  const std::byte* source = view_.base[view_.rank] + regions.stage + out * regions.message_bytes;
+  const std::byte* source = view_.base[view_.rank] + StageOffset(view_, order.slot, order.dst);
   std::byte* target = view_.base[order.dst] + regions.recv + in * regions.message_bytes;
   cudaStream_t stream = streams_[order.dst];
   if (order.begin < order.end) {

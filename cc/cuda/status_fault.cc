@@ -12,9 +12,9 @@ namespace jax_sm_free::cuda {
 namespace {
 
 Fault Timeout(const Status& status, const Config& config) {
-  std::vector<bool> arrived;
+  std::vector<bool> arrived(config.ep_size);
   for (int32_t source = 0; source < config.ep_size; ++source) {
-    arrived.push_back((status.detail >> source & 1) == 0);
+    arrived[source] = (status.detail >> source & 1) == 0;
   }
   Fault fault = MissingMessages(arrived, config.timeout_s, config.timeout_s);
   fault.seen += ", whose last in this slot was of exchange " + std::to_string(status.seen);
