@@ -18,6 +18,7 @@ struct Config {
   int64_t expert_alignment = 1;  // a group's size is a multiple of this
   int64_t row_bytes = 0;         // of the widest row that travels
   double timeout_s = 100.0;      // how long a receive waits
+  bool float8_wire = false;      // rows of a dispatch travel quantised: cc/quantized.h
 
   constexpr int32_t num_local_experts() const { return num_experts / ep_size; }
   constexpr int64_t max_recv_tokens() const { return int64_t{ep_size} * max_tokens; }

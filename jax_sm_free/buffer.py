@@ -68,6 +68,7 @@ class Buffer:
         num_slots: int = 2,
         expert_alignment: int = 1,
         dtype: Any = jnp.bfloat16,
+        wire_dtype: Any = None,
         transport: str = "auto",
         timeout_s: float = 100.0,
     ) -> None:
@@ -86,6 +87,8 @@ class Buffer:
           num_slots: exchanges that may be in flight at once on a rank, 1 to 64.
           expert_alignment: groups are padded to a multiple of this many rows.
           dtype: of rows: bfloat16, float16 or float32.
+          wire_dtype: None for rows that travel in `dtype`, or float8_e4m3fn for rows that dispatch
+            quantises on their way, to half the bytes of bfloat16; see `Config` for the arithmetic.
           transport: "auto", "in_process" for CPU devices or "cuda_peer" for GPUs of this process.
           timeout_s: seconds a receive waits before it is a fault.
 
@@ -105,6 +108,7 @@ class Buffer:
             num_slots=num_slots,
             expert_alignment=expert_alignment,
             dtype=dtype,
+            wire_dtype=wire_dtype,
             timeout_s=timeout_s,
         )
         self.transport = _choose_transport(mesh, transport)
@@ -130,7 +134,8 @@ class Buffer:
         Args:
           x: [T, hidden] of the buffer's dtype, T <= max_tokens; or (values [T, A], scales [T, B])
             of any dtypes, whose rows travel as bytes and have no gradient. A row of both together
-            is at most as wide as one of the buffer's (`Config.row_bytes`).
+            is at most as wide as one of the buffer's (`Config.row_bytes`). A buffer with a
+            `wire_dtype` takes no pairs: it makes them itself.
           topk_idx: i32 [T, top_k] in [-1, num_experts); -1 selects none.
           topk_weights: f32 [T, top_k].
 

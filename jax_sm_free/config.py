@@ -16,6 +16,11 @@ MAX_NUM_SLOTS = 64
 MAX_TIMEOUT_S = 1e6
 DTYPES = ("bfloat16", "float16", "float32")
 
+# Of a float8 wire; cc/quantized.h has the same numbers.
+SCALE_COLUMNS = 128
+MIN_AMAX = 1e-4
+MAX_FLOAT8 = 448.0
+
 # A message is one header, then int32/float32 routing arrays, then the rows; every part starts on
 # a boundary of this many bytes. The byte tables themselves are in cc/layout.h.
 _PART_ALIGNMENT = 64
@@ -37,6 +42,21 @@ def _check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
     return int(value)
 
 
+def _check_wire_dtype(wire_dtype: Any) -> Any:
+    if wire_dtype is None:
+        return None
+    try:
+        checked = jnp.dtype(wire_dtype)
+    except TypeError:
+        checked = None
+    if checked != jnp.float8_e4m3fn:
+        raise TypeError(
+            "wire_dtype must be None (rows travel in dtype) or float8_e4m3fn, got "
+            f"{wire_dtype if checked is None else checked.name}"
+        )
+    return checked
+
+
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Sizes of one expert-parallel group. Frozen and hashable.
@@ -52,6 +72,23 @@ class Config:
       expert_alignment: every expert's group is padded to a multiple of this many rows.
       dtype: bfloat16, float16 or float32; the dtype of rows that are summed.
       timeout_s: seconds a receive waits for its peers before it is a fault.
+      wire_dtype: None, or float8_e4m3fn for rows that dispatch quantises (below).
+
+    With `wire_dtype=float8_e4m3fn` a dispatch sends each row of x as `hidden` values of one byte
+    and ceil(hidden / 128) scales of four; recv.x is in `dtype` again. For each 128 columns of a row
+    (the last group may be shorter), in float32, each operation IEEE and rounded to nearest:
+
+        amax  = max(max |x|, 1e-4)
+        scale = amax / 448                           448 is the largest float8_e4m3fn
+        value = float8_e4m3fn(x / scale)             ties to even; never beyond 448
+        recv.x = dtype(float32(value) * scale)
+
+    The scales are those of DeepEP's per-token cast (https://github.com/deepseek-ai/DeepEP,
+    tests/utils.py, per_token_cast_to_fp8), which multiplies by 448 / amax where this divides.
+    The bits are the same on every platform and in `reference`. A group with
+    a NaN or an infinity arrives as NaN, all of it. Only the rows of the forward dispatch are
+    quantised: combine, and the gradients of both, travel in `dtype`, and the gradient passes the
+    quantisation as if it were the identity.
 
     Raises:
       TypeError, ValueError: for a value out of range, naming it and the range.
@@ -67,6 +104,7 @@ class Config:
     expert_alignment: int = 1
     dtype: Any = jnp.bfloat16
     timeout_s: float = 100.0
+    wire_dtype: Any = None
 
     def __post_init__(self) -> None:
         def put(name: str, value: Any) -> None:
@@ -86,6 +124,7 @@ class Config:
         put("dtype", jnp.dtype(self.dtype))
         if self.dtype.name not in DTYPES:
             raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype.name}")
+        put("wire_dtype", _check_wire_dtype(self.wire_dtype))
         if not 0 < self.timeout_s <= MAX_TIMEOUT_S:
             raise ValueError(f"timeout_s must be in (0, {MAX_TIMEOUT_S}], got {self.timeout_s}")
         put("timeout_s", float(self.timeout_s))
@@ -119,8 +158,22 @@ class Config:
         return self.ep_size * self.max_tokens
 
     @property
+    def dispatched_row_bytes(self) -> int:
+        """Bytes of a row of x as a dispatch sends it, in `dtype` or in `wire_dtype` with scales."""
+        if self.wire_dtype is None:
+            return self._dtype_row_bytes
+        return self.hidden + 4 * -(-self.hidden // SCALE_COLUMNS)
+
+    @property
     def row_bytes(self) -> int:
-        """Bytes of the widest row that travels: `hidden` values of `dtype`."""
+        """Bytes of the widest row that travels; combine's, `hidden` values of `dtype`.
+
+        Also with a `wire_dtype`. (With four columns and less the scales can make that row wider.)
+        """
+        return max(self._dtype_row_bytes, self.dispatched_row_bytes)
+
+    @property
+    def _dtype_row_bytes(self) -> int:
         return self.hidden * self.dtype.itemsize
 
     @property
@@ -150,7 +203,8 @@ class Config:
             "row_bytes",
             "timeout_s",
         )
-        return {name: getattr(self, name) for name in names}
+        sizes = {name: getattr(self, name) for name in names}
+        return sizes | {"float8_wire": self.wire_dtype is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,8 +212,9 @@ class MemoryEstimate:
     """Bytes per rank; `total` is their sum.
 
     Attributes:
-      messages: messages to this rank of `num_slots` exchanges in flight, all of the largest size.
-        They live outside XLA's memory. On CPU they are taken only as far as rows are really sent,
+      messages: messages to this rank of `num_slots` exchanges in flight, all of the largest size:
+        with rows in `dtype`, whatever the `wire_dtype`, because combine sends those. They live
+        outside XLA's memory. On CPU they are taken only as far as rows are really sent,
         and each of the four kinds of exchange (dispatch, combine and the gradients of both) has
         `num_slots` of its own, so that a program with all of them in flight at once can take more.
         On GPUs all is taken when the buffer is made.
@@ -189,7 +244,7 @@ def estimate_memory(config: Config) -> MemoryEstimate:
       What follows from the sizes alone, whatever is routed where.
     """
     recv = (
-        config.recv_capacity * (config.row_bytes + 4)  # rows and their weights
+        config.recv_capacity * (config.hidden * config.dtype.itemsize + 4)  # rows, their weights
         + 4 * (2 * config.num_local_experts + 1)  # group_sizes, counts, dropped
         + 4 * (config.max_recv_tokens * config.top_k + config.ep_size)  # layout
     )

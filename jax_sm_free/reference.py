@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from jax_sm_free import checks
 from jax_sm_free.config import Config
+from jax_sm_free.float8_wire import through_float8
 from jax_sm_free.results import Layout, Received, ReceivedTokens
 
 
@@ -88,7 +89,7 @@ class Buffer:
       mesh: the mesh of the `shard_map`. It may have further axes: each group works on its own.
       axis: name of the expert-parallel axis, or a tuple of names, slowest first.
       hidden, num_experts, top_k, max_tokens, recv_capacity, num_slots, expert_alignment, dtype,
-        timeout_s: see `Config`.
+        wire_dtype, timeout_s: see `Config`.
       transport: taken for the sake of equal signatures, unused.
 
     Raises:
@@ -108,6 +109,7 @@ class Buffer:
         num_slots: int = 2,
         expert_alignment: int = 1,
         dtype: Any = jnp.bfloat16,
+        wire_dtype: Any = None,
         transport: str = "auto",
         timeout_s: float = 100.0,
     ) -> None:
@@ -123,6 +125,7 @@ class Buffer:
             num_slots=num_slots,
             expert_alignment=expert_alignment,
             dtype=dtype,
+            wire_dtype=wire_dtype,
             timeout_s=timeout_s,
         )
 
@@ -142,7 +145,8 @@ class Buffer:
         """Sends every token to the ranks of its experts. Collective.
 
         Args:
-          x: [T, H] of the buffer's dtype, or a pair (values [T, A], scales [T, B]) of any dtypes.
+          x: [T, H] of the buffer's dtype, or a pair (values [T, A], scales [T, B]) of any dtypes,
+            but no pair with a `wire_dtype`.
           topk_idx: i32 [T, K], experts in [-1, num_experts); -1 selects none. A token may name
             an expert twice.
           topk_weights: f32 [T, K].
@@ -158,6 +162,8 @@ class Buffer:
         checks.check_rows(op, self.config, x)
         num_tokens = jax.tree.leaves(x)[0].shape[0]
         checks.check_topk(op, self.config, num_tokens, topk_idx, topk_weights)
+        if self.config.wire_dtype is not None:
+            x = through_float8(x)
         return _Dispatched(x, topk_idx, topk_weights)
 
     def dispatch_recv(self, sent: Any, output: str = "experts") -> Received | ReceivedTokens:

@@ -78,12 +78,18 @@ ffi::Error DispatchSendImpl(int64_t buffer_id, ffi::RunId run, int32_t device, C
     return error;
   }
   const ConstRows rows = RowsOf(values, scales);
+  const std::optional<Matrix> quantized = QuantizedOf(call.config(), values);
   const int64_t num_tokens = topk_idx.dimensions()[0];
-  if (auto error = CheckRows(OpName(call.op), call.config(), num_tokens, rows.row_bytes());
+  if (auto error =
+          CheckDispatched(OpName(call.op), call.config(), num_tokens, rows.row_bytes(), quantized);
       error.failure()) {
     return error;
   }
   const TopK topk{topk_idx.typed_data(), topk_weights.typed_data(), num_tokens};
+  if (quantized) {
+    return ToError(DispatchSendQuantized(call, site->number, position.typed_data()[0], topk,
+                                         *quantized, rows.values, token->typed_data()));
+  }
   return ToError(
       DispatchSend(call, site->number, position.typed_data()[0], topk, rows, token->typed_data()));
 }
@@ -195,7 +201,14 @@ ffi::Future DispatchRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
       error.failure()) {
     return Failed(error);
   }
-  const ExpertsOut out{.rows = RowsOf(values, scales),
+  const std::optional<Matrix> dequantized = QuantizedOf(call.config(), *values);
+  const MutableRows x = RowsOf(values, scales);
+  if (auto error = CheckDispatched(OpName(call.op), call.config(), 0, x.row_bytes(), dequantized);
+      error.failure()) {
+    return Failed(error);
+  }
+  const ExpertsOut out{.rows = x,
+                       .dequantized = dequantized,
                        .group_sizes = group_sizes->typed_data(),
                        .counts = counts->typed_data(),
                        .weights = weights->typed_data(),
@@ -223,7 +236,14 @@ ffi::Future DispatchRecvTokensImpl(int64_t buffer_id, ffi::RunId run, int32_t de
   if (auto error = CheckLayout(OpName(call.op), call.config(), *rows, 0); error.failure()) {
     return Failed(error);
   }
-  const TokensOut out{.rows = RowsOf(values, scales),
+  const std::optional<Matrix> dequantized = QuantizedOf(call.config(), *values);
+  const MutableRows x = RowsOf(values, scales);
+  if (auto error = CheckDispatched(OpName(call.op), call.config(), 0, x.row_bytes(), dequantized);
+      error.failure()) {
+    return Failed(error);
+  }
+  const TokensOut out{.rows = x,
+                      .dequantized = dequantized,
                       .topk_idx = topk_idx->typed_data(),
                       .topk_weights = topk_weights->typed_data(),
                       .counts = counts->typed_data(),

@@ -81,18 +81,24 @@ ffi::Error DispatchSendImpl(int64_t buffer_id, int32_t device, cudaStream_t stre
   if (auto error = Locate(Op::kDispatchSend, buffer_id, device, call); error.failure())
     return error;
   const ConstRows rows = RowsOf(values, scales);
+  const std::optional<Matrix> quantized = QuantizedOf(call.config(), values);
   const int64_t num_tokens = topk_idx.dimensions()[0];
-  if (auto error = CheckRows(call.name, call.config(), num_tokens, rows.row_bytes());
+  if (auto error =
+          CheckDispatched(call.name, call.config(), num_tokens, rows.row_bytes(), quantized);
       error.failure()) {
     return error;
   }
   Begin(call, Op::kDispatchSend, Kind::kDispatch, position.typed_data(), token->typed_data(),
         stream);
   LaunchRoute(call.view(),
-              {Op::kDispatchSend, true, Kind::kDispatch, rows.row_bytes(), topk_idx.typed_data(),
-               topk_weights.typed_data(), num_tokens},
+              {Op::kDispatchSend, true, Kind::kDispatch, WireBytes(quantized, rows.row_bytes()),
+               topk_idx.typed_data(), topk_weights.typed_data(), num_tokens},
               stream);
-  LaunchPack(call.view(), {rows, num_tokens}, stream);
+  if (quantized) {
+    LaunchPackQuantized(call.view(), {*quantized, rows.values, num_tokens}, stream);
+  } else {
+    LaunchPack(call.view(), {rows, num_tokens}, stream);
+  }
   return Enqueued(call);
 }
 
@@ -174,6 +180,21 @@ ffi::Error DispatchBackwardSendImpl(int64_t buffer_id, int32_t device, cudaStrea
 
 // --------------------------------------------------------------------------------------- receives
 
+// Takes the dispatch that the token names, of rows that have `row_bytes` in the result.
+ffi::Error WaitForRows(const Call& call, int64_t row_bytes,
+                       const std::optional<Matrix>& dequantized, const F32& token,
+                       cudaStream_t stream) {
+  if (auto error = CheckDispatched(call.name, call.config(), 0, row_bytes, dequantized);
+      error.failure()) {
+    return error;
+  }
+  LaunchWait(call.view(),
+             {Op::kDispatchRecv, Kind::kDispatch, WireBytes(dequantized, row_bytes), nullptr,
+              token.typed_data()},
+             stream);
+  return ffi::Error::Success();
+}
+
 ffi::Error DispatchRecvImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
                             F32 token,                   // [kTokenSize]
                             Out<ffi::AnyBuffer> values,  // [recv_capacity, values columns]
@@ -197,11 +218,16 @@ ffi::Error DispatchRecvImpl(int64_t buffer_id, int32_t device, cudaStream_t stre
   const ExpertsOut out{RowsOf(values, scales),     group_sizes->typed_data(), counts->typed_data(),
                        weights->typed_data(),      dropped->typed_data(),     rows->typed_data(),
                        num_rows_from->typed_data()};
-  LaunchWait(
-      call.view(),
-      {Op::kDispatchRecv, Kind::kDispatch, out.rows.row_bytes(), nullptr, token.typed_data()},
-      stream);
-  LaunchUnpackExperts(call.view(), out, stream);
+  const std::optional<Matrix> dequantized = QuantizedOf(call.config(), *values);
+  if (auto error = WaitForRows(call, out.rows.row_bytes(), dequantized, token, stream);
+      error.failure()) {
+    return error;
+  }
+  if (dequantized) {
+    LaunchUnpackExpertsDequantized(call.view(), out, *dequantized, stream);
+  } else {
+    LaunchUnpackExperts(call.view(), out, stream);
+  }
   return Enqueued(call);
 }
 
@@ -223,11 +249,16 @@ ffi::Error DispatchRecvTokensImpl(int64_t buffer_id, int32_t device, cudaStream_
                       topk_weights->typed_data(), counts->typed_data(),
                       num_tokens->typed_data(),   rows->typed_data(),
                       num_rows_from->typed_data()};
-  LaunchWait(
-      call.view(),
-      {Op::kDispatchRecv, Kind::kDispatch, out.rows.row_bytes(), nullptr, token.typed_data()},
-      stream);
-  LaunchUnpackTokens(call.view(), out, stream);
+  const std::optional<Matrix> dequantized = QuantizedOf(call.config(), *values);
+  if (auto error = WaitForRows(call, out.rows.row_bytes(), dequantized, token, stream);
+      error.failure()) {
+    return error;
+  }
+  if (dequantized) {
+    LaunchUnpackTokensDequantized(call.view(), out, *dequantized, stream);
+  } else {
+    LaunchUnpackTokens(call.view(), out, stream);
+  }
   return Enqueued(call);
 }
 

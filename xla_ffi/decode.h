@@ -6,10 +6,12 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <string>
 
 #include "cc/config.h"
 #include "cc/operands.h"
+#include "cc/quantized.h"
 #include "xla/ffi/api/ffi.h"
 
 namespace jax_sm_free {
@@ -45,6 +47,12 @@ inline Matrix MatrixOf(const ffi::AnyBuffer& buffer) {
   return matrix;
 }
 
+// What `values` are where this buffer's wire quantises them.
+inline std::optional<Matrix> QuantizedOf(const Config& config, const ffi::AnyBuffer& values) {
+  if (!config.float8_wire) return std::nullopt;
+  return MatrixOf(values);
+}
+
 inline LayoutIn LayoutOf(const S32& rows, const S32& num_rows_from, int64_t num_rows) {
   return {rows.typed_data(), num_rows_from.typed_data(), static_cast<int32_t>(rows.dimensions()[1]),
           num_rows};
@@ -75,6 +83,24 @@ inline ffi::Error CheckRows(const char* op, const Config& config, int64_t num_to
   }
   return CheckSizes(op, "bytes a row, at most", row_bytes <= config.row_bytes, config.row_bytes,
                     row_bytes);
+}
+
+// Bytes that a row of a dispatch travels as.
+inline int64_t WireBytes(const std::optional<Matrix>& quantized, int64_t row_bytes) {
+  return quantized ? QuantizedRowBytes(*quantized) : row_bytes;
+}
+
+// Rows of a dispatch: `row_bytes` of values and scales, where they are, and what they travel as.
+inline ffi::Error CheckDispatched(const char* op, const Config& config, int64_t num_tokens,
+                                  int64_t row_bytes, const std::optional<Matrix>& quantized) {
+  if (!quantized) return CheckRows(op, config, num_tokens, row_bytes);
+  const int64_t expected = quantized->row_bytes();
+  if (ffi::Error error =
+          CheckSizes(op, "rows to quantise of bytes", row_bytes == expected, expected, row_bytes);
+      error.failure()) {
+    return error;
+  }
+  return CheckRows(op, config, num_tokens, WireBytes(quantized, row_bytes));
 }
 
 inline ffi::Error CheckLayout(const char* op, const Config& config, const S32& rows,

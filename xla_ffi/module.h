@@ -77,6 +77,7 @@ inline Config ToConfig(const nb::dict& sizes) {
   take("expert_alignment", config.expert_alignment);
   take("row_bytes", config.row_bytes);
   take("timeout_s", config.timeout_s);
+  take("float8_wire", config.float8_wire);
   return config;
 }
 

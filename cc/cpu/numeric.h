@@ -51,6 +51,31 @@ struct Float16 {
   }
 };
 
+// float8_e4m3fn: four bits of exponent, three of mantissa, no infinities; 0x7F is NaN.
+struct Float8E4M3 {
+  using Storage = uint8_t;
+  static float Load(uint8_t code) {
+    const uint32_t sign = uint32_t{code & 0x80U} << 24;
+    const uint32_t magnitude = code & 0x7FU;
+    const uint32_t normal = (magnitude << 20) + (120U << 23);
+    const auto subnormal = std::bit_cast<uint32_t>(static_cast<float>(magnitude) * 0x1p-9F);
+    const uint32_t finite = magnitude < 8 ? subnormal : normal;
+    return std::bit_cast<float>(sign | (magnitude == 0x7F ? 0x7FC00000U : finite));
+  }
+  static uint8_t Store(float value) {  // to nearest, ties to even, at most 448; NaN stays NaN
+    const auto bits = std::bit_cast<uint32_t>(value);
+    const uint32_t magnitude = bits & 0x7FFFFFFFU;
+    const uint32_t normal = (magnitude - (120U << 23) + 0x7FFFFU + ((magnitude >> 20) & 1U)) >> 20;
+    // 2^14 has the spacing of the subnormals, so that the addition rounds to it.
+    const uint32_t subnormal =
+        std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0x1p14F) - 0x46800000U;
+    const uint32_t rounded = magnitude < 0x3C800000U ? subnormal : normal;
+    const uint32_t finite = rounded > 0x7EU ? 0x7EU : rounded;
+    return static_cast<uint8_t>(((bits >> 24) & 0x80U) |
+                                (magnitude > 0x7F800000U ? 0x7FU : finite));
+  }
+};
+
 // A thread's floating-point mode: rounding, and whether subnormals are flushed. XLA's threads flush
 // them and ours do not, so that sums would depend on the thread without this.
 class FloatMode {

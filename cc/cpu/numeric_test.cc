@@ -144,6 +144,60 @@ TYPED_TEST(HalfTest, TheSmallestFloat32BecomesZero) {
   EXPECT_EQ(TypeParam::Type::Store(-kTiny), 0x8000);
 }
 
+// float8_e4m3fn: as above, but for what is at the top.
+
+constexpr int kFloat8Nan = 0x7F;
+
+struct Float8Rules {
+  static constexpr int kMantissaBits = 3;
+  static constexpr int kBias = 7;
+};
+
+int StoreFloat8(float value) { return Float8E4M3::Store(value); }
+
+TEST(Float8Test, LoadsEveryFiniteCodeExactlyAndStoresItAgain) {
+  EXPECT_EQ(ValueOf<Float8Rules>(0x7E), 448.0);
+  EXPECT_EQ(ValueOf<Float8Rules>(1), 0x1p-9);
+  for (int code = 0; code < kFloat8Nan; ++code) {
+    const float value = Float8E4M3::Load(static_cast<uint8_t>(code));
+    ASSERT_EQ(value, ValueOf<Float8Rules>(code));
+    ASSERT_EQ(StoreFloat8(value), code);
+    const float negative = Float8E4M3::Load(static_cast<uint8_t>(code | 0x80));
+    ASSERT_EQ(negative, -value);
+    ASSERT_TRUE(std::signbit(negative));
+    ASSERT_EQ(StoreFloat8(negative), code | 0x80);
+  }
+}
+
+TEST(Float8Test, StoresToNearestAndTiesToEven) {
+  for (int low = 0; low < kFloat8Nan - 1; ++low) {
+    const int high = low + 1;
+    const auto middle =
+        static_cast<float>((ValueOf<Float8Rules>(low) + ValueOf<Float8Rules>(high)) / 2);
+    for (const int sign : {0, 0x80}) {
+      const auto store = [sign](float value) { return StoreFloat8(sign == 0 ? value : -value); };
+      ASSERT_EQ(store(middle), sign | (low % 2 == 0 ? low : high)) << std::hex << low;
+      ASSERT_EQ(store(std::nextafter(middle, 0.0F)), sign | low) << std::hex << low;
+      ASSERT_EQ(store(std::nextafter(middle, HUGE_VALF)), sign | high) << std::hex << low;
+    }
+  }
+}
+
+TEST(Float8Test, WhatIsTooLargeBecomesTheLargest) {
+  for (const float value : {449.0F, 463.9F, 464.0F, 480.0F, 1e10F, HUGE_VALF}) {
+    EXPECT_EQ(StoreFloat8(value), 0x7E) << value;
+    EXPECT_EQ(StoreFloat8(-value), 0xFE) << value;
+  }
+}
+
+TEST(Float8Test, NanStaysNanOfItsSign) {
+  for (const uint32_t bits : {0x7F800001U, 0x7FC00000U, 0x7FFFFFFFU, 0xFF800001U, 0xFFFFFFFFU}) {
+    EXPECT_EQ(StoreFloat8(std::bit_cast<float>(bits)), kFloat8Nan | (bits >> 31 << 7));
+  }
+  EXPECT_TRUE(std::isnan(Float8E4M3::Load(0x7F)));
+  EXPECT_TRUE(std::isnan(Float8E4M3::Load(0xFF)));
+}
+
 TEST(Float32Test, LoadAndStoreChangeNothing) {
   EXPECT_EQ(Float32::Load(1.5F), 1.5F);
   EXPECT_EQ(Float32::Store(-0x1p-149F), -0x1p-149F);
@@ -191,6 +245,22 @@ TYPED_TEST(HalfTest, ConversionsDoNotDependOnTheFloatMode) {
   const FlushScope flush;
   ASSERT_FALSE(KeepsSubnormals());
   EXPECT_EQ(Conversions<typename TypeParam::Type>(), expected);
+}
+
+TEST(Float8Test, ConversionsDoNotDependOnTheFloatMode) {
+  const auto convert = [] {
+    std::vector<uint32_t> results;
+    for (uint32_t bits = 0; bits <= 0xFFFF; ++bits) {
+      results.push_back(std::bit_cast<uint32_t>(Float8E4M3::Load(static_cast<uint8_t>(bits))));
+      results.push_back(Float8E4M3::Store(std::bit_cast<float>(bits << 16)));
+      results.push_back(Float8E4M3::Store(std::bit_cast<float>(bits << 16 | 1)));
+    }
+    return results;
+  };
+  const std::vector<uint32_t> expected = convert();
+  const FlushScope flush;
+  ASSERT_FALSE(KeepsSubnormals());
+  EXPECT_EQ(convert(), expected);
 }
 
 TEST(IeeeScopeTest, KeepsSubnormalsInsideAndRestoresTheModeOutside) {

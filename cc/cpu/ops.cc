@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "cc/cpu/numeric.h"
+#include "cc/cpu/quantize.h"
 #include "cc/fault_texts.h"
 
 namespace jax_sm_free {
@@ -49,6 +50,13 @@ std::optional<Fault> DispatchSend(const HostCall& call, int64_t call_site, int32
     return PackDispatch(call.config(), route.tokens(dst), topk, dst, rows, call.rank->pool.Take());
   };
   return SendAll(call, call_site, pack, token);
+}
+
+std::optional<Fault> DispatchSendQuantized(const HostCall& call, int64_t call_site,
+                                           int32_t position, const TopK& topk, const Matrix& matrix,
+                                           const std::byte* x, float* token) {
+  const QuantizedRows quantized(matrix, x, topk.num_tokens);
+  return DispatchSend(call, call_site, position, topk, quantized.rows(), token);
 }
 
 std::optional<Fault> CombineBackwardSend(const HostCall& call, int64_t call_site, const TopK& topk,

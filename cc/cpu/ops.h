@@ -37,6 +37,11 @@ struct HostCall {
 std::optional<Fault> DispatchSend(const HostCall& call, int64_t call_site, int32_t position,
                                   const TopK& topk, const ConstRows& rows, float* token);
 
+// The same, with rows of x quantised on the way.
+std::optional<Fault> DispatchSendQuantized(const HostCall& call, int64_t call_site,
+                                           int32_t position, const TopK& topk, const Matrix& matrix,
+                                           const std::byte* x, float* token);
+
 // The same rows without routing: the gradient of a combine's result.
 std::optional<Fault> CombineBackwardSend(const HostCall& call, int64_t call_site, const TopK& topk,
                                          const ConstRows& rows, float* token);

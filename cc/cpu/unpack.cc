@@ -4,12 +4,19 @@
 #include <cstddef>
 #include <cstring>
 
+#include "cc/cpu/quantize.h"
+#include "cc/quantized.h"
 #include "cc/routing.h"
 
 namespace jax_sm_free {
 namespace {
 
-void CopyRow(const std::byte* in, const MutableRows& out, int64_t row) {
+void PutRow(const std::byte* in, const MutableRows& out, const std::optional<Matrix>& dequantized,
+            int64_t row) {
+  if (dequantized) {
+    DequantizeRow(*dequantized, in, out.values + row * out.values_bytes);
+    return;
+  }
   std::memcpy(out.values + row * out.values_bytes, in, out.values_bytes);
   if (out.scales_bytes == 0) return;
   std::memcpy(out.scales + row * out.scales_bytes, in + out.values_bytes, out.scales_bytes);
@@ -30,11 +37,14 @@ void ZeroExpertRows(const ExpertsOut& out, int64_t begin, int64_t end) {
   std::fill(out.weights + begin, out.weights + std::max(begin, end), 0.0F);
 }
 
-std::optional<Fault> CheckRowBytes(const std::vector<Message>& messages, const MutableRows& rows) {
+template <typename Out>
+std::optional<Fault> CheckRowBytes(const std::vector<Message>& messages, const Out& out) {
+  const int64_t row_bytes =
+      out.dequantized ? QuantizedRowBytes(*out.dequantized) : out.rows.row_bytes();
   for (size_t source = 0; source < messages.size(); ++source) {
     const Message& message = messages[source];
     if (auto fault = CheckMessage(message, static_cast<int32_t>(source), message.header().num_rows,
-                                  rows.row_bytes())) {
+                                  row_bytes)) {
       return fault;
     }
   }
@@ -52,7 +62,7 @@ GroupPlan PlanOf(const Config& config, const std::vector<Message>& messages) {
 
 std::optional<Fault> UnpackExperts(const Config& config, const std::vector<Message>& messages,
                                    const ExpertsOut& out) {
-  if (auto fault = CheckRowBytes(messages, out.rows)) return fault;
+  if (auto fault = CheckRowBytes(messages, out)) return fault;
   const GroupPlan plan = PlanOf(config, messages);
   int64_t end = 0;
   for (int32_t e = 0; e < config.num_local_experts(); ++e) {
@@ -78,7 +88,7 @@ std::optional<Fault> UnpackExperts(const Config& config, const std::vector<Messa
                        : plan.Row(static_cast<int32_t>(source), expert, message.position()[entry]);
         *rows++ = static_cast<int32_t>(row);
         if (row < 0) continue;
-        CopyRow(message.row(i), out.rows, row);
+        PutRow(message.row(i), out.rows, out.dequantized, row);
         out.weights[row] = message.weight()[entry];
       }
     }
@@ -89,7 +99,7 @@ std::optional<Fault> UnpackExperts(const Config& config, const std::vector<Messa
 
 std::optional<Fault> UnpackTokens(const Config& config, const std::vector<Message>& messages,
                                   const TokensOut& out) {
-  if (auto fault = CheckRowBytes(messages, out.rows)) return fault;
+  if (auto fault = CheckRowBytes(messages, out)) return fault;
   std::fill_n(out.counts, config.num_local_experts(), 0);
   int64_t next = 0;
   for (size_t source = 0; source < messages.size(); ++source) {
@@ -103,7 +113,7 @@ std::optional<Fault> UnpackTokens(const Config& config, const std::vector<Messag
     std::copy_n(message.local_expert(), num_entries, out.topk_idx + next * config.top_k);
     std::copy_n(message.weight(), num_entries, out.topk_weights + next * config.top_k);
     for (int32_t i = 0; i < num_rows; ++i, ++next) {
-      CopyRow(message.row(i), out.rows, next);
+      PutRow(message.row(i), out.rows, out.dequantized, next);
       out.layout.rows[next] = static_cast<int32_t>(next);
     }
   }

@@ -20,8 +20,10 @@ struct LayoutOut {
   int32_t* num_rows_from = nullptr;  // [ep_size]
 };
 
+// `dequantized`: what the rows are where the wire quantises them; they have no scales then.
 struct ExpertsOut {
-  MutableRows rows;                // [recv_capacity]
+  MutableRows rows;  // [recv_capacity]
+  std::optional<Matrix> dequantized = {};
   int32_t* group_sizes = nullptr;  // [num_local_experts]
   int32_t* counts = nullptr;       // [num_local_experts]
   float* weights = nullptr;        // [recv_capacity]
@@ -30,7 +32,8 @@ struct ExpertsOut {
 };
 
 struct TokensOut {
-  MutableRows rows;               // [R]
+  MutableRows rows;  // [R]
+  std::optional<Matrix> dequantized = {};
   int32_t* topk_idx = nullptr;    // [R, top_k]
   float* topk_weights = nullptr;  // [R, top_k]
   int32_t* counts = nullptr;      // [num_local_experts]
@@ -39,7 +42,7 @@ struct TokensOut {
 };
 
 // `messages` by source rank. Every element of `out` is written, unless there is a fault (without op
-// and rank): rows that are not as wide as those of `out`.
+// and rank): rows that do not travel as wide as those of `out` do.
 std::optional<Fault> UnpackExperts(const Config& config, const std::vector<Message>& messages,
                                    const ExpertsOut& out);
 std::optional<Fault> UnpackTokens(const Config& config, const std::vector<Message>& messages,

@@ -14,8 +14,9 @@ namespace jax_sm_free::cuda {
 namespace {
 
 cudaError_t LoadKernels() {
-  for (const auto load : {LoadBegin, LoadRoute, LoadPack, LoadWait, LoadPlan, LoadUnpackExperts,
-                          LoadUnpackTokens, LoadPackSums, LoadSum, LoadSpread}) {
+  for (const auto load :
+       {LoadBegin, LoadRoute, LoadPack, LoadPackQuantized, LoadWait, LoadPlan, LoadUnpackExperts,
+        LoadUnpackTokens, LoadUnpackDequantized, LoadPackSums, LoadSum, LoadSpread}) {
     if (const cudaError_t error = load(); error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -47,6 +47,16 @@ struct PackArgs {
 };
 void LaunchPack(const RankView& view, const PackArgs& args, cudaStream_t stream);
 
+// pack_quantized.cu
+
+// The same, for rows that travel as float8 with scales.
+struct PackQuantizedArgs {
+  Matrix matrix;
+  const std::byte* x;  // [num_tokens]
+  int64_t num_tokens;
+};
+void LaunchPackQuantized(const RankView& view, const PackQuantizedArgs& args, cudaStream_t stream);
+
 // wait.cu
 
 // Takes the exchange that the token names and waits for the notices of its messages. One block.
@@ -92,6 +102,14 @@ struct TokensOut {
   int32_t* num_rows_from;  // [ep_size]
 };
 void LaunchUnpackTokens(const RankView& view, const TokensOut& out, cudaStream_t stream);
+
+// unpack_dequantized.cu
+
+// Both of them for rows that came as float8 with scales: back to what `matrix` says.
+void LaunchUnpackExpertsDequantized(const RankView& view, const ExpertsOut& out,
+                                    const Matrix& matrix, cudaStream_t stream);
+void LaunchUnpackTokensDequantized(const RankView& view, const TokensOut& out, const Matrix& matrix,
+                                   cudaStream_t stream);
 
 // pack_sums.cu
 
@@ -139,10 +157,12 @@ void LaunchSpread(const RankView& view, const SpreadArgs& args, cudaStream_t str
 cudaError_t LoadBegin();
 cudaError_t LoadRoute();
 cudaError_t LoadPack();
+cudaError_t LoadPackQuantized();
 cudaError_t LoadWait();
 cudaError_t LoadPlan();
 cudaError_t LoadUnpackExperts();
 cudaError_t LoadUnpackTokens();
+cudaError_t LoadUnpackDequantized();
 cudaError_t LoadPackSums();
 cudaError_t LoadSum();
 cudaError_t LoadSpread();
