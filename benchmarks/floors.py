@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
+import jax_sm_free as smf
 from benchmarks.cases import Case, Load
 
 FORMULAS = """\
@@ -24,7 +25,6 @@ floors (rows counted from the routing, of the rank that has most):
   end to end    the longer of the wire and of all the others together
   exposed       all the others, and what the wire is longer than the GEMMs"""
 _REPEATS = 8
-_SCALE_COLUMNS = 128  # Columns that share one float32 scale on a float8 wire.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,24 +110,33 @@ def of_case(case: Case, load: Load, bandwidths: Bandwidths) -> Floors:
     sent, received = load.pairs.sum(1), load.pairs.sum(0)
     own = np.diag(load.pairs)
 
-    def local(rows: np.ndarray) -> float:
-        return float(rows.max()) * case.row_bytes / bandwidths.local * 1e6
+    row, dispatched = case.row_bytes, _dispatched_row_bytes(case)
 
-    def wire(rows: np.ndarray, row_bytes: int) -> float:
-        return float(rows.max()) * row_bytes / bandwidths.link * 1e6 if bandwidths.link else 0.0
+    def local(num_bytes: np.ndarray) -> float:
+        return float(num_bytes.max()) / bandwidths.local * 1e6
+
+    def wire(num_bytes: np.ndarray) -> float:
+        return float(num_bytes.max()) / bandwidths.link * 1e6 if bandwidths.link else 0.0
 
     return Floors(
-        route_pack=local(case.tokens + sent),
-        dispatch_wire=wire(sent - own, _wire_row_bytes(case)),
-        unpack=local(received + load.recv_capacity),
-        reduce_pack=local(load.expert_rows_of + received),
-        combine_wire=wire(received - own, case.row_bytes),
-        sum=local(sent + case.tokens),
+        route_pack=local(case.tokens * row + sent * dispatched),
+        dispatch_wire=wire((sent - own) * dispatched),
+        unpack=local(received * dispatched + load.recv_capacity * row),
+        reduce_pack=local((load.expert_rows_of + received) * row),
+        combine_wire=wire((received - own) * row),
+        sum=local((sent + case.tokens) * row),
     )
 
 
-def _wire_row_bytes(case: Case) -> int:
-    """Of a dispatched row."""
-    if case.wire_dtype is None:
-        return case.row_bytes
-    return case.hidden * jnp.dtype(case.wire_dtype).itemsize + 4 * (case.hidden // _SCALE_COLUMNS)
+def _dispatched_row_bytes(case: Case) -> int:
+    """Of a row on its way to an expert."""
+    config = smf.Config(
+        ep_size=case.ep_size,
+        hidden=case.hidden,
+        num_experts=case.num_experts,
+        top_k=case.top_k,
+        max_tokens=case.tokens,
+        dtype=case.dtype,
+        wire_dtype=case.wire_dtype,
+    )
+    return config.dispatched_row_bytes
