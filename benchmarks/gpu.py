@@ -25,6 +25,7 @@ from absl import app, flags, logging
 
 from benchmarks import floors, plots, report, rows, variants
 from benchmarks.cases import Case
+from benchmarks.deadline import deadline
 from benchmarks.layer import Widths
 from benchmarks.rows import OPS, Runs, Setting
 from benchmarks.table import CONTESTANTS, Table
@@ -52,6 +53,7 @@ _SHARED_WIDTH = flags.DEFINE_integer("shared_width", 2048, "Of the layer's dense
 _STEPS = flags.DEFINE_integer("steps", 40, "Exchanges of a loop.")
 _LAYER_STEPS = flags.DEFINE_integer("layer_steps", 3, "Layers of a loop.")
 _SECONDS = flags.DEFINE_float("seconds", 0.5, "Time for each number, once it has 5 runs.")
+_LIMIT = flags.DEFINE_float("limit", 180, "Seconds for a contestant in one case; then all ends.")
 _PROBE_MIB = flags.DEFINE_integer("probe_mib", 1024, "Array by which bandwidths are measured.")
 _RAGGED_FLAGS = flags.DEFINE_string(
     "ragged_flags", None, "XLA options for ragged, name=value,...; without, the best of several."
@@ -153,6 +155,13 @@ def _run(setting: Setting, who: str, wanted: list[str], table: Table) -> None:
         runs.close()
 
 
+def _give_up(case: Case, who: str, table: Table) -> None:
+    """Says which contestant hangs, and shows the numbers so far."""
+    error = f"expected an end within {_LIMIT.value:g} s (--limit), got none"
+    table.put(case, "all rows", who, None, error=error)
+    print(table.text(), flush=True)
+
+
 def _check_flags() -> None:
     for flag, known in ((_ROWS, ROWS), (_CONTESTANTS, CONTESTANTS), (_SWEEP, SWEEPS)):
         unknown = set(flag.value) - set(known)
@@ -194,7 +203,8 @@ def main(argv: list[str]) -> None:
         for who in _CONTESTANTS.value:
             if who != "ours" and case.wire_dtype is not None:
                 continue  # The others have no such option.
-            _run(setting, who, wanted, table)
+            with deadline(_LIMIT.value, lambda who=who, case=case: _give_up(case, who, table)):
+                _run(setting, who, wanted, table)
             print(f"{case}: {who} after {time.monotonic() - begin:.0f} s", flush=True)
     print(table.text())
     plots.draw(table, headline, out / "bench_gpu.png")

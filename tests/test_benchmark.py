@@ -170,3 +170,16 @@ def test_command(tmp_path):
     assert rows["dispatch: wire"]["ours"]["value"] is None
     assert rows["dispatch: unpack"]["floor"]["value"] > 0
     assert (tmp_path / "bench_gpu.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_hangs_is_left_and_its_numbers_kept():
+    lines = (
+        "import time",
+        "from benchmarks.deadline import deadline",
+        "with deadline(30, lambda: print('too early')): print('in time')",
+        "with deadline(0.2, lambda: print('kept', flush=True)): time.sleep(60)",
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", "\n".join(lines)], capture_output=True, text=True, timeout=30
+    )
+    assert (run.returncode, run.stdout.split()) == (1, ["in", "time", "kept"])

@@ -30,7 +30,7 @@ inline bool HasBulkCopies() {
   int major = 0;
   (void)cudaGetDevice(&device);
   (void)cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
-  return major >= 9 && getenv("SMF_NO_BULK") == nullptr;
+  return major >= 9;
 }
 
 template <typename Kernel>
