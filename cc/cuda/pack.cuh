@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cc/cuda/device.cuh"
+#include "cc/cuda/post.cuh"
 
 namespace jax_sm_free::cuda {
 

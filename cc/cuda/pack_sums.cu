@@ -5,6 +5,7 @@
 #include "cc/cuda/bulk_sum.cuh"
 #include "cc/cuda/kernels.h"
 #include "cc/cuda/launch.h"
+#include "cc/cuda/post.cuh"
 #include "cc/cuda/sums.cuh"
 
 namespace jax_sm_free::cuda {

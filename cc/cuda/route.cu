@@ -12,6 +12,7 @@
 #include "cc/cuda/device.cuh"
 #include "cc/cuda/kernels.h"
 #include "cc/cuda/launch.h"
+#include "cc/cuda/post.cuh"
 
 namespace jax_sm_free::cuda {
 namespace {

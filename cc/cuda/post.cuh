@@ -1,0 +1,59 @@
+// How a sender hands its messages over: headers and notices, and orders to the mover.
+
+#ifndef JAX_SM_FREE_CC_CUDA_POST_CUH_
+#define JAX_SM_FREE_CC_CUDA_POST_CUH_
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "cc/cuda/device.cuh"
+
+namespace jax_sm_free::cuda {
+
+// Writes the header of the message for `dst`, and the notice of it. By one thread; the notice
+// counts once SendNotice says so.
+__device__ inline void WriteHeader(const RankView& view, int32_t dst, const MessageHeader& header) {
+  const int32_t slot = view.state->current.slot;
+  *reinterpret_cast<MessageHeader*>(OutMessage(view, slot, dst)) = header;
+  *reinterpret_cast<MessageHeader*>(Notice(view, dst, slot, view.rank)) = header;
+}
+__device__ inline void SendNotice(const RankView& view, int32_t dst) {
+  const Current current = view.state->current;
+  __threadfence_system();
+  StoreRelease(Noticed(view, dst, current.slot, view.rank), current.sequence);
+}
+
+// Hands a part of a packed message over: to the mover for another rank, by a signal for our own. By
+// one thread, of the warp or block that IsLastWarp or IsLastBlock has chosen: the rows are then in
+// L2, through which copy engines read. Bytes [begin, end) of the message. Warps that end different
+// steps may post at the same time.
+__device__ inline void PostBytes(const RankView& view, int32_t dst, int part, int64_t begin,
+                                 int64_t end) {
+  DeviceState* state = view.state;
+  const Current current = state->current;
+  const uint64_t signal = SignalOf(current.sequence, part);
+  if (dst == view.rank) {
+    *Signal(view, current.slot, view.rank) = signal;  // read by later kernels of this stream
+    return;
+  }
+  const CopyOrder order{dst, current.slot, begin, end, signal};
+  uint32_t words[MailboxEntry::kWords];
+  memcpy(words, &order, sizeof(order));
+  const auto before = atomicAdd(&state->mailbox_head, 1ULL);
+  MailboxEntry* entry = view.mailbox + before % kMailboxEntries;
+  const uint64_t number = (before + 1) << 32;
+  for (int i = 0; i < MailboxEntry::kWords; ++i) StoreRelaxed(entry->words + i, number | words[i]);
+}
+
+// Hands over a message that is one part.
+__device__ inline void Post(const RankView& view, int32_t dst) {
+  const MessageHeader& header = HeaderOf(OutMessage(view, view.state->current.slot, dst));
+  const int64_t end = header.kind == kPoisonedKind ? int64_t{sizeof(MessageHeader)}
+                                                   : LayoutOf(view.config, header).total;
+  PostBytes(view, dst, kLastPart, 0, end);
+}
+
+}  // namespace jax_sm_free::cuda
+
+#endif  // JAX_SM_FREE_CC_CUDA_POST_CUH_
