@@ -35,7 +35,7 @@ PYTEST_FLAGS ?= -n 2 --dist worksteal
 # Without it, JAX complains that the CUDA compiler of the set-up finds no CUDA libraries.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help debian setup build demo bench bench-gpu test test-cc test-python test-sanitizers test-wheel \
+.PHONY: help debian setup build demo bench bench-gpu test test-gpu sanitize-gpu test-cc test-python test-sanitizers test-wheel \
   lint lint-py lint-cc docs wheel clean
 .DELETE_ON_ERROR:
 
@@ -43,6 +43,8 @@ help:
 	@echo "make build            the extension, importable from $(VENV_PYTHON)"
 	@echo "make demo             train a small mixture-of-experts model on CPU devices"
 	@echo "make test             C++ tests, then Python tests"
+	@echo "make test-gpu         the Python tests on this machine's GPUs (with CUDA=1)"
+	@echo "make sanitize-gpu     every kernel under compute-sanitizer (with CUDA=1)"
 	@echo "make test-sanitizers  C++ tests under address, thread and undefined-behaviour sanitizers"
 	@echo "make test-wheel       a wheel built for GPUs runs on a machine without CUDA"
 	@echo "make bench            benchmarks on this machine's CPU"
@@ -103,6 +105,14 @@ test-cc: setup
 
 test-python: build
 	$(VENV_PYTHON) -m pytest $(PYTEST_FLAGS)
+
+test-gpu: build
+	JAX_PLATFORMS=cuda $(VENV_PYTHON) -m pytest -n 4
+
+SANITIZE := JAX_PLATFORMS=cuda PYTHONPATH=.:tests compute-sanitizer --error-exitcode 1
+sanitize-gpu: build
+	$(SANITIZE) --tool memcheck --report-api-errors no $(VENV_PYTHON) tests/every_kernel.py
+	$(SANITIZE) --tool racecheck $(VENV_PYTHON) tests/every_kernel.py
 
 test-sanitizers: setup
 	$(BAZEL_TEST) --config=asan //...
