@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -64,17 +63,9 @@ def make_ours(case: Case, load: Load, mesh: Mesh) -> Ours:
             max_tokens=case.tokens,
             recv_capacity=load.recv_capacity,
             dtype=case.dtype,
-            **_wire_option(case),
+            wire_dtype=case.wire_dtype,
         )
     )
-
-
-def _wire_option(case: Case) -> dict[str, Any]:
-    if case.wire_dtype is None:
-        return {}
-    if "wire_dtype" not in inspect.signature(smf.Buffer).parameters:
-        raise NotImplementedError("this build's Buffer has no option wire_dtype")
-    return {"wire_dtype": jnp.dtype(case.wire_dtype)}
 
 
 def make_peer(case: Case, load: Load) -> PureJax:
