@@ -67,7 +67,7 @@ class BulkSum {
 #pragma unroll
     for (int u = 0; u < kPerLane; ++u) {
       const int32_t i = u * kWarpSize + lane;
-      if (i < size) reinterpret_cast<V*>(out)[begin + i] = Cast<T>(total[u]);
+      if (i < size) reinterpret_cast<V*>(out)[begin + i] = Cast<T>(total[u], terms.poisoned);
     }
   }
 

@@ -47,11 +47,13 @@ __global__ void PackSumsHeadersKernel(const RankView view, const PackSumsArgs ar
 __device__ Terms TermsOf(const RankView& view, const PackSumsArgs& args, int64_t i) {
   const int k = threadIdx.x % kWarpSize;
   int32_t row = k < args.layout.fanout ? args.layout.rows[i * args.layout.fanout + k] : -1;
-  if (row < -1 || row >= args.layout.num_rows) {
+  const bool bad = row < -1 || row >= args.layout.num_rows;
+  if (bad) {
     Raise(view, args.op, {FaultCode::kLayout, -1, args.layout.num_rows, row});
     row = -1;
   }
   Terms terms;
+  terms.poisoned = __any_sync(kFullWarp, bad) != 0;
   terms.present = __ballot_sync(kFullWarp, row >= 0);
   if (row < 0) return terms;
   terms.row = args.y + row * args.matrix.row_bytes();

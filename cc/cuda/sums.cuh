@@ -16,6 +16,7 @@ struct Terms {
   unsigned present = 0;
   const std::byte* row = nullptr;  // this lane's
   float weight = 1;                // this lane's
+  bool poisoned = false;           // the sum is NaN; the same in all lanes
 };
 
 // total += weight * loaded. kWeighted false: without the weight.
@@ -29,10 +30,12 @@ __device__ void Add(float (&total)[kWidth], const Vector<T, kWidth>& loaded, flo
 }
 
 template <typename T, int kWidth>
-__device__ Vector<T, kWidth> Cast(const float (&total)[kWidth]) {
+__device__ Vector<T, kWidth> Cast(const float (&total)[kWidth], bool poisoned) {
   Vector<T, kWidth> cast;
 #pragma unroll
-  for (int c = 0; c < kWidth; ++c) cast.elements[c] = FromFloat<T>(total[c]);
+  for (int c = 0; c < kWidth; ++c) {
+    cast.elements[c] = FromFloat<T>(poisoned ? __int_as_float(-1) : total[c]);
+  }
   return cast;
 }
 
@@ -79,7 +82,7 @@ class DirectSum {
 #pragma unroll
       for (int u = 0; u < kLoads; ++u) {
         const int32_t i = first + u * kWarpSize + lane;
-        if (i < end) reinterpret_cast<V*>(out)[i] = Cast<T>(total[u]);
+        if (i < end) reinterpret_cast<V*>(out)[i] = Cast<T>(total[u], terms.poisoned);
       }
     }
   }
