@@ -341,7 +341,7 @@ class Buffer:
         self._check_usable("message_bytes")
         if self._native is None:
             return 0
-        return self._native.message_bytes(self._target.buffer_id, device.local_hardware_id)
+        return self._native.message_bytes(self._target.buffer_id, _ordinal(device))
 
     # -------------------------------------------------------------------------------- inside
 
@@ -437,6 +437,11 @@ def _choose_transport(mesh: Mesh, transport: str) -> str:
     return chosen
 
 
+def _ordinal(device: Any) -> int:
+    """The number by which XLA tells a handler on which of this process's devices it runs."""
+    return int(device.id if device.platform == "cpu" else device.local_hardware_id)
+
+
 def _places(mesh: Mesh, axes: tuple[str, ...]) -> list[tuple[int, int, int] | None]:
     """For each local device its (group, rank, position in the mesh); None outside the mesh."""
     names = mesh.axis_names
@@ -445,7 +450,7 @@ def _places(mesh: Mesh, axes: tuple[str, ...]) -> list[tuple[int, int, int] | No
     size = checks.group_size(mesh, axes)
     positions = np.arange(mesh.devices.size).reshape(mesh.devices.shape)
     by_group = np.transpose(positions, order).reshape(-1, size)
-    ordinals = [device.local_hardware_id for device in mesh.devices.flat]
+    ordinals = [_ordinal(device) for device in mesh.devices.flat]
     places: list[tuple[int, int, int] | None] = [None] * (max(ordinals) + 1)
     for (group, rank), position in np.ndenumerate(by_group):
         places[ordinals[position]] = (group, rank, int(position))
