@@ -52,7 +52,7 @@ class Mover {
  private:
   using Clock = std::chrono::steady_clock;
 
-  // A copy that was enqueued: the how manieth, and when it should have moved its bytes.
+  // A copy that was enqueued: its number, and when it should have moved its bytes.
   struct Copy {
     int32_t dst = -1;
     uint64_t number = 0;
