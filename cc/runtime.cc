@@ -1,5 +1,6 @@
 #include "cc/runtime.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <utility>
 
@@ -28,6 +29,11 @@ Registry& Registry::Get() {
 int64_t Registry::NextId() {
   const std::lock_guard lock(mutex_);
   return next_id_++;
+}
+
+void Registry::SkipTo(int64_t id) {
+  const std::lock_guard lock(mutex_);
+  next_id_ = std::max(next_id_, id);
 }
 
 void Registry::Add(std::shared_ptr<Buffer> buffer) {

@@ -64,6 +64,8 @@ class Registry {
 
   // Ids are never used again, so that a program can not meet another buffer than its own.
   int64_t NextId();
+  // No id below `id` is given any more: processes agree on one for a buffer that they share.
+  void SkipTo(int64_t id);
   void Add(std::shared_ptr<Buffer> buffer);
   std::shared_ptr<Buffer> Find(int64_t id) const;  // null if it is closed or never was
   bool Close(int64_t id);                          // false if it was not open

@@ -72,6 +72,10 @@ bool Mover::IsDone(const Copy& copy) const {
          std::atomic_ref(done_[copy.dst]).load(std::memory_order_acquire) >= copy.number;
 }
 
+void Mover::ReleaseLink() {
+  if (on_its_way_.dst >= 0) crossbar_->Release(on_its_way_.dst, on_its_way_.ticket);
+}
+
 bool Mover::FinishCopy() {
   Copy& copy = on_its_way_;
   if (copy.dst < 0) return false;
@@ -79,19 +83,22 @@ bool Mover::FinishCopy() {
   // While the copy before still runs, this one cannot have begun.
   if (!IsDone(before_)) copy.end = std::max(copy.end, now + copy.length);
   if (now + kLead < copy.end && !IsDone(copy)) return false;
-  crossbar_->Release(copy.dst);
+  ReleaseLink();
   before_ = std::exchange(copy, {});
   return true;
 }
 
 bool Mover::StartCopy() {
   if (on_its_way_.dst >= 0) return false;
-  if (waiting_.empty() || !crossbar_->TryTake(waiting_.front().dst)) return false;
+  if (waiting_.empty()) return false;
+  const Crossbar::Ticket ticket = crossbar_->TryTake(waiting_.front().dst);
+  if (ticket == 0) return false;
   const CopyOrder order = waiting_.front();
   waiting_.pop_front();
   const auto seconds = std::chrono::duration<double>(seconds_per_byte_[order.dst] *
                                                      static_cast<double>(order.end - order.begin));
   on_its_way_.dst = order.dst;
+  on_its_way_.ticket = ticket;
   on_its_way_.number = before_.number + 1;
   on_its_way_.length = kStartUp + std::chrono::duration_cast<Clock::duration>(seconds);
   on_its_way_.end = Clock::now() + on_its_way_.length;
@@ -121,7 +128,8 @@ cudaError_t Mover::Issue(const CopyOrder& order, uint64_t number) {
 void Mover::Fail(cudaError_t status) {
   failed_ = true;
   waiting_.clear();
-  if (on_its_way_.dst >= 0) crossbar_->Release(std::exchange(on_its_way_, {}).dst);
+  ReleaseLink();
+  on_its_way_ = {};
   const std::lock_guard lock(mutex_);
   if (error_.empty()) error_ = cudaGetErrorString(status);
 }
@@ -133,6 +141,8 @@ cudaError_t Mover::MeasureLink(int32_t dst) {
   cudaEvent_t start = nullptr;
   cudaEvent_t stop = nullptr;
   float milliseconds = 0;
+  Crossbar::Ticket ticket = 0;
+  while ((ticket = crossbar_->TryTake(dst)) == 0) std::this_thread::yield();
   (void)cudaEventCreate(&start);
   (void)cudaEventCreate(&stop);
   for (int i = 0; i < 2; ++i) {  // the first one warms up
@@ -142,6 +152,7 @@ cudaError_t Mover::MeasureLink(int32_t dst) {
     (void)cudaEventRecord(stop, stream);
     (void)cudaEventSynchronize(stop);
   }
+  crossbar_->Release(dst, ticket);
   (void)cudaEventElapsedTime(&milliseconds, start, stop);
   (void)cudaEventDestroy(start);
   (void)cudaEventDestroy(stop);
@@ -173,7 +184,7 @@ void Mover::Run() {
     std::unique_lock lock(mutex_);
     woken_.wait_for(lock, kSleepTime);
   }
-  if (on_its_way_.dst >= 0) crossbar_->Release(on_its_way_.dst);
+  ReleaseLink();
   for (cudaStream_t stream : streams_) {
     if (stream == nullptr) continue;
     (void)cudaStreamSynchronize(stream);

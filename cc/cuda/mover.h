@@ -37,7 +37,7 @@ namespace jax_sm_free::cuda {
 class Mover {
  public:
   // `crossbar` is shared by the group. `done` u64 [ep_size] is pinned memory of this mover's alone,
-  // zeros. Measures the links to the peers, whose regions hold nothing yet.
+  // zeros. Measures the links to the peers, whose regions are there and hold no messages yet.
   Mover(int device, const RankView& view, std::shared_ptr<Crossbar> crossbar, uint64_t* done);
   ~Mover();
   Mover(const Mover&) = delete;
@@ -55,6 +55,7 @@ class Mover {
   // A copy that was enqueued: its number, and when it should have moved its bytes.
   struct Copy {
     int32_t dst = -1;
+    Crossbar::Ticket ticket = 0;
     uint64_t number = 0;
     Clock::duration length{};
     Clock::time_point end{};
@@ -62,6 +63,7 @@ class Mover {
 
   cudaError_t Prepare();
   cudaError_t MeasureLink(int32_t dst);
+  void ReleaseLink();
   void Run();
   // Each says whether it found anything to do.
   bool TakeOrder();

@@ -1,0 +1,257 @@
+#include "cc/cuda/nvshmem_buffer.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdio>
+#include <cstring>
+#include <iterator>
+#include <random>
+#include <utility>
+
+#include "cc/cuda/crossbar.h"
+#include "cc/cuda/device_scope.h"
+#include "cc/cuda/nvshmem.h"
+#include "cc/cuda/shared_memory.h"
+#include "cc/cuda/symmetric_heap.h"
+
+namespace jax_sm_free::cuda {
+namespace {
+
+Fault Refuse(std::string expected, std::string seen) {
+  return {.op = "Buffer", .expected = std::move(expected), .seen = std::move(seen), .exchange = {}};
+}
+
+// What a process tells the others first; its dropped blocks follow, i64 each.
+struct Hello {
+  char host[64];      // MemoryHost, 0-terminated
+  char links[32];     // a name that nobody else has
+  char gpu[16];       // UUID
+  char make_id[128];  // of NVSHMEM, from the first process if it has not joined
+  int64_t buffer_id;  // free here
+  int32_t pe;         // -1: not joined
+  int32_t num_pes;
+};
+
+// Waits for what is under way: NVSHMEM maps memory, and may wait for the device with locks that
+// the movers of other buffers need.
+cudaError_t Prepare(int device) {
+  cudaError_t error = cudaSetDevice(device);
+  if (error == cudaSuccess) error = cudaFree(nullptr);  // makes the context, if XLA has not
+  return error == cudaSuccess ? cudaDeviceSynchronize() : error;
+}
+
+std::string RandomName() {
+  std::random_device random;
+  char name[sizeof(Hello::links)];
+  std::snprintf(name, sizeof(name), "/jax_sm_free.%08x%08x", random(), random());
+  return name;
+}
+
+void Put(const std::string& text, char* to, size_t size) {
+  std::memcpy(to, text.data(), std::min(text.size(), size));
+}
+
+class Opening {
+ public:
+  Opening(const Processes& processes, int device, Nvshmem* nvshmem)
+      : processes_(processes), device_(device), nvshmem_(nvshmem) {}
+
+  // Tells the others of this process, and hears of them.
+  std::optional<Fault> Meet();
+  // Makes this process one of NVSHMEM's, with all others.
+  std::optional<Fault> Join();
+  // Takes this rank's region, and finds those of the others.
+  std::optional<Fault> FindRegions(int64_t bytes);
+  // Shares the group's crossbar among the processes of this host.
+  std::optional<Fault> ShareLinks();
+
+  // The first id that is free in all processes.
+  int64_t buffer_id() const;
+  const Neighbours& neighbours() const { return neighbours_; }
+  // After all have called ShareLinks.
+  void ForgetName() {
+    if (links_ != nullptr) links_->Unname();
+  }
+
+ private:
+  Result<Hello> OwnHello() const;
+  // The first process of this group on this host.
+  int32_t HostLeader() const;
+  int32_t NumProcesses() const { return static_cast<int32_t>(hellos_.size()); }
+
+  const Processes& processes_;
+  const int device_;
+  Nvshmem* const nvshmem_;
+  std::vector<Hello> hellos_;  // by process
+  SymmetricHeap::Ids dropped_by_all_;
+  std::vector<int32_t> pes_;  // by process
+  std::shared_ptr<SharedMemory> links_;
+  Neighbours neighbours_;
+};
+
+SymmetricHeap& Heap() {
+  static auto* heap = new SymmetricHeap;  // never destroyed: buffers may outlive static destructors
+  return *heap;
+}
+
+Result<Hello> Opening::OwnHello() const {
+  Hello hello{};
+  Put(MemoryHost(), hello.host, sizeof(hello.host) - 1);
+  Put(RandomName(), hello.links, sizeof(hello.links) - 1);
+  cudaDeviceProp properties{};
+  if (const cudaError_t error = cudaGetDeviceProperties(&properties, device_);
+      error != cudaSuccess) {
+    return Refuse("cudaGetDeviceProperties of device " + std::to_string(device_) + " to succeed",
+                  cudaGetErrorString(error));
+  }
+  std::memcpy(hello.gpu, properties.uuid.bytes, sizeof(hello.gpu));
+  hello.buffer_id = Registry::Get().NextId();
+  hello.pe = nvshmem_->IsJoined() ? nvshmem_->Pe() : -1;
+  hello.num_pes = hello.pe < 0 ? 0 : nvshmem_->NumPes();
+  if (processes_.index == 0 && hello.pe < 0) {
+    const Result<std::string> id = nvshmem_->MakeId();
+    if (const Fault* fault = FaultOf(id)) return *fault;
+    Put(std::get<std::string>(id), hello.make_id, sizeof(hello.make_id));
+  }
+  return hello;
+}
+
+std::optional<Fault> Opening::Meet() {
+  const Result<Hello> own = OwnHello();
+  if (const Fault* fault = FaultOf(own)) return *fault;
+  std::string text(reinterpret_cast<const char*>(&std::get<Hello>(own)), sizeof(Hello));
+  for (const int64_t id : Heap().Dropped()) {
+    text.append(reinterpret_cast<const char*>(&id), sizeof(id));
+  }
+  for (const std::string& heard : processes_.exchange(text)) {
+    if (heard.size() < sizeof(Hello)) {
+      return Refuse("a greeting of at least " + std::to_string(sizeof(Hello)) + " bytes",
+                    std::to_string(heard.size()));
+    }
+    std::memcpy(&hellos_.emplace_back(), heard.data(), sizeof(Hello));
+    SymmetricHeap::Ids dropped;
+    for (size_t at = sizeof(Hello); at + sizeof(int64_t) <= heard.size(); at += sizeof(int64_t)) {
+      int64_t id = 0;
+      std::memcpy(&id, heard.data() + at, sizeof(id));
+      if (hellos_.size() == 1 || dropped_by_all_.count(id) != 0) dropped.insert(id);
+    }
+    dropped_by_all_ = std::move(dropped);
+  }
+  for (int32_t i = 0; i < NumProcesses(); ++i) {
+    for (int32_t j = 0; j < i; ++j) {
+      if (std::memcmp(hellos_[i].gpu, hellos_[j].gpu, sizeof(Hello::gpu)) != 0) continue;
+      return Refuse("a GPU for each process",
+                    "processes " + std::to_string(j) + " and " + std::to_string(i) +
+                        " of the mesh with the same one (CUDA_VISIBLE_DEVICES, or "
+                        "local_device_ids of jax.distributed.initialize, tell them apart)");
+    }
+  }
+  return std::nullopt;
+}
+
+std::optional<Fault> Opening::Join() {
+  const bool joined = hellos_[processes_.index].pe >= 0;
+  for (const Hello& hello : hellos_) {
+    const bool as_we = (hello.pe >= 0) == joined;
+    if (as_we && (!joined || hello.num_pes == NumProcesses())) continue;
+    return Refuse("NVSHMEM to connect just the " + std::to_string(NumProcesses()) +
+                      " processes of the mesh, as the first buffer did: later ones are over the "
+                      "same processes",
+                  std::to_string(hello.num_pes) + " connected");
+  }
+  if (!joined) {
+    const std::string id(hellos_[0].make_id, sizeof(Hello::make_id));
+    if (auto fault = nvshmem_->Join(id, processes_.index, NumProcesses())) return fault;
+  }
+  for (int32_t i = 0; i < NumProcesses(); ++i) pes_.push_back(joined ? hellos_[i].pe : i);
+  return std::nullopt;
+}
+
+std::optional<Fault> Opening::FindRegions(int64_t bytes) {
+  neighbours_.memory = Heap().Take(static_cast<size_t>(bytes), dropped_by_all_,
+                                   {[this](size_t size) { return nvshmem_->Allocate(size); },
+                                    [this](void* memory) { nvshmem_->Free(memory); }});
+  if (neighbours_.memory == nullptr) {
+    return Refuse(std::to_string(bytes) + " bytes of NVSHMEM's memory",
+                  "none: XLA_PYTHON_CLIENT_MEM_FRACTION says how much of a GPU XLA leaves");
+  }
+  const int32_t own_process = processes_.index;
+  for (const int32_t process : processes_.of_rank) {
+    std::byte* region = process == own_process
+                            ? static_cast<std::byte*>(neighbours_.memory.get())
+                            : nvshmem_->PointerAt(neighbours_.memory.get(), pes_[process]);
+    if (region == nullptr) {
+      return Refuse("a pointer to the memory of process " + std::to_string(process) +
+                        " of the mesh (peer access between the GPUs of one host)",
+                    "none from nvshmem_ptr");
+    }
+    neighbours_.regions.push_back(region);
+  }
+  return std::nullopt;
+}
+
+int32_t Opening::HostLeader() const {
+  const Hello& own = hellos_[processes_.index];
+  return *std::find_if(processes_.of_rank.begin(), processes_.of_rank.end(), [&](int32_t process) {
+    return std::memcmp(hellos_[process].host, own.host, sizeof(own.host)) == 0;
+  });
+}
+
+std::optional<Fault> Opening::ShareLinks() {
+  const int32_t leader = HostLeader();
+  const std::string name = hellos_[leader].links;
+  const auto take = [&](Result<std::shared_ptr<SharedMemory>> made) -> std::optional<Fault> {
+    if (const Fault* fault = FaultOf(made)) return *fault;
+    links_ = std::get<std::shared_ptr<SharedMemory>>(std::move(made));
+    return std::nullopt;
+  };
+  if (leader == processes_.index) {
+    if (auto fault = take(SharedMemory::Create(name, sizeof(Links)))) return fault;
+  }
+  processes_.exchange("");
+  if (leader != processes_.index) {
+    if (auto fault = take(SharedMemory::Open(name, sizeof(Links)))) return fault;
+  }
+  const std::shared_ptr<Links> links(links_, static_cast<Links*>(links_->data()));
+  neighbours_.crossbar = std::make_shared<Crossbar>(links);
+  return std::nullopt;
+}
+
+int64_t Opening::buffer_id() const {
+  int64_t id = 0;
+  for (const Hello& hello : hellos_) id = std::max(id, hello.buffer_id);
+  return id;
+}
+
+}  // namespace
+
+Result<std::shared_ptr<DeviceBuffer>> OpenNvshmemBuffer(
+    const Config& config, const std::vector<std::optional<Place>>& places,
+    const std::string& library, const Processes& processes) {
+  const auto place = std::find_if(places.begin(), places.end(),
+                                  [](const auto& candidate) { return candidate.has_value(); });
+  const DeviceScope scope;
+  const auto device = static_cast<int>(std::distance(places.begin(), place));
+  if (const cudaError_t error = Prepare(device); error != cudaSuccess) {
+    return Refuse("device " + std::to_string(device) + " to be usable", cudaGetErrorString(error));
+  }
+  const Result<Nvshmem*> nvshmem = Nvshmem::Load(library);
+  if (const Fault* fault = FaultOf(nvshmem)) return *fault;
+  Opening opening(processes, device, std::get<Nvshmem*>(nvshmem));
+  if (auto fault = opening.Meet()) return *fault;
+  if (auto fault = opening.Join()) return *fault;
+  if (auto fault = opening.FindRegions(RegionsOf(config).total)) return *fault;
+  if (auto fault = opening.ShareLinks()) return *fault;
+  const int64_t id = opening.buffer_id();
+  Registry::Get().SkipTo(id + 1);
+  auto buffer = DeviceBuffer::Make(id, config, places, opening.neighbours());
+  if (FaultOf(buffer) != nullptr) return buffer;
+  // Nobody sends before all are ready to receive.
+  processes.exchange("");
+  opening.ForgetName();
+  return buffer;
+}
+
+}  // namespace jax_sm_free::cuda
