@@ -16,6 +16,7 @@ flags=(
   -isystem "$headers/jaxlib/include"
   -isystem "$headers/nanobind/include"
   -isystem "$headers/nanobind/ext/robin_map/include"
+  -isystem "$headers/libucx/include"
 )
 # Standard error is the count of warnings in headers of others, which are not shown either.
 printf '%s\0' "${sources[@]}" |
