@@ -2,6 +2,8 @@
 
 #include <dlfcn.h>
 
+#include <cstdlib>
+
 namespace jax_sm_free {
 namespace {
 
@@ -16,6 +18,9 @@ Fault LoadFault(const std::string& path) {
 }  // namespace
 
 Result<std::shared_ptr<const UcxLibrary>> UcxLibrary::Load(const std::string& path) {
+  // Else UCX patches mmap and madvise of the whole process as soon as it is loaded. It would gain a
+  // cache of registered memory for NICs; shared memory and TCP have no use for that.
+  setenv("UCX_MEM_EVENTS", "n", 0);
   // Its symbols stay its own: another UCX may be in the process.
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (handle == nullptr) return LoadFault(path);

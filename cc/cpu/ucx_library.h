@@ -37,7 +37,8 @@ namespace jax_sm_free {
   F(ucs_status_string)
 
 struct UcxLibrary {
-#define SMF_UCX_POINTER(name) decltype(&::name) name = nullptr;
+#define SMF_UCX_POINTER(name) \
+  decltype(&::name) name = nullptr;  // NOLINT(bugprone-macro-parentheses)
   SMF_UCX_FUNCTIONS(SMF_UCX_POINTER)
 #undef SMF_UCX_POINTER
 

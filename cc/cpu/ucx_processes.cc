@@ -59,8 +59,9 @@ std::string ReadText(int fd) {
   dup2(in, STDIN_FILENO);
   dup2(out, 3);  // the test framework writes to standard output
   // The report on this test program is the first process's.
-  for (const char* name : {"XML_OUTPUT_FILE", "TEST_PREMATURE_EXIT_FILE", "GTEST_OUTPUT"})
+  for (const char* name : {"XML_OUTPUT_FILE", "TEST_PREMATURE_EXIT_FILE", "GTEST_OUTPUT"}) {
     unsetenv(name);
+  }
   setenv(kSelf, std::to_string(self).c_str(), 1);
   setenv(kNumPeers, std::to_string(num_peers).c_str(), 1);
   execl("/proc/self/exe", "echo", "--gtest_also_run_disabled_tests", "--gtest_brief=1",

@@ -132,6 +132,7 @@ TEST_P(UcxWireTest, AnyThreadMaySend) {
   constexpr int kThreads = 4;
   constexpr int kEach = 200;
   std::vector<std::thread> threads;
+  threads.reserve(kThreads);
   for (int t = 0; t < kThreads; ++t) {
     threads.emplace_back([&nodes, t] {
       for (int i = 0; i < kEach; ++i) nodes[0]->Send(1, t * kEach + i, 1000 + t);
@@ -176,6 +177,7 @@ TEST_P(UcxWireTest, WhatIsSentBeforeConnectWaitsForIt) {
 TEST_P(UcxWireTest, CloseDeliversWhatWasSent) {
   Nodes nodes = ConnectedNodes(2);
   std::vector<Note> notes;
+  notes.reserve(50);
   for (int i = 0; i < 50; ++i) notes.push_back(nodes[0]->Send(1, i, MixedBytes(i)));
   nodes[0]->wire().Close();
   EXPECT_EQ(nodes[0]->num_unsent(), 0);
