@@ -23,7 +23,9 @@ extern "C" const char* __tsan_default_options() { return "ignore_noninstrumented
 namespace jax_sm_free::testing {
 
 std::string UcxLibraryPath() {
-  return std::filesystem::exists(SMF_UCX_LIBRARY) ? SMF_UCX_LIBRARY : "";
+  std::string path = SMF_UCX_LIBRARY;
+  if (!std::filesystem::exists(path)) path.clear();
+  return path;
 }
 
 std::vector<std::byte> PayloadOf(const Note& note) {
