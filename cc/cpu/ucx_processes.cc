@@ -71,15 +71,15 @@ std::string ReadText(int fd) {
 
 void RunEcho(int32_t self, int32_t num_peers) {
   Node node(self, num_peers);
-  WriteText(3, node.wire().address());
-  std::vector<std::string> addresses(num_peers);
-  for (std::string& address : addresses) address = ReadText(STDIN_FILENO);
   node.set_on_arrival([&node](Arrival arrival) {
     const auto& [src, dst, number, bytes] = arrival.note;
     const bool is_measured = number == EchoProcess::kMeasured;
     EXPECT_TRUE(is_measured || IsIntact(arrival, arrival.note));
     node.Send(arrival.peer, number, is_measured ? 0 : bytes);
   });
+  WriteText(3, node.wire().address());  // from here on, messages may come
+  std::vector<std::string> addresses(num_peers);
+  for (std::string& address : addresses) address = ReadText(STDIN_FILENO);
   node.wire().Connect(addresses);
   char byte = 0;
   while (read(STDIN_FILENO, &byte, 1) > 0) {
