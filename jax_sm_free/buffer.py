@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from jax_sm_free import autodiff, checks, primitives
+from jax_sm_free import autodiff, checks, nvshmem, primitives
 from jax_sm_free.config import Config
 from jax_sm_free.primitives import Native, RowType, Target
 from jax_sm_free.results import Layout, Received, ReceivedTokens
@@ -31,7 +31,7 @@ _abstract_ids = itertools.count(-1, -1)
 
 
 # The platform whose devices a transport connects.
-_PLATFORMS = {"in_process": "cpu", "cuda_peer": "cuda"}
+_PLATFORMS = {"in_process": "cpu", "cuda_peer": "cuda", "nvshmem": "cuda"}
 
 
 class FaultError(RuntimeError):
@@ -72,7 +72,7 @@ class Buffer:
         transport: str = "auto",
         timeout_s: float = 100.0,
     ) -> None:
-        """Opens the buffer, in this process alone: not collective.
+        """Opens the buffer: collective over the processes of the mesh, if they are several.
 
         Takes no memory for a mesh of devices that are not there (ahead-of-time compiling).
 
@@ -89,7 +89,8 @@ class Buffer:
           dtype: of rows: bfloat16, float16 or float32.
           wire_dtype: None for rows that travel in `dtype`, or float8_e4m3fn for rows that dispatch
             quantises on their way, to half the bytes of bfloat16; see `Config` for the arithmetic.
-          transport: "auto", "in_process" for CPU devices or "cuda_peer" for GPUs of this process.
+          transport: "auto", "in_process" for CPU devices, "cuda_peer" for GPUs of this process, or
+            "nvshmem" for one GPU of each of several processes.
           timeout_s: seconds a receive waits before it is a fault.
 
         Raises:
@@ -118,7 +119,14 @@ class Buffer:
             buffer_id = next(_abstract_ids)
         else:
             self._native = Native(_PLATFORMS[self.transport])
-            buffer_id = self._native.open_buffer(self.config, _places(mesh, self.axes))
+            places = _places(mesh, self.axes)
+            if self.transport == "nvshmem":
+                processes = _processes_of_group(mesh, self.axes)
+                buffer_id = nvshmem.open_buffer(
+                    self._native, mesh, self.axes, self.config, places, processes
+                )
+            else:
+                buffer_id = self._native.open_buffer(self.config, places)
         self._closer = weakref.finalize(self, _close, self._native, buffer_id)
         self._target = Target(self.config, buffer_id)
 
@@ -419,11 +427,12 @@ def _choose_transport(mesh: Mesh, transport: str) -> str:
     if platforms == {"gpu"} and all(_is_abstract(device) for device in devices):
         return "abstract"
     foreign = [device for device in devices if device.process_index != jax.process_index()]
-    if foreign:
+    if foreign and platforms != {"gpu"}:
         raise NotImplementedError(
             f"expected all devices of the mesh in this process, got {len(foreign)} of others"
         )
-    chosen = {"cpu": "in_process", "gpu": "cuda_peer"}.get(devices[0].platform)
+    on_gpus = "nvshmem" if foreign else "cuda_peer"
+    chosen = {"cpu": "in_process", "gpu": on_gpus}.get(devices[0].platform)
     if chosen is None or len(platforms) > 1:
         raise NotImplementedError(
             f"expected a mesh of CPU devices or of GPUs, got devices of {sorted(platforms)}"
@@ -433,7 +442,7 @@ def _choose_transport(mesh: Mesh, transport: str) -> str:
             f"expected transport {chosen!r} for devices of {sorted(platforms)}, got {transport!r}"
         )
     if transport == "auto":
-        _log.info("transport %r: %d %s devices of one process", chosen, len(devices), *platforms)
+        _log.info("transport %r: %d %s devices", chosen, len(devices), *platforms)
     return chosen
 
 
@@ -442,16 +451,27 @@ def _ordinal(device: Any) -> int:
     return int(device.id if device.platform == "cpu" else device.local_hardware_id)
 
 
-def _places(mesh: Mesh, axes: tuple[str, ...]) -> list[tuple[int, int, int] | None]:
-    """For each local device its (group, rank, position in the mesh); None outside the mesh."""
+def _groups(mesh: Mesh, axes: tuple[str, ...]) -> np.ndarray:
+    """[group, rank]: position in the mesh."""
     names = mesh.axis_names
     others = [name for name in names if name not in axes]
     order = [names.index(name) for name in (*others, *axes)]
-    size = checks.group_size(mesh, axes)
     positions = np.arange(mesh.devices.size).reshape(mesh.devices.shape)
-    by_group = np.transpose(positions, order).reshape(-1, size)
-    ordinals = [_ordinal(device) for device in mesh.devices.flat]
-    places: list[tuple[int, int, int] | None] = [None] * (max(ordinals) + 1)
-    for (group, rank), position in np.ndenumerate(by_group):
-        places[ordinals[position]] = (group, rank, int(position))
-    return places
+    return np.transpose(positions, order).reshape(-1, checks.group_size(mesh, axes))
+
+
+def _places(mesh: Mesh, axes: tuple[str, ...]) -> list[tuple[int, int, int] | None]:
+    """For each local device its (group, rank, position in the mesh); None outside the mesh."""
+    devices = list(mesh.devices.flat)
+    places: dict[int, tuple[int, int, int]] = {}
+    for (group, rank), position in np.ndenumerate(_groups(mesh, axes)):
+        if devices[position].process_index == jax.process_index():
+            places[_ordinal(devices[position])] = (group, rank, int(position))
+    return [places.get(ordinal) for ordinal in range(max(places) + 1)]
+
+
+def _processes_of_group(mesh: Mesh, axes: tuple[str, ...]) -> list[int]:
+    """The process of each rank of the group of this process's device."""
+    processes = np.array([device.process_index for device in mesh.devices.flat])
+    groups = processes[_groups(mesh, axes)]
+    return groups[np.any(groups == jax.process_index(), axis=1)][0].tolist()

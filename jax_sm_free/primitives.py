@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -230,6 +231,31 @@ class Native:
     def open_buffer(self, config: Config, places: list[tuple[int, int, int] | None]) -> int:
         """Makes the memory of a buffer; places: each device's (group, rank, mesh position)."""
         return int(self._module.open_buffer(config.sizes(), places))
+
+    def open_nvshmem_buffer(
+        self,
+        config: Config,
+        places: list[tuple[int, int, int] | None],
+        library: str,
+        index: int,
+        of_rank: list[int],
+        exchange: Callable[[bytes], list[bytes]],
+    ) -> int:
+        """The same over one device of each of several processes. Collective.
+
+        Args:
+          config: the sizes.
+          places: as for `open_buffer`, of this process's device alone.
+          library: the path of NVSHMEM's.
+          index: this process's number among those that open the buffer.
+          of_rank: for each rank of this process's group, the number of its process.
+          exchange: gives bytes to all processes and returns those of all, by number.
+        """
+        return int(
+            self._module.open_nvshmem_buffer(
+                config.sizes(), places, library, index, of_rank, exchange
+            )
+        )
 
     def close_buffer(self, buffer_id: int) -> None:
         """Frees a buffer; whoever waits on it ends with an error. Closing twice does nothing."""
