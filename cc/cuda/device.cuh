@@ -96,11 +96,12 @@ __device__ inline bool IsStopped(const RankView& view) {
 }
 
 // Waits until *address >= value. False after the timeout, or soon after the host said stop: what is
-// on its way still arrives. Called by any number of threads of one block; blocks nothing but this
-// block.
+// on its way still arrives. At once if an earlier wait took that long. Called by any number of
+// threads of one block; blocks nothing but this block.
 __device__ inline bool WaitFor(const RankView& view, const uint64_t* address, uint64_t value) {
   constexpr uint64_t kStopNanoseconds = 500'000'000;
   constexpr uint32_t kLooksPerStop = 1024;  // the host's memory is far
+  if (view.state->faulted == kTimedOut) return LoadAcquire(address) >= value;
   uint64_t end = Nanoseconds() + static_cast<uint64_t>(view.config.timeout_s * 1e9);
   bool stopped = false;
   for (uint32_t looks = 1; LoadAcquire(address) < value; ++looks) {
@@ -126,7 +127,8 @@ struct FaultNumbers {
 // Writes the first fault into pinned memory, where the host finds it.
 __device__ inline void Raise(const RankView& view, Op op, const FaultNumbers& fault) {
   Status* status = view.status;
-  view.state->faulted = 1;
+  const bool waited = fault.code == FaultCode::kTimeout || fault.code == FaultCode::kAckTimeout;
+  atomicMax(&view.state->faulted, static_cast<int32_t>(waited ? kTimedOut : kPoisoned));
   if (atomicCAS_system(&status->claimed, 0, 1) != 0) return;
   status->op = static_cast<int32_t>(op);
   status->peer = fault.peer;
