@@ -176,7 +176,8 @@ void DeviceBuffer::StartMovers(const std::vector<std::optional<Place>>& places) 
       crossbar = neighbours_ ? neighbours_->crossbar : std::make_shared<Crossbar>();
     }
     rank.mover =
-        std::make_unique<Mover>(static_cast<int>(device), rank.view, crossbar, rank.copies_done);
+        std::make_unique<Mover>(static_cast<int>(device), rank.view, crossbar,
+                                neighbours_ ? neighbours_->courier : nullptr, rank.copies_done);
   }
 }
 

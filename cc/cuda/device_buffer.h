@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "cc/cuda/courier.h"
 #include "cc/cuda/crossbar.h"
 #include "cc/cuda/device_state.h"
 #include "cc/cuda/mover.h"
@@ -37,9 +38,11 @@ struct DeviceRank {
 
 // What a process knows of its group where the other ranks are in other processes.
 struct Neighbours {
-  std::vector<std::byte*> regions;  // by rank, as this process reaches them; its own one, too
-  std::shared_ptr<void> memory;     // keeps them
+  // By rank, as this process reaches them, or the courier's outbox; its own one, too.
+  std::vector<std::byte*> regions;
+  std::shared_ptr<void> memory;  // keeps them
   std::shared_ptr<Crossbar> crossbar;
+  std::shared_ptr<Courier> courier;  // null if all regions are within reach
 };
 
 class DeviceBuffer : public Buffer {

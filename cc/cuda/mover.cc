@@ -26,10 +26,12 @@ constexpr int64_t kMeasuredBytes = int64_t{64} << 20;
 
 }  // namespace
 
-Mover::Mover(int device, const RankView& view, std::shared_ptr<Crossbar> crossbar, uint64_t* done)
+Mover::Mover(int device, const RankView& view, std::shared_ptr<Crossbar> crossbar,
+             std::shared_ptr<Courier> courier, uint64_t* done)
     : device_(device),
       view_(view),
       crossbar_(std::move(crossbar)),
+      courier_(std::move(courier)),
       done_(done),
       streams_(view.config.ep_size),
       seconds_per_byte_(view.config.ep_size) {
@@ -63,8 +65,16 @@ bool Mover::TakeOrder() {
     words[i] = static_cast<uint32_t>(word);
   }
   ++num_orders_;
-  if (!failed_) waiting_.push_back(std::bit_cast<CopyOrder>(words));
+  if (!failed_) Accept(std::bit_cast<CopyOrder>(words));
   return true;
+}
+
+void Mover::Accept(const CopyOrder& order) {
+  if (IsForCourier(order.dst)) {
+    courier_->Send(view_, order);
+  } else {
+    waiting_.push_back(order);
+  }
 }
 
 bool Mover::IsDone(const Copy& copy) const {
@@ -163,7 +173,7 @@ cudaError_t Mover::MeasureLink(int32_t dst) {
 cudaError_t Mover::Prepare() {
   cudaError_t status = cudaSetDevice(device_);
   for (int32_t dst = 0; dst < view_.config.ep_size && status == cudaSuccess; ++dst) {
-    if (dst == view_.rank) continue;
+    if (dst == view_.rank || IsForCourier(dst)) continue;
     status = cudaStreamCreateWithFlags(&streams_[dst], cudaStreamNonBlocking);
     if (status == cudaSuccess) status = MeasureLink(dst);
   }
@@ -176,7 +186,9 @@ void Mover::Run() {
     const bool took = TakeOrder();
     const bool finished = FinishCopy();
     const bool started = StartCopy();
-    if (took || finished || started) last_active_ = Clock::now().time_since_epoch().count();
+    const bool forwarded = courier_ != nullptr && courier_->Forward(view_);
+    if (took || finished || started || forwarded)
+      last_active_ = Clock::now().time_since_epoch().count();
     const bool busy = on_its_way_.dst >= 0 || !waiting_.empty();
     if (busy || Clock::now().time_since_epoch() - Clock::duration(last_active_) < kSpinTime) {
       continue;

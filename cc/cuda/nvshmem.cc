@@ -11,11 +11,17 @@
 namespace jax_sm_free::cuda {
 
 #define SMF_NVSHMEM_FUNCTIONS(apply) \
+  apply(nvshmem_fence);              \
   apply(nvshmem_free);               \
   apply(nvshmem_malloc);             \
   apply(nvshmem_my_pe);              \
   apply(nvshmem_n_pes);              \
   apply(nvshmem_ptr);                \
+  apply(nvshmem_putmem);             \
+  apply(nvshmem_putmem_nbi);         \
+  apply(nvshmem_uint64_p);           \
+  apply(nvshmemx_buffer_register);   \
+  apply(nvshmemx_buffer_unregister); \
   apply(nvshmemx_get_uniqueid);      \
   apply(nvshmemx_hostlib_init_attr); \
   apply(nvshmemx_init_status);       \
@@ -127,6 +133,35 @@ void Nvshmem::Free(void* memory) {
 
 std::byte* Nvshmem::PointerAt(void* memory, int pe) const {
   return static_cast<std::byte*>(functions_->nvshmem_ptr(memory, pe));
+}
+
+std::optional<Fault> Nvshmem::Register(void* memory, size_t bytes) {
+  const std::lock_guard lock(mutex_);
+  const int code = functions_->nvshmemx_buffer_register(memory, bytes);
+  if (code != 0) return CallFailed("nvshmemx_buffer_register", code);
+  return std::nullopt;
+}
+
+void Nvshmem::Unregister(void* memory) {
+  const std::lock_guard lock(mutex_);
+  (void)functions_->nvshmemx_buffer_unregister(memory);
+}
+
+void Nvshmem::Put(void* target, const void* source, size_t bytes, int pe) {
+  if (bytes == 0) return;
+  const std::lock_guard lock(mutex_);
+  functions_->nvshmem_putmem_nbi(target, source, bytes, pe);
+}
+
+void Nvshmem::PutAndWait(void* target, const void* source, size_t bytes, int pe) {
+  const std::lock_guard lock(mutex_);
+  functions_->nvshmem_putmem(target, source, bytes, pe);
+}
+
+void Nvshmem::PutSignal(void* target, uint64_t value, int pe) {
+  const std::lock_guard lock(mutex_);
+  functions_->nvshmem_fence();
+  functions_->nvshmem_uint64_p(static_cast<uint64_t*>(target), value, pe);
 }
 
 }  // namespace jax_sm_free::cuda

@@ -45,6 +45,18 @@ class Nvshmem {
   // Where this process sees the memory that `pe` has in the place of `memory`; null if nowhere.
   std::byte* PointerAt(void* memory, int pe) const;
 
+  // Lets Put take memory of this process that is not symmetric.
+  std::optional<Fault> Register(void* memory, size_t bytes);
+  void Unregister(void* memory);
+
+  // Copies to what `pe` has in the place of `target`, from symmetric or registered memory that
+  // stays as it is until the bytes are there. The host moves them, or lets a NIC do it.
+  void Put(void* target, const void* source, size_t bytes, int pe);
+  // The same, and returns when the source is free again.
+  void PutAndWait(void* target, const void* source, size_t bytes, int pe);
+  // Writes `value` in the place of `target`, behind all that was put there before.
+  void PutSignal(void* target, uint64_t value, int pe);
+
   struct Functions;
 
  private:

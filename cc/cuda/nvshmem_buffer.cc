@@ -5,11 +5,13 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <iterator>
 #include <random>
 #include <utility>
 
+#include "cc/cuda/courier.h"
 #include "cc/cuda/crossbar.h"
 #include "cc/cuda/device_scope.h"
 #include "cc/cuda/nvshmem.h"
@@ -63,7 +65,7 @@ class Opening {
   // Makes this process one of NVSHMEM's, with all others.
   std::optional<Fault> Join();
   // Takes this rank's region, and finds those of the others.
-  std::optional<Fault> FindRegions(int64_t bytes);
+  std::optional<Fault> FindRegions(const RegionLayout& regions);
   // Shares the group's crossbar among the processes of this host.
   std::optional<Fault> ShareLinks();
 
@@ -77,6 +79,8 @@ class Opening {
 
  private:
   Result<Hello> OwnHello() const;
+  // Null for memory out of reach.
+  std::byte* PointerAt(std::byte* own, int pe) const;
   // The first process of this group on this host.
   int32_t HostLeader() const;
   int32_t NumProcesses() const { return static_cast<int32_t>(hellos_.size()); }
@@ -169,27 +173,37 @@ std::optional<Fault> Opening::Join() {
   return std::nullopt;
 }
 
-std::optional<Fault> Opening::FindRegions(int64_t bytes) {
-  neighbours_.memory = Heap().Take(static_cast<size_t>(bytes), dropped_by_all_,
+std::optional<Fault> Opening::FindRegions(const RegionLayout& regions) {
+  neighbours_.memory = Heap().Take(static_cast<size_t>(regions.total), dropped_by_all_,
                                    {[this](size_t size) { return nvshmem_->Allocate(size); },
                                     [this](void* memory) { nvshmem_->Free(memory); }});
   if (neighbours_.memory == nullptr) {
-    return Refuse(std::to_string(bytes) + " bytes of NVSHMEM's memory",
+    return Refuse(std::to_string(regions.total) + " bytes of NVSHMEM's memory",
                   "none: XLA_PYTHON_CLIENT_MEM_FRACTION says how much of a GPU XLA leaves");
   }
-  const int32_t own_process = processes_.index;
+  auto* own = static_cast<std::byte*>(neighbours_.memory.get());
+  std::vector<int32_t> out_of_reach;  // PE, or -1
   for (const int32_t process : processes_.of_rank) {
-    std::byte* region = process == own_process
-                            ? static_cast<std::byte*>(neighbours_.memory.get())
-                            : nvshmem_->PointerAt(neighbours_.memory.get(), pes_[process]);
-    if (region == nullptr) {
-      return Refuse("a pointer to the memory of process " + std::to_string(process) +
-                        " of the mesh (peer access between the GPUs of one host)",
-                    "none from nvshmem_ptr");
-    }
+    std::byte* region = process == processes_.index ? own : PointerAt(own, pes_[process]);
     neighbours_.regions.push_back(region);
+    out_of_reach.push_back(region == nullptr ? pes_[process] : -1);
+  }
+  if (std::count(out_of_reach.begin(), out_of_reach.end(), -1) == std::ssize(out_of_reach)) {
+    return std::nullopt;
+  }
+  auto made = Courier::Make(nvshmem_, regions, out_of_reach);
+  if (const Fault* fault = FaultOf(made)) return *fault;
+  neighbours_.courier = std::get<std::shared_ptr<Courier>>(std::move(made));
+  for (size_t rank = 0; rank < out_of_reach.size(); ++rank) {
+    if (out_of_reach[rank] < 0) continue;
+    neighbours_.regions[rank] = neighbours_.courier->OutboxOf(static_cast<int32_t>(rank));
   }
   return std::nullopt;
+}
+
+std::byte* Opening::PointerAt(std::byte* own, int pe) const {
+  static const bool puts_alone = std::getenv("JAX_SM_FREE_NVSHMEM_PUTS") != nullptr;
+  return puts_alone ? nullptr : nvshmem_->PointerAt(own, pe);
 }
 
 int32_t Opening::HostLeader() const {
@@ -242,7 +256,7 @@ Result<std::shared_ptr<DeviceBuffer>> OpenNvshmemBuffer(
   Opening opening(processes, device, std::get<Nvshmem*>(nvshmem));
   if (auto fault = opening.Meet()) return *fault;
   if (auto fault = opening.Join()) return *fault;
-  if (auto fault = opening.FindRegions(RegionsOf(config).total)) return *fault;
+  if (auto fault = opening.FindRegions(RegionsOf(config))) return *fault;
   if (auto fault = opening.ShareLinks()) return *fault;
   const int64_t id = opening.buffer_id();
   Registry::Get().SkipTo(id + 1);
