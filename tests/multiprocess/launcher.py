@@ -79,15 +79,18 @@ class Group(Sequence[Rank]):
         states = ["running" if r.status is None else str(r.status) for r in self.ranks]
         return "\n".join([*lines, f"exit status by rank: {', '.join(states)}"])
 
-    def wait(self) -> list[Ended]:
+    def wait(self, shutdown: bool = True) -> list[Ended]:
         """Waits until every rank has ended, each as it may.
+
+        Args:
+          shutdown: whether ranks that have all ended well shut JAX down, which takes all of them.
 
         Raises:
           LaunchError: if the time is over; ranks that still run write their stacks and are killed.
         """
         if not self._wait(lambda: all(self._is_done(r) for r in self.ranks)):
             self._give_up()
-        well = not any(self._has_failed(r) for r in self.ranks)
+        well = shutdown and not any(self._has_failed(r) for r in self.ranks)
         for r in self.ranks:
             r.leave(well)
         if not self._wait(lambda: all(r.status is not None for r in self.ranks)):
