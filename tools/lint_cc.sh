@@ -11,11 +11,12 @@ mapfile -t sources < <(find cc xla_ffi -name '*.cc' -not -path '*cuda*' | sort)
 sources+=(xla_ffi/cuda_stub.cc cc/cuda/status_fault.cc cc/cuda/status_fault_test.cc)
 
 flags=(
-  -std=c++20 -Wall -Wextra -I.
+  -std=c++20 -Wall -Wextra -I. '-DSMF_UCX_LIBRARY=""'
   -isystem "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')"
   -isystem "$headers/jaxlib/include"
   -isystem "$headers/nanobind/include"
   -isystem "$headers/nanobind/ext/robin_map/include"
+  -isystem "$headers/libucx/include"
 )
 # Standard error is the count of warnings in headers of others, which are not shown either.
 printf '%s\0' "${sources[@]}" |
