@@ -7,6 +7,7 @@ the cable is all there is. Needs Linux, root, and the programs ip and tc.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import shutil
 import subprocess
@@ -64,6 +65,11 @@ class TwoHosts:
             if time.monotonic() > end:
                 raise TimeoutError(f"the cable is not up after {_UP_S} s")
             time.sleep(0.05)
+
+    def num_bytes(self) -> int:
+        """What the first host has sent so far."""
+        (link,) = json.loads(_run("ip", "-n", self._names[0], "-s", "-j", "link", "show", _CABLE))
+        return int(link["stats64"]["tx"]["bytes"])
 
     def _set(self, state: str) -> None:
         for name in self._names:
