@@ -10,7 +10,7 @@
 namespace jax_sm_free {
 
 struct Fault {
-  const char* op = "";  // the operation that saw it, as Python names it
+  std::string op = {};  // the operation that saw it, as Python names it
   int rank = -1;        // the rank that saw it
   int peer = -1;        // the rank it blames; -1 for none
   std::string expected;

@@ -16,24 +16,22 @@
 namespace jax_sm_free {
 namespace {
 
-// Returns the buffer's id.
-int64_t Register(Result<std::shared_ptr<cuda::DeviceBuffer>> made) {
+void Register(Result<std::shared_ptr<cuda::DeviceBuffer>> made) {
   if (const Fault* fault = FaultOf(made)) throw std::runtime_error(fault->Describe());
-  auto buffer = std::get<std::shared_ptr<cuda::DeviceBuffer>>(std::move(made));
-  const int64_t id = buffer->id();
-  Registry::Get().Add(std::move(buffer));
+  Registry::Get().Add(std::get<std::shared_ptr<cuda::DeviceBuffer>>(std::move(made)));
+}
+
+// Returns the buffer's id.
+int64_t OpenBuffer(const nb::dict& sizes, const PythonPlaces& places) {
+  const int64_t id = Registry::Get().NextId();
+  Register(cuda::DeviceBuffer::Make(id, ToConfig(sizes), ToPlaces(places)));
   return id;
 }
 
-int64_t OpenBuffer(const nb::dict& sizes, const PythonPlaces& places) {
-  return Register(
-      cuda::DeviceBuffer::Make(Registry::Get().NextId(), ToConfig(sizes), ToPlaces(places)));
-}
-
 // `exchange` takes and gives bytes: Processes::exchange.
-int64_t OpenNvshmemBuffer(const nb::dict& sizes, const PythonPlaces& places,
-                          const std::string& library, int32_t index,
-                          const std::vector<int32_t>& of_rank, const nb::callable& exchange) {
+void OpenNvshmemBuffer(int64_t id, const nb::dict& sizes, const PythonPlaces& places,
+                       int32_t process, const std::vector<int32_t>& process_of_rank,
+                       const std::string& library, const nb::callable& exchange) {
   const Config config = ToConfig(sizes);
   const std::vector<std::optional<Place>> by_device = ToPlaces(places);
   const auto call = [&exchange](const std::string& text) {
@@ -45,10 +43,10 @@ int64_t OpenNvshmemBuffer(const nb::dict& sizes, const PythonPlaces& places,
     }
     return heard;
   };
-  const cuda::Processes processes{index, of_rank, call};
+  const cuda::Processes processes{process, process_of_rank, call};
   // Python goes on meanwhile: the other processes may wait for a callback of a program.
   const nb::gil_scoped_release release;
-  return Register(cuda::OpenNvshmemBuffer(config, by_device, library, processes));
+  Register(cuda::OpenNvshmemBuffer(id, config, by_device, library, processes));
 }
 
 }  // namespace
@@ -58,8 +56,9 @@ NB_MODULE(_cuda, module) {
   DefineCommon(module);
   module.def("handlers", [] { return Handlers(CudaHandlers()); });
   module.def("open_buffer", &OpenBuffer, nb::arg("sizes"), nb::arg("places").none());
-  module.def("open_nvshmem_buffer", &OpenNvshmemBuffer, nb::arg("sizes"), nb::arg("places").none(),
-             nb::arg("library"), nb::arg("index"), nb::arg("of_rank"), nb::arg("exchange"));
+  module.def("open_nvshmem_buffer", &OpenNvshmemBuffer, nb::arg("id"), nb::arg("sizes"),
+             nb::arg("places").none(), nb::arg("process"), nb::arg("process_of_rank"),
+             nb::arg("library"), nb::arg("exchange"));
 }
 
 }  // namespace jax_sm_free

@@ -31,7 +31,6 @@ struct Hello {
   char links[32];     // a name that nobody else has
   char gpu[16];       // UUID
   char make_id[128];  // of NVSHMEM, from the first process if it has not joined
-  int64_t buffer_id;  // free here
   int32_t pe;         // -1: not joined
   int32_t num_pes;
 };
@@ -69,8 +68,6 @@ class Opening {
   // Shares the group's crossbar among the processes of this host.
   std::optional<Fault> ShareLinks();
 
-  // The first id that is free in all processes.
-  int64_t buffer_id() const;
   const Neighbours& neighbours() const { return neighbours_; }
   // After all have called ShareLinks.
   void ForgetName() {
@@ -111,7 +108,6 @@ Result<Hello> Opening::OwnHello() const {
                   cudaGetErrorString(error));
   }
   std::memcpy(hello.gpu, properties.uuid.bytes, sizeof(hello.gpu));
-  hello.buffer_id = Registry::Get().NextId();
   hello.pe = nvshmem_->IsJoined() ? nvshmem_->Pe() : -1;
   hello.num_pes = hello.pe < 0 ? 0 : nvshmem_->NumPes();
   if (processes_.index == 0 && hello.pe < 0) {
@@ -233,16 +229,10 @@ std::optional<Fault> Opening::ShareLinks() {
   return std::nullopt;
 }
 
-int64_t Opening::buffer_id() const {
-  int64_t id = 0;
-  for (const Hello& hello : hellos_) id = std::max(id, hello.buffer_id);
-  return id;
-}
-
 }  // namespace
 
 Result<std::shared_ptr<DeviceBuffer>> OpenNvshmemBuffer(
-    const Config& config, const std::vector<std::optional<Place>>& places,
+    int64_t id, const Config& config, const std::vector<std::optional<Place>>& places,
     const std::string& library, const Processes& processes) {
   const auto place = std::find_if(places.begin(), places.end(),
                                   [](const auto& candidate) { return candidate.has_value(); });
@@ -258,8 +248,6 @@ Result<std::shared_ptr<DeviceBuffer>> OpenNvshmemBuffer(
   if (auto fault = opening.Join()) return *fault;
   if (auto fault = opening.FindRegions(RegionsOf(config))) return *fault;
   if (auto fault = opening.ShareLinks()) return *fault;
-  const int64_t id = opening.buffer_id();
-  Registry::Get().SkipTo(id + 1);
   auto buffer = DeviceBuffer::Make(id, config, places, opening.neighbours());
   if (FaultOf(buffer) != nullptr) return buffer;
   // Nobody sends before all are ready to receive.

@@ -27,12 +27,11 @@ struct Processes {
 };
 
 // Collective over all the processes: `places` has one device, that of this process, and `library`
-// is the path of NVSHMEM's. The buffer has the same id in all of them. When one gets a fault, the
-// others must be told in the place of their next exchange. Ranks whose memory is out of reach get
-// their messages through a Courier; with JAX_SM_FREE_NVSHMEM_PUTS in the environment all do, so
-// that it can be tried on one host.
+// is the path of NVSHMEM's. When one gets a fault, the others must be told in the place of their
+// next exchange. Ranks whose memory is out of reach get their messages through a Courier; with
+// JAX_SM_FREE_NVSHMEM_PUTS in the environment all do, so that it can be tried on one host.
 Result<std::shared_ptr<DeviceBuffer>> OpenNvshmemBuffer(
-    const Config& config, const std::vector<std::optional<Place>>& places,
+    int64_t id, const Config& config, const std::vector<std::optional<Place>>& places,
     const std::string& library, const Processes& processes);
 
 }  // namespace jax_sm_free::cuda
