@@ -34,7 +34,7 @@ __global__ void BeginKernel(const RankView view, const BeginArgs args) {
       slot = (slot + 1) % num_slots;
       ++tried;
     }
-    state->current = {sequence, slot, kOk};
+    state->current = {sequence, slot, kOk, 0};
     if (tried == num_slots) {
       Raise(view, args.op, {FaultCode::kSlots});
       state->current.failed = kNothing;

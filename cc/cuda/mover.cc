@@ -22,6 +22,9 @@ constexpr std::chrono::microseconds kLead{6};
 // A copy's own time, however small.
 constexpr std::chrono::microseconds kStartUp{3};
 
+// Numbers of orders wrap: from here on, one is of the round before.
+constexpr uint32_t kFarAhead = uint32_t{1} << 31;
+
 constexpr int64_t kMeasuredBytes = int64_t{64} << 20;
 
 }  // namespace
@@ -61,7 +64,13 @@ bool Mover::TakeOrder() {
   std::array<uint32_t, MailboxEntry::kWords> words;
   for (size_t i = 0; i < words.size(); ++i) {
     const uint64_t word = std::atomic_ref(entry.words[i]).load(std::memory_order_acquire);
-    if (word >> 32 != ((num_orders_ + 1) & 0xFFFFFFFF)) return false;
+    const auto ahead = static_cast<uint32_t>(word >> 32) - static_cast<uint32_t>(num_orders_ + 1);
+    if (ahead != 0) {
+      // The mailbox went round while the driver held this thread up; what it lost was read in
+      // place.
+      if (ahead < kFarAhead) num_orders_ += ahead;
+      return false;
+    }
     words[i] = static_cast<uint32_t>(word);
   }
   ++num_orders_;
@@ -121,7 +130,8 @@ cudaError_t Mover::Issue(const CopyOrder& order, uint64_t number) {
   const Config& config = view_.config;
   const RegionLayout& regions = view_.regions;
   const int64_t in = int64_t{order.slot} * config.ep_size + view_.rank;
-  const std::byte* source = view_.base[view_.rank] + StageOffset(view_, order.slot, order.dst);
+  const std::byte* source =
+      view_.base[view_.rank] + StageOffset(view_, order.slot, view_.rank, order.dst);
   std::byte* target = view_.base[order.dst] + regions.recv + in * regions.message_bytes;
   cudaStream_t stream = streams_[order.dst];
   if (order.begin < order.end) {
@@ -134,7 +144,7 @@ cudaError_t Mover::Issue(const CopyOrder& order, uint64_t number) {
   return WriteBehind(stream, {{{signal, order.signal}, {done_ + order.dst, number}}});
 }
 
-// Nothing more is sent: peers run into their timeout, and are not kept from each other's links.
+// Nothing more is copied: peers read what is posted in place, until a call or a check raises this.
 void Mover::Fail(cudaError_t status) {
   failed_ = true;
   waiting_.clear();
