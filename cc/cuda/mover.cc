@@ -193,12 +193,11 @@ cudaError_t Mover::Prepare() {
 void Mover::Run() {
   (void)cudaSetDevice(device_);
   while (!stop_) {
-    const bool took = TakeOrder();
-    const bool finished = FinishCopy();
-    const bool started = StartCopy();
-    const bool forwarded = courier_ != nullptr && courier_->Forward(view_);
-    if (took || finished || started || forwarded)
-      last_active_ = Clock::now().time_since_epoch().count();
+    bool active = TakeOrder();
+    active |= FinishCopy();
+    active |= StartCopy();
+    if (courier_ != nullptr) active |= courier_->Forward(view_);
+    if (active) last_active_ = Clock::now().time_since_epoch().count();
     const bool busy = on_its_way_.dst >= 0 || !waiting_.empty();
     if (busy || Clock::now().time_since_epoch() - Clock::duration(last_active_) < kSpinTime) {
       continue;
