@@ -21,6 +21,8 @@
 namespace jax_sm_free::cuda {
 namespace {
 
+constexpr size_t kHeapStep = size_t{512} << 20;  // NVSHMEM_CUMEM_GRANULARITY
+
 Fault Refuse(std::string expected, std::string seen) {
   return {.op = "Buffer", .expected = std::move(expected), .seen = std::move(seen), .exchange = {}};
 }
@@ -76,6 +78,8 @@ class Opening {
 
  private:
   Result<Hello> OwnHello() const;
+  // Refuses in all processes if one has too little: NVSHMEM would hang.
+  std::optional<Fault> TakeMemory(size_t bytes);
   // Null for memory out of reach.
   std::byte* PointerAt(std::byte* own, int pe) const;
   // The first process of this group on this host.
@@ -169,14 +173,32 @@ std::optional<Fault> Opening::Join() {
   return std::nullopt;
 }
 
+std::optional<Fault> Opening::TakeMemory(size_t bytes) {
+  size_t free_bytes = 0;
+  size_t all_bytes = 0;
+  (void)cudaMemGetInfo(&free_bytes, &all_bytes);
+  const std::vector<std::string> free_mib = processes_.exchange(std::to_string(free_bytes >> 20));
+  const auto allocate = [&](size_t size, size_t growth) -> void* {
+    const size_t needed_mib = (growth + kHeapStep - 1) / kHeapStep * (kHeapStep >> 20);
+    for (const std::string& mib : free_mib) {
+      if (std::stoull(mib) < needed_mib) return nullptr;
+    }
+    return nvshmem_->Allocate(size);
+  };
+  neighbours_.memory = Heap().Take(bytes, dropped_by_all_,
+                                   {allocate, [this](void* memory) { nvshmem_->Free(memory); }});
+  if (neighbours_.memory != nullptr) return std::nullopt;
+  std::string seen;
+  for (const std::string& mib : free_mib) seen += (seen.empty() ? "" : ", ") + mib;
+  return Refuse(std::to_string(bytes >> 20) + " MiB for messages on each GPU, in steps of " +
+                    std::to_string(kHeapStep >> 20) + " MiB",
+                seen +
+                    " MiB free, by process; XLA_PYTHON_CLIENT_MEM_FRACTION says how much XLA "
+                    "takes");
+}
+
 std::optional<Fault> Opening::FindRegions(const RegionLayout& regions) {
-  neighbours_.memory = Heap().Take(static_cast<size_t>(regions.total), dropped_by_all_,
-                                   {[this](size_t size) { return nvshmem_->Allocate(size); },
-                                    [this](void* memory) { nvshmem_->Free(memory); }});
-  if (neighbours_.memory == nullptr) {
-    return Refuse(std::to_string(regions.total) + " bytes of NVSHMEM's memory",
-                  "none: XLA_PYTHON_CLIENT_MEM_FRACTION says how much of a GPU XLA leaves");
-  }
+  if (auto fault = TakeMemory(static_cast<size_t>(regions.total))) return fault;
   auto* own = static_cast<std::byte*>(neighbours_.memory.get());
   std::vector<int32_t> out_of_reach;  // PE, or -1
   for (const int32_t process : processes_.of_rank) {

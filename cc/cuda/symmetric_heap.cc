@@ -1,5 +1,7 @@
 #include "cc/cuda/symmetric_heap.h"
 
+#include <algorithm>
+
 namespace jax_sm_free::cuda {
 
 SymmetricHeap::Ids SymmetricHeap::Dropped() const {
@@ -27,12 +29,16 @@ std::shared_ptr<void> SymmetricHeap::Take(size_t bytes, const Ids& dropped_by_al
   }
   for (const int64_t id : dropped_by_all) {
     functions.free(blocks_.at(id).memory);
+    allocated_bytes_ -= blocks_.at(id).bytes;
     blocks_.erase(id);
   }
   // An id is used up where there is no memory, too: others may have got some.
   const int64_t id = next_id_++;
-  void* memory = functions.allocate(bytes);
+  const size_t needed = allocated_bytes_ + bytes;
+  void* memory = functions.allocate(bytes, std::max(needed, most_bytes_) - most_bytes_);
   if (memory == nullptr) return nullptr;
+  allocated_bytes_ = needed;
+  most_bytes_ = std::max(most_bytes_, needed);
   blocks_[id] = {memory, bytes};
   return Use(id);
 }

@@ -22,7 +22,8 @@ class SymmetricHeap {
  public:
   using Ids = std::set<int64_t>;
   struct Functions {
-    std::function<void*(size_t)> allocate;
+    // Bytes, and those of them for which the heap has to grow: what was freed stays with it.
+    std::function<void*(size_t, size_t)> allocate;
     std::function<void(void*)> free;
   };
 
@@ -43,6 +44,8 @@ class SymmetricHeap {
 
   mutable std::mutex mutex_;
   int64_t next_id_ = 0;
+  size_t allocated_bytes_ = 0;  // now
+  size_t most_bytes_ = 0;       // ever
   std::map<int64_t, Block> blocks_;
 };
 

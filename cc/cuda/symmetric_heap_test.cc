@@ -15,8 +15,9 @@ using Ids = SymmetricHeap::Ids;
 class SymmetricHeapTest : public ::testing::Test {
  protected:
   std::shared_ptr<void> Take(size_t bytes, const Ids& dropped_by_all) {
-    const auto allocate = [this](size_t size) -> void* {
+    const auto allocate = [this](size_t size, size_t growth) -> void* {
       allocated_.push_back(size);
+      growth_.push_back(growth);
       return is_full_ ? nullptr : &memory_[allocated_.size()];
     };
     return heap_.Take(bytes, dropped_by_all, {allocate, [this](void*) { ++num_freed_; }});
@@ -25,6 +26,7 @@ class SymmetricHeapTest : public ::testing::Test {
   SymmetricHeap heap_;
   std::array<char, 16> memory_{};  // addresses alone
   std::vector<size_t> allocated_;
+  std::vector<size_t> growth_;
   int num_freed_ = 0;
   bool is_full_ = false;
 };
@@ -53,6 +55,7 @@ TEST_F(SymmetricHeapTest, FreesWhatAllHaveDroppedBeforeItAllocates) {
   EXPECT_EQ(heap_.Dropped(), Ids{2});
   EXPECT_NE(Take(16, {2}), nullptr);
   EXPECT_EQ(allocated_, (std::vector<size_t>{64, 32, 16, 128}));
+  EXPECT_EQ(growth_, (std::vector<size_t>{64, 32, 16, 32}));
 }
 
 TEST_F(SymmetricHeapTest, IdsStayTheSameWhereOneHasNoMemory) {
