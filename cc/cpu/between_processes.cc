@@ -40,11 +40,19 @@ BetweenProcesses::BetweenProcesses(Place place, const Config& config, Wire* wire
       on_end_(std::move(on_end)),
       in_step_(RanksHere(place_)) {}
 
-std::optional<Fault> BetweenProcesses::Begin(const Exchange& exchange, int32_t rank,
+std::optional<Fault> BetweenProcesses::Begin(Op op, const Exchange& exchange, int32_t rank,
                                              std::shared_ptr<const CallSite> site) {
-  const std::lock_guard lock(mutex_);
-  if (ended_) return ended_;
-  return in_step_.Check(exchange.key, std::move(site), rank);
+  std::optional<Fault> fault;
+  {
+    const std::lock_guard lock(mutex_);
+    if (ended_) return ended_;
+    fault = in_step_.Check(exchange.key, std::move(site), rank);
+  }
+  if (!fault) return std::nullopt;
+  fault->op = OpName(op);
+  fault->exchange = exchange.Describe();
+  End(*fault, /*tell=*/true);
+  return fault;
 }
 
 std::optional<Fault> BetweenProcesses::Send(const ExchangeKey& key, int32_t src, int32_t dst,
@@ -114,7 +122,7 @@ void BetweenProcesses::OnMessage(int32_t process, const MessageNote& note, Block
   } else if (!message) {
     fault = MalformedMessage(note.src, std::to_string(bytes) + " bytes that are none");
   } else {
-    fault = Accept(process, note, std::move(*message));
+    fault = Accept(note, std::move(*message));
   }
   if (!fault) return;
   fault->op = "receive";
@@ -122,8 +130,7 @@ void BetweenProcesses::OnMessage(int32_t process, const MessageNote& note, Block
   End(*fault, /*tell=*/true);
 }
 
-std::optional<Fault> BetweenProcesses::Accept(int32_t /*process*/, const MessageNote& note,
-                                              Message message) {
+std::optional<Fault> BetweenProcesses::Accept(const MessageNote& note, Message message) {
   {
     const std::lock_guard lock(mutex_);
     if (ended_) return std::nullopt;

@@ -46,7 +46,7 @@ class BetweenProcesses : public Transport, public std::enable_shared_from_this<B
   static std::shared_ptr<BetweenProcesses> Make(Place place, const Config& config, Wire* wire,
                                                 OnEnd on_end);
 
-  std::optional<Fault> Begin(const Exchange& exchange, int32_t rank,
+  std::optional<Fault> Begin(Op op, const Exchange& exchange, int32_t rank,
                              std::shared_ptr<const CallSite> site) override;
   std::optional<Fault> Send(const ExchangeKey& key, int32_t src, int32_t dst,
                             Message message) override;
@@ -65,7 +65,7 @@ class BetweenProcesses : public Transport, public std::enable_shared_from_this<B
 
   bool IsHere(int32_t rank) const { return place_.process_of[rank] == place_.process; }
   bool IsRank(int32_t rank) const { return rank >= 0 && rank < config_.ep_size; }
-  std::optional<Fault> Accept(int32_t process, const MessageNote& note, Message message);
+  std::optional<Fault> Accept(const MessageNote& note, Message message);
   void End(const Fault& fault, bool tell);
   void Tell(const Fault& fault);
 

@@ -49,7 +49,7 @@ std::vector<Message> InProcess::TakeMessages(const ExchangeKey& key, int32_t dst
   return messages;
 }
 
-std::optional<Fault> InProcess::Begin(const Exchange& /*exchange*/, int32_t /*rank*/,
+std::optional<Fault> InProcess::Begin(Op /*op*/, const Exchange& /*exchange*/, int32_t /*rank*/,
                                       std::shared_ptr<const CallSite> /*site*/) {
   return std::nullopt;  // ranks of one process name an exchange alike
 }

@@ -40,7 +40,7 @@ class InProcess : public Transport, public std::enable_shared_from_this<InProces
         on_fail_(std::move(on_fail)),
         lost_(ep_size) {}
 
-  std::optional<Fault> Begin(const Exchange& exchange, int32_t rank,
+  std::optional<Fault> Begin(Op op, const Exchange& exchange, int32_t rank,
                              std::shared_ptr<const CallSite> site) override;
   std::optional<Fault> Send(const ExchangeKey& key, int32_t src, int32_t dst,
                             Message message) override;

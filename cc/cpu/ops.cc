@@ -27,9 +27,7 @@ std::optional<Fault> SendAll(const HostCall& call, int64_t call_site, Pack pack,
     return Fail(call, call.run, *fault);
   }
   const auto& exchange = std::get<Exchange>(begun);
-  if (auto fault = rank.transport->Begin(exchange, rank.rank, call.site)) {
-    return Fail(call, call.run, *fault);
-  }
+  if (auto fault = rank.transport->Begin(call.op, exchange, rank.rank, call.site)) return fault;
   for (int32_t i = 0; i < call.config().ep_size; ++i) {
     // Starting behind the own rank spreads the senders over the receivers.
     const int32_t dst = (rank.rank + 1 + i) % call.config().ep_size;

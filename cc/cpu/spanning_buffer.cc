@@ -46,10 +46,18 @@ void SpanningBuffer::AddTransports(const Processes& processes) {
 }
 
 void SpanningBuffer::OnEnd(const Group& group, const Fault& fault) {
-  RecordFault(fault);
+  {
+    const std::lock_guard lock(mutex_);
+    if (!fault_) fault_ = fault.Describe();
+  }
   for (const std::unique_ptr<HostRank>& rank : group) {
     if (rank != nullptr) rank->ledger.MarkAllFailed();
   }
+}
+
+std::optional<std::string> SpanningBuffer::TakeFault() {
+  const std::lock_guard lock(mutex_);
+  return fault_;
 }
 
 void SpanningBuffer::Close() {

@@ -41,6 +41,9 @@ class SpanningBuffer : public HostBuffer {
   // The peers see that this process has gone.
   void Close() override;
 
+  // The buffer ends with its first fault, and keeps it.
+  std::optional<std::string> TakeFault() override;
+
  private:
   SpanningBuffer(int64_t id, const Config& config, const std::vector<std::optional<Place>>& places)
       : HostBuffer(id, config, places, RunNames::kCounted) {}
@@ -54,6 +57,7 @@ class SpanningBuffer : public HostBuffer {
   void OnMessage(int32_t process, Wire::Header header, BlockPool::Block payload, int64_t bytes);
 
   mutable std::mutex mutex_;
+  std::optional<std::string> fault_;
   std::vector<std::shared_ptr<BetweenProcesses>> transports_;  // by group; null where none is here
   std::unique_ptr<Wire> wire_;
 };

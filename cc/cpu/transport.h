@@ -28,8 +28,9 @@ class Transport {
 
   virtual ~Transport() = default;
 
-  // Before the sends of `rank` in an exchange. `site`: null where only processes need it.
-  virtual std::optional<Fault> Begin(const Exchange& exchange, int32_t rank,
+  // Before the sends of `rank` in an exchange. `site`: null where all ranks are in one process. The
+  // run's fault if it has failed, or fails by this.
+  virtual std::optional<Fault> Begin(Op op, const Exchange& exchange, int32_t rank,
                                      std::shared_ptr<const CallSite> site) = 0;
 
   // Puts a message into the inbox of `dst`. The run's fault if it has failed.
