@@ -117,7 +117,7 @@ def _open_ucx(native: Native, mesh: Mesh, axes: tuple[str, ...], config: Config)
                 bootstrap.index,
                 len(bootstrap.processes),
                 _by_rank(mesh, axes, lambda device, _: index(device.process_index)),
-                _ucx_library(),
+                ucx_library(),
             )
             native.connect(buffer_id, bootstrap.exchange(native.address(buffer_id)))
     except BaseException:
@@ -127,7 +127,7 @@ def _open_ucx(native: Native, mesh: Mesh, axes: tuple[str, ...], config: Config)
     return buffer_id
 
 
-def _ucx_library() -> str:
+def ucx_library() -> str:
     """The path of libucp.so.0, of the pip package libucx-cu13."""
     spec = importlib.util.find_spec("libucx")
     if spec is None or not spec.submodule_search_locations:

@@ -16,7 +16,7 @@ import pytest
 import support
 
 import jax_sm_free
-from jax_sm_free import reference
+from jax_sm_free import reference, transports
 from jax_sm_free.doctor import exchange, libraries, machine, network
 from jax_sm_free.doctor.findings import Examination, note, ok, problem, report
 
@@ -215,7 +215,11 @@ def test_nics(tmp_path):
 
 
 def test_libraries_that_several_processes_need(monkeypatch):
-    monkeypatch.setattr(libraries, "_find", lambda *_: None)
+    def no_ucx():
+        raise ImportError("there is no libucx")
+
+    monkeypatch.setattr(libraries, "_find_nvshmem", lambda: None)
+    monkeypatch.setattr(transports, "ucx_library", no_ucx)
     checks = {"cpu": libraries.check_ucx, "gpu": libraries.check_nvshmem}
     for platform, check in checks.items():
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)

@@ -11,12 +11,13 @@ from collections.abc import Iterator
 
 import jax
 
+from jax_sm_free import transports
 from jax_sm_free.doctor.findings import Finding, note, ok, problem
 
 
 def check_nvshmem() -> Iterator[Finding]:
     """GPUs of several processes need it."""
-    path = _find("nvidia.nvshmem", "lib/libnvshmem_host.so.3", "nvshmem_host")
+    path = _find_nvshmem()
     if path is None:
         needed = jax.default_backend() == "gpu" and jax.process_count() > 1
         yield _missing("NVSHMEM", "nvidia-nvshmem-cu13", needed)
@@ -28,8 +29,9 @@ def check_nvshmem() -> Iterator[Finding]:
 
 def check_ucx() -> Iterator[Finding]:
     """CPU devices of several processes need it."""
-    path = _find("libucx", "lib/libucp.so.0", "ucp")
-    if path is None:
+    try:
+        path = transports.ucx_library()
+    except ImportError:
         needed = jax.default_backend() == "cpu" and jax.process_count() > 1
         yield _missing("UCX", "libucx-cu13", needed)
         return
@@ -48,14 +50,14 @@ def _missing(name: str, package: str, needed: bool) -> Finding:
     return problem(f"{text}, and several processes need it") if needed else note(text)
 
 
-def _find(package: str, name: str, system_name: str) -> str | None:
-    """The library of a pip package, or else the system's."""
+def _find_nvshmem() -> str | None:
+    """The library of the pip package, or else the system's."""
     try:
-        spec = importlib.util.find_spec(package)
-    except ModuleNotFoundError:  # of the package around it
+        spec = importlib.util.find_spec("nvidia.nvshmem")
+    except ModuleNotFoundError:  # no package of NVIDIA at all
         spec = None
     for folder in (spec and spec.submodule_search_locations) or ():
-        path = pathlib.Path(folder) / name
+        path = pathlib.Path(folder, "lib", "libnvshmem_host.so.3")
         if path.exists():
             return str(path)
-    return ctypes.util.find_library(system_name)
+    return ctypes.util.find_library("nvshmem_host")

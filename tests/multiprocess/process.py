@@ -9,6 +9,8 @@ import subprocess
 import threading
 from collections.abc import Callable
 
+from rank import ENDED
+
 TIMEOUT_S = 60.0
 # How long after its end a process's output may still come.
 _DRAIN_S = 10.0
@@ -69,12 +71,16 @@ class Rank:
             return any(who == self.number and text in line for who, line in self._log.lines)
 
     def wait_for(self, text: str, seconds: float = TIMEOUT_S) -> None:
-        """Returns when the rank has written a line that contains `text`, now or before."""
-        done = lambda: self.has_written(text) or self.status is not None  # noqa: E731
-        self._log.wait(done, seconds)
+        """Returns when the rank has written a line that contains `text`, now or before.
+
+        Raises:
+          LaunchError: if its program ends without, or the time.
+        """
+        has_ended = lambda: self.status is not None or self.has_written(ENDED)  # noqa: E731
+        self._log.wait(lambda: self.has_written(text) or has_ended(), seconds)
         if not self.has_written(text):
-            state = "did not" if self.status is None else f"ended with {self.status} and did not"
-            raise LaunchError(f"rank {self.number} {state} write {text!r} within {seconds} s")
+            state = f"ended ({self.status})" if has_ended() else f"ran for {seconds:g} s"
+            raise LaunchError(f"rank {self.number} {state} and did not write {text!r}")
 
     def resume(self) -> None:
         """Ends a `rank.pause`."""

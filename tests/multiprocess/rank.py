@@ -107,7 +107,7 @@ def _run(spec: Spec) -> Any:
         )
     if spec.kind == "function":
         path, name = spec.target.rsplit(":", 1)
-        sys.path.insert(0, str(pathlib.Path(path).parent))
+        sys.path.append(str(pathlib.Path(path).parent))
         return getattr(importlib.import_module(pathlib.Path(path).stem), name)(*spec.args)
     sys.argv[1:] = map(str, spec.args)
     if spec.kind == "module":

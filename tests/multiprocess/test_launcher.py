@@ -93,7 +93,7 @@ def test_killed_and_stopped_where_it_said_so():
 
 def test_a_rank_that_ends_before_it_comes_this_far():
     with launcher.start(programs.die, num_processes=1, distributed=None) as group:
-        with pytest.raises(launcher.LaunchError, match="ended with -11 and did not write 'far'"):
+        with pytest.raises(launcher.LaunchError, match=r"ended \(-11\) and did not write 'far'"):
             group[0].wait_for("far")
         (ended,) = group.wait()
     assert "Segmentation fault" in ended.output  # and where

@@ -7,6 +7,8 @@ the cable is all there is. Needs Linux, root, and the programs ip and tc.
 from __future__ import annotations
 
 import contextlib
+import itertools
+import json
 import os
 import shutil
 import subprocess
@@ -20,13 +22,16 @@ _CABLE = "cable"
 # The host's name is its address, so that it resolves without a name service: gloo looks it up.
 _ENTER = 'hostname "$0" && exec "$@"'
 _UP_S = 10.0
+_TICKS = 250  # per second, at least
+_pairs = itertools.count()
 
 
 class TwoHosts:
     """Both ends of the cable. `hosts` is what `launcher.start` takes."""
 
     def __init__(self) -> None:
-        self._names = [f"smf{os.getpid()}{end}" for end in "ab"]
+        pair = f"smf{os.getpid()}_{next(_pairs)}"
+        self._names = [f"{pair}a", f"{pair}b"]
         self.hosts = tuple(
             _host(name, f"{_NETWORK}{number}") for number, name in enumerate(self._names, 1)
         )
@@ -48,7 +53,9 @@ class TwoHosts:
 
     def slow_down(self, megabits: int) -> None:
         """From now on each direction carries so many Mbit/s."""
-        shape = ("rate", f"{megabits}mbit", "burst", "64k", "latency", "400ms")
+        # A burst holds the largest packet, and what passes between two ticks of the kernel's clock.
+        burst = max(1 << 16, megabits * 1_000_000 // 8 // _TICKS)
+        shape = ("rate", f"{megabits}mbit", "burst", str(burst), "latency", "400ms")
         for name in self._names:
             _run("tc", "-n", name, "qdisc", "replace", "dev", _CABLE, "root", "tbf", *shape)
 
@@ -64,6 +71,11 @@ class TwoHosts:
             if time.monotonic() > end:
                 raise TimeoutError(f"the cable is not up after {_UP_S} s")
             time.sleep(0.05)
+
+    def num_bytes(self) -> int:
+        """What the first host has sent so far."""
+        (link,) = json.loads(_run("ip", "-n", self._names[0], "-s", "-j", "link", "show", _CABLE))
+        return int(link["stats64"]["tx"]["bytes"])
 
     def _set(self, state: str) -> None:
         for name in self._names:
