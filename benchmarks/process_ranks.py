@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import rank  # of tests/multiprocess
 
-from benchmarks import contestants, programs, timing
+from benchmarks import contestants, programs
 from benchmarks.cases import Case, make_inputs, measure_load
 
 READY = "ready for round {}."
@@ -33,7 +33,6 @@ def time_all(case: Case, plan: Rounds, num_gemms: int) -> dict[str, list[float]]
     "dispatch" and "combine"; with `num_gemms`, also so many products on each rank ("compute"), and
     dispatch with the products between send and recv ("beside").
     """
-    timing.keep_pages()
     mesh = contestants.make_mesh(case.ep_size)
     inputs = make_inputs(case)
     ours = contestants.make_ours(case, measure_load(case, inputs.topk_idx), mesh)
