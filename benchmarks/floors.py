@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable
-from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax import Array
 
 import jax_sm_free as smf
 from benchmarks.cases import Case, Load
+from jax_sm_free.doctor.bandwidth import Bandwidths
 
 FORMULAS = """\
 floors (rows counted from the routing, of the rank that has most):
@@ -24,60 +19,6 @@ floors (rows counted from the routing, of the rank that has most):
   sum           (rows received, read + token rows written) / local
   end to end    the longer of the wire and of all the others together
   exposed       all the others, and what the wire is longer than the GEMMs"""
-_REPEATS = 8
-
-
-@dataclasses.dataclass(frozen=True)
-class Bandwidths:
-    """Bytes per second: local copy, read and written bytes together; egress of a GPU; or None."""
-
-    local: float
-    link: float | None
-
-
-def measure(devices: list[Any], num_bytes: int) -> Bandwidths:
-    """Copies arrays of `num_bytes` on one device, and from every device to every other at once."""
-    return Bandwidths(_local(devices[0], num_bytes), _link(devices, num_bytes))
-
-
-def _best(run: Callable[[], Any]) -> float:
-    """Seconds of the fastest of a few runs."""
-    times = []
-    for _ in range(5):
-        begin = time.perf_counter()
-        jax.block_until_ready(run())
-        times.append(time.perf_counter() - begin)
-    return min(times[1:])
-
-
-def _local(device: Any, num_bytes: int) -> float:
-    """The faster of a kernel that reads and writes, and XLA's copy."""
-    x = jax.device_put(jnp.zeros(num_bytes // 4, jnp.float32), device)
-
-    # Launched back to back, so that the cost of launching is hidden.
-    def seconds(fn: Callable[[Array], Array]) -> float:
-        return _best(lambda: [fn(x) for _ in range(_REPEATS)])
-
-    best = min(seconds(jax.jit(lambda x: x + 1)), seconds(jax.jit(jnp.copy)))
-    return 2 * num_bytes * _REPEATS / best
-
-
-def _link(devices: list[Any], num_bytes: int) -> float | None:
-    """Egress of each device by `jax.device_put`, which uses copy engines; None for one device."""
-    if len(devices) == 1:
-        return None
-    parts = [jax.device_put(jnp.zeros(num_bytes // 4, jnp.float32), d) for d in devices]
-    steps = range(1, len(devices))
-
-    def exchange() -> list[Any]:
-        # Each device starts with its neighbour, so that no two start with the same one.
-        return [
-            jax.device_put(part, devices[(rank + step) % len(devices)])
-            for step in steps
-            for rank, part in enumerate(parts)
-        ]
-
-    return len(steps) * num_bytes / _best(exchange)
 
 
 @dataclasses.dataclass(frozen=True)

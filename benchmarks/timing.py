@@ -6,8 +6,10 @@ import ctypes
 from collections.abc import Callable
 from time import perf_counter
 
-# Of malloc.h.
-_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -2, -4, -8
+# M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD and M_ARENA_MAX of malloc.h, and what keeps pages. One
+# arena, because the others unmap a heap as soon as it is empty.
+_OPTIONS = (-4, -1, -2, -8)
+_KEEP = (0, 2**31 - 1, 2**28, 1)
 
 
 def keep_pages() -> None:
@@ -18,14 +20,16 @@ def keep_pages() -> None:
     many temporary arrays, such as the peer.
     """
     libc = ctypes.CDLL(None)
-    for option, value in (
-        (_M_MMAP_MAX, 0),
-        (_M_TRIM_THRESHOLD, 2**31 - 1),
-        (_M_TOP_PAD, 2**28),
-        (_M_ARENA_MAX, 1),  # The other arenas unmap a heap as soon as it is empty.
-    ):
+    for option, value in zip(_OPTIONS, _KEEP, strict=True):
         if not libc.mallopt(option, value):
             raise RuntimeError(f"mallopt({option}, {value}) failed")
+
+
+def keep_pages_of_programs() -> dict[str, str]:
+    """The environment that does the same in a program from its start."""
+    names = ("mmap_max", "trim_threshold", "top_pad", "arena_max")
+    tunables = (f"glibc.malloc.{name}={value}" for name, value in zip(names, _KEEP, strict=True))
+    return {"GLIBC_TUNABLES": ":".join(tunables)}
 
 
 def race(runners: dict[str, Callable[[], object]], seconds: float, least: int, most: int) -> dict:

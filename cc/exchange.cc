@@ -28,16 +28,19 @@ Ledger::Run* Ledger::FindRun(int64_t run) {
   if (const auto found = runs_.find(run); found != runs_.end()) return &found->second;
   if (runs_.size() >= kMaxRuns) {
     auto age = ages_.begin();
-    while (age != ages_.end() && !runs_[age->second].IsIdle() && !runs_[age->second].failed) ++age;
+    const auto is_kept = [this](const Run& r) { return !r.IsIdle() && !r.failed && !all_failed_; };
+    while (age != ages_.end() && is_kept(runs_[age->second])) ++age;
     if (age == ages_.end()) return nullptr;
     Forget(age);
   }
+  Run& made = runs_[run];
+  made.name = names_ == RunNames::kOfHost ? run : next_age_;
   ages_[next_age_++] = run;
-  return &runs_[run];
+  return &made;
 }
 
 void Ledger::Forget(std::map<int64_t, int64_t>::iterator age) {
-  std::erase_if(entries_, [&](const auto& e) { return e.second.exchange.key.run == age->second; });
+  std::erase_if(entries_, [&](const auto& e) { return e.second.exchange.host_run == age->second; });
   runs_.erase(age->second);
   ages_.erase(age);
 }
@@ -65,7 +68,8 @@ Result<Exchange> Ledger::Begin(Op op, int64_t run, int64_t call_site) {
   const Exchange exchange{.sequence = next_sequence_++,
                           .slot = slot,
                           .kind = kind,
-                          .key = {run, call_site, state->passes[call_site]++}};
+                          .key = {state->name, call_site, state->passes[call_site]++},
+                          .host_run = run};
   entries_[exchange.sequence] = {exchange};
   return exchange;
 }
@@ -92,12 +96,17 @@ Result<Exchange> Ledger::Finish(Op op, const float* token) {
 void Ledger::Release(const Exchange& exchange) {
   const std::lock_guard lock(mutex_);
   if (entries_.erase(exchange.sequence) == 0) return;
-  runs_[exchange.key.run].SlotsOf(exchange.kind) &= ~(uint64_t{1} << exchange.slot);
+  runs_[exchange.host_run].SlotsOf(exchange.kind) &= ~(uint64_t{1} << exchange.slot);
 }
 
 void Ledger::MarkFailed(int64_t run) {
   const std::lock_guard lock(mutex_);
   if (Run* state = FindRun(run)) state->failed = true;
+}
+
+void Ledger::MarkAllFailed() {
+  const std::lock_guard lock(mutex_);
+  all_failed_ = true;
 }
 
 std::vector<int64_t> Ledger::TakeLostRuns() {

@@ -12,6 +12,12 @@
 // key: the run of the program, the call site of the send, and how often this run passed this site.
 // A recv finds its exchange by the token that the send returned, never by order of arrival.
 //
+// What the host calls a run is the same for all ranks of a process, and means nothing to another
+// process. Where ranks are in several, the key has the number of the run instead: the first run
+// that sends through this ledger is 0, and so on. That holds because every rank starts the programs
+// that use a buffer in the same order, and none starts before the one ahead of it has begun to
+// send.
+//
 // At most `num_slots` exchanges of one kind and run may be sent and not yet released on a rank.
 // Runs are counted apart, because a host may have several in flight at once; and kinds, because
 // nothing orders a backward pass behind the forward pass there, nor behind what it repeats of it.
@@ -36,6 +42,9 @@
 
 namespace jax_sm_free {
 
+// What runs are called in keys.
+enum class RunNames { kOfHost, kCounted };
+
 struct ExchangeKey {
   int64_t run = 0;
   int64_t call_site = 0;
@@ -54,6 +63,7 @@ struct Exchange {
   int32_t slot = 0;
   Kind kind = Kind::kDispatch;
   ExchangeKey key;
+  int64_t host_run = 0;  // as the host calls it
 
   std::string Describe() const;
 };
@@ -61,8 +71,8 @@ struct Exchange {
 // The exchanges of one rank. Thread-safe.
 class Ledger {
  public:
-  Ledger(int64_t buffer_id, int32_t rank, int32_t num_slots)
-      : buffer_id_(buffer_id), rank_(rank), num_slots_(num_slots) {}
+  Ledger(int64_t buffer_id, int32_t rank, int32_t num_slots, RunNames names = RunNames::kOfHost)
+      : buffer_id_(buffer_id), rank_(rank), num_slots_(num_slots), names_(names) {}
 
   // Opens an exchange in `run` at `call_site`. A fault if all slots are taken.
   Result<Exchange> Begin(Op op, int64_t run, int64_t call_site);
@@ -76,6 +86,7 @@ class Ledger {
 
   // What `run` still holds is forgotten once the table of runs is full.
   void MarkFailed(int64_t run);
+  void MarkAllFailed();
 
   // The runs that Begin has given up since the last call, because so many held exchanges. Their
   // messages are still there, on this rank and on others.
@@ -85,6 +96,7 @@ class Ledger {
 
  private:
   struct Run {
+    int64_t name = 0;  // in keys
     bool failed = false;
     std::array<uint64_t, kNumKinds> slots{};      // of each kind; bit s: slot s is taken
     std::unordered_map<int64_t, int64_t> passes;  // of each call site
@@ -110,7 +122,9 @@ class Ledger {
   const int64_t buffer_id_;
   const int32_t rank_;
   const int32_t num_slots_;
+  const RunNames names_;
   std::mutex mutex_;
+  bool all_failed_ = false;
   int64_t next_sequence_ = 1;
   int64_t next_age_ = 0;
   std::unordered_map<int64_t, Run> runs_;

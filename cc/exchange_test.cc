@@ -106,7 +106,7 @@ TEST_F(LedgerTest, MoreSendsThanSlotsAreAFault) {
   ASSERT_NE(FaultOf(result), nullptr);
   EXPECT_PRED_FORMAT2(IsSubstring, "at most 2 dispatch exchanges", FaultOf(result)->expected);
   EXPECT_EQ(FaultOf(result)->rank, kRank);
-  EXPECT_STREQ(FaultOf(result)->op, "dispatch_send");
+  EXPECT_EQ(FaultOf(result)->op, "dispatch_send");
 }
 
 TEST_F(LedgerTest, AReceivedExchangeHoldsItsSlotUntilItIsReleased) {

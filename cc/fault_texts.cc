@@ -112,4 +112,26 @@ Fault MessageDiffers(int32_t source, int64_t num_rows, int64_t row_bytes, int64_
   return Texts(RowsOfBytes(num_rows, row_bytes), RowsOfBytes(seen_rows, seen_row_bytes), source);
 }
 
+Fault NothingComes(int32_t peer, const std::string& reason) {
+  return Texts("a message from rank " + std::to_string(peer), reason, peer);
+}
+
+Fault SentTwice(int32_t peer) {
+  return Texts("one message of an exchange from each rank", "a second one", peer);
+}
+
+Fault StepDiffers(int32_t peer, const std::string& here, const std::string& there) {
+  return Texts("all ranks to run the same programs in the same order, here " + here, there, peer);
+}
+
+Fault RunIsOver(int32_t peer, int64_t oldest_run, int64_t seen) {
+  return Texts("all ranks to run the same programs in the same order, here run " +
+                   std::to_string(oldest_run) + " of this buffer or a later one",
+               "run " + std::to_string(seen), peer);
+}
+
+Fault MalformedMessage(int32_t peer, const std::string& seen) {
+  return Texts("a message of this buffer", seen, peer);
+}
+
 }  // namespace jax_sm_free

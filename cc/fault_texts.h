@@ -43,6 +43,18 @@ Fault LayoutCountDiffers(int32_t source, int64_t max_tokens, int64_t seen);
 Fault MessageDiffers(int32_t source, int64_t num_rows, int64_t row_bytes, int64_t seen_rows,
                      int64_t seen_row_bytes);
 
+// What only ranks of other processes can do wrong.
+
+Fault NothingComes(int32_t peer, const std::string& reason);
+Fault SentTwice(int32_t peer);
+
+// What this rank and `peer` take for the same step of the same run.
+Fault StepDiffers(int32_t peer, const std::string& here, const std::string& there);
+Fault RunIsOver(int32_t peer, int64_t oldest_run, int64_t seen);
+
+// A message that is none of this buffer's.
+Fault MalformedMessage(int32_t peer, const std::string& seen);
+
 }  // namespace jax_sm_free
 
 #endif  // JAX_SM_FREE_CC_FAULT_TEXTS_H_

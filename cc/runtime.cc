@@ -1,5 +1,6 @@
 #include "cc/runtime.h"
 
+#include <algorithm>
 #include <cstddef>
 #include <utility>
 
@@ -30,9 +31,15 @@ int64_t Registry::NextId() {
   return next_id_++;
 }
 
+int64_t Registry::LowestFreeId() const {
+  const std::lock_guard lock(mutex_);
+  return next_id_;
+}
+
 void Registry::Add(std::shared_ptr<Buffer> buffer) {
   const std::lock_guard lock(mutex_);
   const int64_t id = buffer->id();
+  next_id_ = std::max(next_id_, id + 1);
   buffers_[id] = std::move(buffer);
 }
 

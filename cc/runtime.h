@@ -64,6 +64,9 @@ class Registry {
 
   // Ids are never used again, so that a program can not meet another buffer than its own.
   int64_t NextId();
+  // The lowest id that NextId has not given out, nor Add seen. Processes that open a buffer
+  // together take the highest of all of theirs.
+  int64_t LowestFreeId() const;
   void Add(std::shared_ptr<Buffer> buffer);
   std::shared_ptr<Buffer> Find(int64_t id) const;  // null if it is closed or never was
   bool Close(int64_t id);                          // false if it was not open

@@ -19,6 +19,7 @@ import optax
 import tqdm
 from absl import app, flags, logging
 from flax import nnx
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from moe_lm import data, plot
 from moe_lm import step as step_lib
@@ -81,10 +82,11 @@ def _train(params, loss, batches):
     state = jax.jit(optimizer.init)(params)
     step = step_lib.make_step(loss, optimizer)
     history = []
-    with tqdm.trange(_STEPS.value, desc="training", unit="step") as progress:
+    quiet = jax.process_index() > 0
+    with tqdm.trange(_STEPS.value, desc="training", unit="step", disable=quiet) as progress:
         for _ in progress:
             params, state, metrics = step(params, state, next(batches))
-            history.append(jax.device_get(metrics))
+            history.append(multihost_utils.process_allgather(metrics, tiled=True))
             progress.set_postfix(bits=f"{history[-1].bits:.3f}", refresh=False)
     return params, jax.tree.map(lambda *steps: np.stack(steps), *history)
 
@@ -134,9 +136,10 @@ def main(argv) -> int:
     params, loss = _make_loss(smf, mesh)
     params, history = _train(params, loss, batches)
     reached = _report(history, entropy)
-    picture = pathlib.Path(_OUT.value) / "train_moe_lm.png"
-    plot.save(picture, history.bits, history.counts, entropy)
-    print(f"picture: {picture}")
+    if jax.process_index() == 0:
+        picture = pathlib.Path(_OUT.value) / "train_moe_lm.png"
+        plot.save(picture, history.bits, history.counts, entropy)
+        print(f"picture: {picture}")
     _, reference_loss = _make_loss(reference, mesh)
     agree = _compare(params, next(batches), (loss, reference_loss))
     return 0 if reached and agree else 1

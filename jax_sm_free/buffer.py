@@ -3,24 +3,20 @@
 from __future__ import annotations
 
 import itertools
-import logging
 import weakref
 from types import TracebackType
 from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from jax_sm_free import autodiff, checks, primitives
+from jax_sm_free import autodiff, checks, primitives, transports
 from jax_sm_free.config import Config
 from jax_sm_free.primitives import Native, RowType, Target
 from jax_sm_free.results import Layout, Received, ReceivedTokens
 from jax_sm_free.schedule import Hook, Sent
-
-_log = logging.getLogger(__name__)
 
 Output = Literal["experts", "tokens"]
 Rows = Array | tuple[Array, Array]
@@ -28,10 +24,6 @@ Rows = Array | tuple[Array, Array]
 # Buffers without memory have numbers, too, which tell them apart in a compiled program: below zero,
 # so that no handler takes one for an open buffer.
 _abstract_ids = itertools.count(-1, -1)
-
-
-# The platform whose devices a transport connects.
-_PLATFORMS = {"in_process": "cpu", "cuda_peer": "cuda"}
 
 
 class FaultError(RuntimeError):
@@ -72,9 +64,10 @@ class Buffer:
         transport: str = "auto",
         timeout_s: float = 100.0,
     ) -> None:
-        """Opens the buffer, in this process alone: not collective.
+        """Opens the buffer. Collective where the mesh has devices of several processes.
 
-        Takes no memory for a mesh of devices that are not there (ahead-of-time compiling).
+        All of them open it then, with the same arguments; it returns when all have. Takes no memory
+        for a mesh of devices that are not there (ahead-of-time compiling).
 
         Args:
           mesh: the devices.
@@ -89,12 +82,17 @@ class Buffer:
           dtype: of rows: bfloat16, float16 or float32.
           wire_dtype: None for rows that travel in `dtype`, or float8_e4m3fn for rows that dispatch
             quantises on their way, to half the bytes of bfloat16; see `Config` for the arithmetic.
-          transport: "auto", "in_process" for CPU devices or "cuda_peer" for GPUs of this process.
+          transport: "auto"; "in_process" for CPU devices of this process, "ucx" for those of
+            several; "cuda_peer" for GPUs of this process, "nvshmem" for one of each of several.
           timeout_s: seconds a receive waits before it is a fault.
 
         Raises:
-          TypeError, ValueError: for a bad argument, naming it, the expected and the given value.
+          TypeError, ValueError: for a bad argument, naming it, the expected and the given value; in
+            all processes, where they differ from each other.
           NotImplementedError: for devices that no transport of this build reaches.
+          ImportError: if the transport is "ucx" and the package libucx-cu13 is not there.
+          TimeoutError: naming a process of the mesh that did not open the buffer.
+          RuntimeError: naming a process of the mesh that could not open it.
         """
         self.mesh = mesh
         self.axes = checks.check_mesh(mesh, axis)
@@ -111,16 +109,18 @@ class Buffer:
             wire_dtype=wire_dtype,
             timeout_s=timeout_s,
         )
-        self.transport = _choose_transport(mesh, transport)
+        self.transport = transports.choose(mesh, transport)
         self._native: Native | None = None
         if self.transport == "abstract":
             primitives.register_cuda()
             buffer_id = next(_abstract_ids)
         else:
-            self._native = Native(_PLATFORMS[self.transport])
-            buffer_id = self._native.open_buffer(self.config, _places(mesh, self.axes))
+            self._native, buffer_id = transports.open_buffer(
+                self.transport, mesh, self.axes, self.config
+            )
         self._closer = weakref.finalize(self, _close, self._native, buffer_id)
-        self._target = Target(self.config, buffer_id)
+        named = transports.names_calls(self.transport)
+        self._target = Target(self.config, buffer_id, named)
 
     def __repr__(self) -> str:
         state = "open" if self._closer.alive else "closed"
@@ -341,7 +341,7 @@ class Buffer:
         self._check_usable("message_bytes")
         if self._native is None:
             return 0
-        return self._native.message_bytes(self._target.buffer_id, _ordinal(device))
+        return self._native.message_bytes(self._target.buffer_id, transports.ordinal(device))
 
     # -------------------------------------------------------------------------------- inside
 
@@ -403,55 +403,3 @@ def _vary_alike(*arrays: Array) -> tuple[Array, ...]:
         missing = tuple(sorted(every - axes))
         cast.append(jax.lax.pcast(array, missing, to="varying") if missing else array)
     return tuple(cast)
-
-
-def _is_abstract(device: Any) -> bool:
-    """Whether a device is of a topology that was only described, to compile for."""
-    return str(device.client.runtime_type) == "compile_only_runtime"
-
-
-def _choose_transport(mesh: Mesh, transport: str) -> str:
-    choices = ("auto", *_PLATFORMS)
-    if transport not in choices:
-        raise ValueError(f"expected transport to be one of {choices}, got {transport!r}")
-    devices = list(mesh.devices.flat)
-    platforms = {device.platform for device in devices}
-    if platforms == {"gpu"} and all(_is_abstract(device) for device in devices):
-        return "abstract"
-    foreign = [device for device in devices if device.process_index != jax.process_index()]
-    if foreign:
-        raise NotImplementedError(
-            f"expected all devices of the mesh in this process, got {len(foreign)} of others"
-        )
-    chosen = {"cpu": "in_process", "gpu": "cuda_peer"}.get(devices[0].platform)
-    if chosen is None or len(platforms) > 1:
-        raise NotImplementedError(
-            f"expected a mesh of CPU devices or of GPUs, got devices of {sorted(platforms)}"
-        )
-    if transport not in ("auto", chosen):
-        raise ValueError(
-            f"expected transport {chosen!r} for devices of {sorted(platforms)}, got {transport!r}"
-        )
-    if transport == "auto":
-        _log.info("transport %r: %d %s devices of one process", chosen, len(devices), *platforms)
-    return chosen
-
-
-def _ordinal(device: Any) -> int:
-    """The number by which XLA tells a handler on which of this process's devices it runs."""
-    return int(device.id if device.platform == "cpu" else device.local_hardware_id)
-
-
-def _places(mesh: Mesh, axes: tuple[str, ...]) -> list[tuple[int, int, int] | None]:
-    """For each local device its (group, rank, position in the mesh); None outside the mesh."""
-    names = mesh.axis_names
-    others = [name for name in names if name not in axes]
-    order = [names.index(name) for name in (*others, *axes)]
-    size = checks.group_size(mesh, axes)
-    positions = np.arange(mesh.devices.size).reshape(mesh.devices.shape)
-    by_group = np.transpose(positions, order).reshape(-1, size)
-    ordinals = [_ordinal(device) for device in mesh.devices.flat]
-    places: list[tuple[int, int, int] | None] = [None] * (max(ordinals) + 1)
-    for (group, rank), position in np.ndenumerate(by_group):
-        places[ordinals[position]] = (group, rank, int(position))
-    return places

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -31,6 +32,7 @@ class Target:
 
     config: Config
     buffer_id: int
+    spans_processes: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +60,41 @@ def _result_aval(operand: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     return operand.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
 
 
-def _define(name: str) -> core.Primitive:
+class _Count:
+    """Sends lowered so far in a module."""
+
+    def __init__(self) -> None:
+        self.value = -1
+
+    @classmethod
+    def next_in(cls, module: Any) -> int:
+        """The number of one more send; kept with what the module keeps alive."""
+        found = [kept for kept in module.keepalives if isinstance(kept, cls)]
+        if not found:
+            found = [cls()]
+            module.keepalives.append(found[0])
+        found[0].value += 1
+        return found[0].value
+
+
+def _name_of_call(name: str, ctx: Any) -> dict[str, Any]:
+    """What all processes call a send alike (cc/call_site.h): attributes of its lowering.
+
+    The same wherever the same program is lowered, so that caches of compiled programs still hit.
+    """
+    number = _Count.next_in(ctx.module_context)
+    program = ctx.module_context.module.operation.attributes["sym_name"].value
+    operands = ", ".join(f"{aval.dtype}{list(aval.shape)}" for aval in ctx.avals_in)
+    return {
+        "program": program,
+        "call_number": np.int64(number),
+        "call": f"{name} {number} ({operands})",
+    }
+
+
+def _define(name: str, spans_processes: bool) -> core.Primitive:
     """The primitive of one FFI target, bound with `results`: shapes and dtypes."""
+    is_named = spans_processes and name.endswith("_send")
     primitive = core.Primitive(f"smf_{name}")
     primitive.multiple_results = True
 
@@ -70,7 +105,8 @@ def _define(name: str) -> core.Primitive:
     def lower(ctx: Any, *operands: Any, buffer_id: int, results: Any) -> Any:
         del results
         rule = jax.ffi.ffi_lowering(f"smf_{name}", has_side_effect=True)
-        return rule(ctx, *operands, buffer=np.int64(buffer_id))
+        names = _name_of_call(name, ctx) if is_named else {}
+        return rule(ctx, *operands, buffer=np.int64(buffer_id), **names)
 
     def refuse_vmap(*_: Any, **__: Any) -> Any:
         raise NotImplementedError(
@@ -80,7 +116,8 @@ def _define(name: str) -> core.Primitive:
 
     primitive.def_abstract_eval(abstract_eval)
     primitive.def_impl(functools.partial(_run_eagerly, primitive))
-    mlir.register_lowering(primitive, lower)
+    # Of equal calls in a module, one lowering would do, but for the names.
+    mlir.register_lowering(primitive, lower, cacheable=not is_named)
     batching.primitive_batchers[primitive] = refuse_vmap
     return primitive
 
@@ -100,12 +137,13 @@ _NAMES = (
     "combine_backward_send",
     "combine_backward_recv",
 )
-_PRIMITIVES = {name: _define(name) for name in _NAMES}
+_PRIMITIVES = {(name, spans): _define(name, spans) for name in _NAMES for spans in (False, True)}
 
 
 def _bind(name: str, target: Target, operands: Any, *results: tuple[Any, Any]) -> tuple[Array, ...]:
     hashable = tuple((tuple(shape), jnp.dtype(dtype)) for shape, dtype in results)
-    return tuple(_PRIMITIVES[name].bind(*operands, buffer_id=target.buffer_id, results=hashable))
+    primitive = _PRIMITIVES[name, target.spans_processes]
+    return tuple(primitive.bind(*operands, buffer_id=target.buffer_id, results=hashable))
 
 
 _TOKEN = ((TOKEN_SIZE,), jnp.float32)
@@ -230,6 +268,59 @@ class Native:
     def open_buffer(self, config: Config, places: list[tuple[int, int, int] | None]) -> int:
         """Makes the memory of a buffer; places: each device's (group, rank, mesh position)."""
         return int(self._module.open_buffer(config.sizes(), places))
+
+    def lowest_free_id(self) -> int:
+        """The lowest number above those of all buffers so far."""
+        return int(self._module.lowest_free_id())
+
+    def open_ucx_buffer(
+        self,
+        buffer_id: int,
+        config: Config,
+        places: list[tuple[int, int, int] | None],
+        process: int,
+        num_processes: int,
+        process_of_rank: list[list[int]],
+        library: str,
+    ) -> None:
+        """Makes this process's part of a buffer over several; places: of its own devices."""
+        sizes = config.sizes()
+        self._module.open_ucx_buffer(
+            buffer_id, sizes, places, process, num_processes, process_of_rank, library
+        )
+
+    def open_nvshmem_buffer(
+        self,
+        buffer_id: int,
+        config: Config,
+        places: list[tuple[int, int, int] | None],
+        process: int,
+        process_of_rank: list[int],
+        library: str,
+        exchange: Callable[[bytes], list[bytes]],
+    ) -> None:
+        """Makes this process's part of a buffer over several. Collective.
+
+        Args:
+          buffer_id: the same in all processes.
+          config: the sizes.
+          places: as for `open_buffer`, of this process's device alone.
+          process: this process's number among those that open the buffer.
+          process_of_rank: for each rank of this process's group, the number of its process.
+          library: the path of NVSHMEM's.
+          exchange: gives bytes to all processes and returns those of all, by number.
+        """
+        self._module.open_nvshmem_buffer(
+            buffer_id, config.sizes(), places, process, process_of_rank, library, exchange
+        )
+
+    def address(self, buffer_id: int) -> bytes:
+        """What other processes need to connect to this one's part of the buffer."""
+        return bytes(self._module.address(buffer_id))
+
+    def connect(self, buffer_id: int, addresses: list[bytes]) -> None:
+        """Connects to the other processes' parts; addresses: of all, in their order."""
+        self._module.connect(buffer_id, addresses)
 
     def close_buffer(self, buffer_id: int) -> None:
         """Frees a buffer; whoever waits on it ends with an error. Closing twice does nothing."""

@@ -32,6 +32,8 @@ MAX_RANKS = EP_SIZES[-1]
 # Enough to have a peer that is neither oneself nor one's neighbour, and cheaper than all.
 SOME_RANKS = min(4, MAX_RANKS)
 ON_CPU = jax.default_backend() == "cpu"
+# Whether a buffer is of use after a fault.
+BUFFERS_GO_ON = ON_CPU
 
 # shard_map(lambda x, empty: x + empty.sum()) ends the process of JAX 0.11.2 while it compiles.
 needs_empty_inputs = pytest.mark.skipif(
@@ -284,9 +286,10 @@ def make_inputs(
 
 # -------------------------------------------------------------------------------------- faults
 #
-# On CPU the results of a run that met a fault raise it, and its buffer goes on. On GPUs the results
-# are there, NaN where the fault reached them; `check` and every later call raise it, and the buffer
-# has come to its end. A call that fails on one GPU while others go on may raise for all of them.
+# On CPU the results of a run that met a fault raise it, and its buffer goes on, but for one over
+# several processes, which has come to its end. On GPUs the results are there, NaN where the fault
+# reached them; `check` and every later call raise it, and the buffer has come to its end. A call that
+# fails on one GPU while others go on may raise for all of them.
 
 
 def error_of(run: Callable[..., Any], *args: Any) -> str:
@@ -312,7 +315,7 @@ def fault_of(buffer: smf.Buffer) -> str:
     try:
         buffer.check()
     except smf.FaultError as error:
-        if ON_CPU:
+        if BUFFERS_GO_ON:
             buffer.check()
         else:
             with pytest.raises(smf.FaultError, match=re.escape(str(error))):
@@ -324,8 +327,8 @@ def fault_of(buffer: smf.Buffer) -> str:
 def go_on(
     buffer: smf.Buffer, run: Callable[..., Any], compiled: Callable[..., Any]
 ) -> tuple[smf.Buffer, Callable[..., Any]]:
-    """Buffer and run to use after a fault: the same on CPU, others on GPUs."""
-    if ON_CPU:
+    """Buffer and run to use after a fault: the same where they go on, else others."""
+    if BUFFERS_GO_ON:
         return buffer, run
     buffer.close()
     buffer = open_buffer(buffer.config, buffer.mesh)

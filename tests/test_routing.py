@@ -87,7 +87,7 @@ def test_more_tokens_than_max_tokens_raise_at_trace_time():
 
 def may_end(config):
     """The program and its buffer, for a fault: on GPUs not those that other tests share."""
-    if support.ON_CPU:
+    if support.BUFFERS_GO_ON:
         return support.runners(config, support.round_trip)[0], support.apis(config)[0].buffer
     buffer = support.open_buffer(config)
     program = functools.partial(support.round_trip, support.Api(buffer, support.smf))

@@ -8,14 +8,18 @@ find cc xla_ffi -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' |
 
 # Sources for GPUs need the headers of a CUDA toolkit, which a machine may lack.
 mapfile -t sources < <(find cc xla_ffi -name '*.cc' -not -path '*cuda*' | sort)
-sources+=(xla_ffi/cuda_stub.cc cc/cuda/status_fault.cc cc/cuda/status_fault_test.cc)
+sources+=(
+  xla_ffi/cuda_stub.cc cc/cuda/crossbar_test.cc
+  cc/cuda/{shared_memory,status_fault,symmetric_heap}{,_test}.cc
+)
 
 flags=(
-  -std=c++20 -Wall -Wextra -I.
+  -std=c++20 -Wall -Wextra -I. '-DSMF_UCX_LIBRARY=""'
   -isystem "$("$python" -c 'import sysconfig; print(sysconfig.get_path("include"))')"
   -isystem "$headers/jaxlib/include"
   -isystem "$headers/nanobind/include"
   -isystem "$headers/nanobind/ext/robin_map/include"
+  -isystem "$headers/libucx/include"
 )
 # Standard error is the count of warnings in headers of others, which are not shown either.
 printf '%s\0' "${sources[@]}" |

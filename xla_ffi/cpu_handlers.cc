@@ -6,8 +6,10 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 
+#include "cc/call_site.h"
 #include "cc/cpu/host_buffer.h"
 #include "cc/cpu/ops.h"
 #include "cc/cpu/unpack.h"
@@ -22,17 +24,36 @@ namespace {
 
 // One call of a send in a compiled program. XLA makes one for each call that is left after all
 // inlining, and all devices of the process share it: the same on every rank, as an exchange needs.
-struct CallSite {
+// Ranks in other processes need `copy` as well, whose name for it they share.
+struct SendSite {
   static ffi::TypeId id;
   static int64_t Next() {
     static std::atomic<int64_t> next{0};
     return next++;
   }
+  int64_t buffer = 0;
   int64_t number = Next();
+  std::unique_ptr<CallCopy> copy;
 };
-ffi::TypeId CallSite::id = {};
+ffi::TypeId SendSite::id = {};
 
-ffi::ErrorOr<std::unique_ptr<CallSite>> MakeCallSite() { return std::make_unique<CallSite>(); }
+// Attributes: see `_define` in jax_sm_free/primitives.py.
+ffi::ErrorOr<std::unique_ptr<SendSite>> MakeSendSite(ffi::Dictionary attributes) {
+  const auto buffer = attributes.get<int64_t>("buffer");
+  if (buffer.has_error()) return ffi::Unexpected(buffer.error());
+  auto site = std::make_unique<SendSite>();
+  site->buffer = *buffer;
+  if (!attributes.contains("program")) return site;
+  const auto program = attributes.get<std::string_view>("program");
+  const auto call_number = attributes.get<int64_t>("call_number");
+  const auto call = attributes.get<std::string_view>("call");
+  if (program.has_error()) return ffi::Unexpected(program.error());
+  if (call_number.has_error()) return ffi::Unexpected(call_number.error());
+  if (call.has_error()) return ffi::Unexpected(call.error());
+  site->copy =
+      CallSites::Get().Add(*buffer, std::string(*program), *call_number, std::string(*call));
+  return site;
+}
 
 ffi::Error ToError(const std::optional<Fault>& fault) {
   return fault ? ffi::Error::Internal(fault->Describe()) : ffi::Error::Success();
@@ -66,7 +87,18 @@ ffi::Error Locate(Op op, int64_t buffer_id, int32_t device, ffi::RunId run, Host
 
 // ---------------------------------------------------------------------------------------- sends
 
-ffi::Error DispatchSendImpl(int64_t buffer_id, ffi::RunId run, int32_t device, CallSite* site,
+// A send's `site` has its name by then.
+ffi::Error LocateSend(Op op, SendSite* site, int32_t device, ffi::RunId run, HostCall& call,
+                      int64_t& number) {
+  if (auto error = Locate(op, site->buffer, device, run, call); error.failure()) return error;
+  number = site->number;
+  if (site->copy == nullptr) return ffi::Error::Success();
+  call.site = site->copy->Site();
+  number = call.site->number;
+  return ffi::Error::Success();
+}
+
+ffi::Error DispatchSendImpl(ffi::RunId run, int32_t device, SendSite* site,
                             ffi::AnyBuffer values,  // [T, values columns]
                             ffi::AnyBuffer scales,  // [T, scales columns], 0 columns if none
                             S32 topk_idx,           // [T, top_k]
@@ -74,7 +106,9 @@ ffi::Error DispatchSendImpl(int64_t buffer_id, ffi::RunId run, int32_t device, C
                             S32 position,           // [], in the mesh
                             Out<F32> token) {       // [kTokenSize]
   HostCall call;
-  if (auto error = Locate(Op::kDispatchSend, buffer_id, device, run, call); error.failure()) {
+  int64_t number = 0;
+  if (auto error = LocateSend(Op::kDispatchSend, site, device, run, call, number);
+      error.failure()) {
     return error;
   }
   const ConstRows rows = RowsOf(values, scales);
@@ -87,20 +121,20 @@ ffi::Error DispatchSendImpl(int64_t buffer_id, ffi::RunId run, int32_t device, C
   }
   const TopK topk{topk_idx.typed_data(), topk_weights.typed_data(), num_tokens};
   if (quantized) {
-    return ToError(DispatchSendQuantized(call, site->number, position.typed_data()[0], topk,
-                                         *quantized, rows.values, token->typed_data()));
+    return ToError(DispatchSendQuantized(call, number, position.typed_data()[0], topk, *quantized,
+                                         rows.values, token->typed_data()));
   }
   return ToError(
-      DispatchSend(call, site->number, position.typed_data()[0], topk, rows, token->typed_data()));
+      DispatchSend(call, number, position.typed_data()[0], topk, rows, token->typed_data()));
 }
 
-ffi::Error CombineBackwardSendImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
-                                   CallSite* site,
+ffi::Error CombineBackwardSendImpl(ffi::RunId run, int32_t device, SendSite* site,
                                    ffi::AnyBuffer out_grad,  // [T, hidden]
                                    S32 topk_idx,             // [T, top_k]
                                    Out<F32> token) {         // [kTokenSize]
   HostCall call;
-  if (auto error = Locate(Op::kCombineBackwardSend, buffer_id, device, run, call);
+  int64_t number = 0;
+  if (auto error = LocateSend(Op::kCombineBackwardSend, site, device, run, call, number);
       error.failure()) {
     return error;
   }
@@ -112,17 +146,18 @@ ffi::Error CombineBackwardSendImpl(int64_t buffer_id, ffi::RunId run, int32_t de
     return error;
   }
   const TopK topk{topk_idx.typed_data(), nullptr, num_tokens};
-  return ToError(CombineBackwardSend(call, site->number, topk, rows, token->typed_data()));
+  return ToError(CombineBackwardSend(call, number, topk, rows, token->typed_data()));
 }
 
-ffi::Error CombineSendImpl(int64_t buffer_id, ffi::RunId run, int32_t device, CallSite* site,
+ffi::Error CombineSendImpl(ffi::RunId run, int32_t device, SendSite* site,
                            ffi::AnyBuffer y,   // [N, hidden]
                            F32 weights,        // [N], or [0] for a plain sum
                            S32 rows,           // [ep_size * max_tokens, fanout]
                            S32 num_rows_from,  // [ep_size]
                            Out<F32> token) {   // [kTokenSize]
   HostCall call;
-  if (auto error = Locate(Op::kCombineSend, buffer_id, device, run, call); error.failure()) {
+  int64_t number = 0;
+  if (auto error = LocateSend(Op::kCombineSend, site, device, run, call, number); error.failure()) {
     return error;
   }
   if (auto error = CheckLayout(OpName(call.op), call.config(), rows, RowBytes(y));
@@ -133,18 +168,18 @@ ffi::Error CombineSendImpl(int64_t buffer_id, ffi::RunId run, int32_t device, Ca
                              .y = static_cast<const std::byte*>(y.untyped_data()),
                              .weights = DataOrNull(weights),
                              .layout = LayoutOf(rows, num_rows_from, y.dimensions()[0])};
-  return ToError(SendSums(call, site->number, operands, token->typed_data()));
+  return ToError(SendSums(call, number, operands, token->typed_data()));
 }
 
-ffi::Error DispatchBackwardSendImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
-                                    CallSite* site,
+ffi::Error DispatchBackwardSendImpl(ffi::RunId run, int32_t device, SendSite* site,
                                     ffi::AnyBuffer x_grad,  // [N, hidden]
                                     F32 weight_grads,       // [ep_size * max_tokens, top_k]
                                     S32 rows,               // [ep_size * max_tokens, fanout]
                                     S32 num_rows_from,      // [ep_size]
                                     Out<F32> token) {       // [kTokenSize]
   HostCall call;
-  if (auto error = Locate(Op::kDispatchBackwardSend, buffer_id, device, run, call);
+  int64_t number = 0;
+  if (auto error = LocateSend(Op::kDispatchBackwardSend, site, device, run, call, number);
       error.failure()) {
     return error;
   }
@@ -156,7 +191,7 @@ ffi::Error DispatchBackwardSendImpl(int64_t buffer_id, ffi::RunId run, int32_t d
                              .y = static_cast<const std::byte*>(x_grad.untyped_data()),
                              .weight_grads = weight_grads.typed_data(),
                              .layout = LayoutOf(rows, num_rows_from, x_grad.dimensions()[0])};
-  return ToError(SendSums(call, site->number, operands, token->typed_data()));
+  return ToError(SendSums(call, number, operands, token->typed_data()));
 }
 
 // --------------------------------------------------------------------------------------- receives
@@ -326,48 +361,52 @@ ffi::Future CombineBackwardRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t d
                       });
 }
 
-// Every op: the buffer by its id, the run, and the device that the call runs on.
-auto BindOp() {
+// A receive: the buffer by its id, the run, and the device that the call runs on.
+auto BindRecv() {
   return ffi::Ffi::Bind().Attr<int64_t>("buffer").Ctx<ffi::RunId>().Ctx<ffi::DeviceOrdinal>();
 }
-auto BindSend() { return BindOp().Ctx<ffi::State<CallSite>>(); }
+// A send: its site has the buffer.
+auto BindSend() {
+  return ffi::Ffi::Bind().Ctx<ffi::RunId>().Ctx<ffi::DeviceOrdinal>().Ctx<ffi::State<SendSite>>();
+}
 
-XLA_FFI_DEFINE_HANDLER(kMakeCallSite, MakeCallSite, ffi::Ffi::BindInstantiate());
+XLA_FFI_DEFINE_HANDLER(kMakeSendSite, MakeSendSite,
+                       ffi::Ffi::BindInstantiate().Attrs<ffi::Dictionary>());
 XLA_FFI_DEFINE_HANDLER(kDispatchSendHandler, DispatchSendImpl, BindDispatchSend(BindSend()));
-XLA_FFI_DEFINE_HANDLER(kDispatchRecvHandler, DispatchRecvImpl, BindDispatchRecv(BindOp()));
+XLA_FFI_DEFINE_HANDLER(kDispatchRecvHandler, DispatchRecvImpl, BindDispatchRecv(BindRecv()));
 XLA_FFI_DEFINE_HANDLER(kDispatchRecvTokensHandler, DispatchRecvTokensImpl,
-                       BindDispatchRecvTokens(BindOp()));
+                       BindDispatchRecvTokens(BindRecv()));
 XLA_FFI_DEFINE_HANDLER(kDispatchBackwardSendHandler, DispatchBackwardSendImpl,
                        BindSendSums(BindSend()));
 XLA_FFI_DEFINE_HANDLER(kDispatchBackwardRecvHandler, DispatchBackwardRecvImpl,
-                       BindDispatchBackwardRecv(BindOp()));
+                       BindDispatchBackwardRecv(BindRecv()));
 XLA_FFI_DEFINE_HANDLER(kCombineSendHandler, CombineSendImpl, BindSendSums(BindSend()));
-XLA_FFI_DEFINE_HANDLER(kCombineRecvHandler, CombineRecvImpl, BindCombineRecv(BindOp()));
+XLA_FFI_DEFINE_HANDLER(kCombineRecvHandler, CombineRecvImpl, BindCombineRecv(BindRecv()));
 XLA_FFI_DEFINE_HANDLER(kCombineBackwardSendHandler, CombineBackwardSendImpl,
                        BindCombineBackwardSend(BindSend()));
 XLA_FFI_DEFINE_HANDLER(kCombineBackwardRecvHandler, CombineBackwardRecvImpl,
-                       BindCombineBackwardRecv(BindOp()));
+                       BindCombineBackwardRecv(BindRecv()));
 
 }  // namespace
 
 std::vector<HandlerEntry> CpuHandlers() {
   return {
-      {"smf_dispatch_send", kMakeCallSite, kDispatchSendHandler},
+      {"smf_dispatch_send", kMakeSendSite, kDispatchSendHandler},
       {"smf_dispatch_recv", nullptr, kDispatchRecvHandler},
       {"smf_dispatch_recv_tokens", nullptr, kDispatchRecvTokensHandler},
-      {"smf_combine_send", kMakeCallSite, kCombineSendHandler},
+      {"smf_combine_send", kMakeSendSite, kCombineSendHandler},
       {"smf_combine_recv", nullptr, kCombineRecvHandler},
-      {"smf_combine_backward_send", kMakeCallSite, kCombineBackwardSendHandler},
+      {"smf_combine_backward_send", kMakeSendSite, kCombineBackwardSendHandler},
       {"smf_combine_backward_recv", nullptr, kCombineBackwardRecvHandler},
-      {"smf_dispatch_backward_send", kMakeCallSite, kDispatchBackwardSendHandler},
+      {"smf_dispatch_backward_send", kMakeSendSite, kDispatchBackwardSendHandler},
       {"smf_dispatch_backward_recv", nullptr, kDispatchBackwardRecvHandler},
   };
 }
 
-XLA_FFI_TypeId* CallSiteTypeId() { return &CallSite::id; }
+XLA_FFI_TypeId* CallSiteTypeId() { return &SendSite::id; }
 
 const XLA_FFI_TypeInfo* CallSiteTypeInfo() {
-  static const XLA_FFI_TypeInfo info = ffi::MakeTypeInfo<CallSite>();
+  static const XLA_FFI_TypeInfo info = ffi::MakeTypeInfo<SendSite>();
   return &info;
 }
 

@@ -10,7 +10,7 @@
 #include <vector>
 
 #include "cc/cpu/block_pool.h"
-#include "cc/cpu/in_process.h"
+#include "cc/cpu/transport.h"
 #include "cc/exchange.h"
 #include "cc/runtime.h"
 
@@ -18,21 +18,22 @@ namespace jax_sm_free {
 
 // One rank of a host buffer.
 struct HostRank {
-  HostRank(int64_t buffer_id, const Place& place, const Config& config)
+  HostRank(int64_t buffer_id, const Place& place, const Config& config, RunNames names)
       : rank(place.rank),
         position(place.position),
-        ledger(buffer_id, place.rank, config.num_slots),
+        ledger(buffer_id, place.rank, config.num_slots, names),
         pool(MaxMessageBytes(config)) {}
 
   const int32_t rank;
   const int32_t position;  // in the mesh
   Ledger ledger;
   BlockPool pool;
-  std::shared_ptr<InProcess> transport;  // of its group
+  std::shared_ptr<Transport> transport;  // of its group
 };
 
 class HostBuffer : public Buffer {
  public:
+  // With all ranks in this process.
   HostBuffer(int64_t id, const Config& config, const std::vector<std::optional<Place>>& places);
   ~HostBuffer() override { CloseTransports(); }
 
@@ -42,11 +43,21 @@ class HostBuffer : public Buffer {
   void Close() override { CloseTransports(); }
   int64_t MessageBytes(int32_t device) const override;
 
- private:
-  void CloseTransports();
-  void OnFail(size_t group, int64_t run, const Fault& fault);
+ protected:
+  // The ranks of a group; null for those of other processes.
+  using Group = std::vector<std::unique_ptr<HostRank>>;
 
-  std::vector<std::vector<std::unique_ptr<HostRank>>> groups_;  // [group][rank]
+  // Without transports, which the caller adds.
+  HostBuffer(int64_t id, const Config& config, const std::vector<std::optional<Place>>& places,
+             RunNames names);
+
+  const std::vector<Group>& groups() const { return groups_; }
+  void CloseTransports();
+
+ private:
+  void OnFail(const Group& group, int64_t run, const Fault& fault);
+
+  std::vector<Group> groups_;
 };
 
 }  // namespace jax_sm_free

@@ -35,7 +35,7 @@ std::future<std::string> FaultOfReceive(const HostBuffer& buffer, int32_t device
   auto promise = std::make_shared<std::promise<std::string>>();
   const HostRank& rank = *buffer.RankOf(device);
   rank.transport->Receive(kRecv, {.sequence = 1, .key = {.run = run}}, rank.rank,
-                          [promise](const InProcess::Arrival& arrival) {
+                          [promise](const Transport::Arrival& arrival) {
                             const Fault* fault = FaultOf(arrival);
                             promise->set_value(fault == nullptr ? "" : fault->seen);
                           });
@@ -131,7 +131,7 @@ TEST(HostBufferTest, DestructionEndsWhatWaits) {
 
 TEST(HostBufferTest, ATransportThatOutlivesItsBufferDoesNotCallIt) {
   auto buffer = TwoGroups();
-  const std::shared_ptr<InProcess> transport = buffer->RankOf(2)->transport;
+  const std::shared_ptr<Transport> transport = buffer->RankOf(2)->transport;
   buffer.reset();
   transport->Fail(1, FaultWith("a failure"));
 }

@@ -16,6 +16,13 @@ constexpr size_t kMaxFailedRuns = 1024;
 // A wait as long as this is worth a line in the log.
 constexpr double kSlowWaitSeconds = 10.0;
 
+Fault Of(Op op, const Exchange& exchange, int32_t rank, Fault fault) {
+  fault.op = OpName(op);
+  fault.rank = rank;
+  fault.exchange = exchange.Describe();
+  return fault;
+}
+
 }  // namespace
 
 std::optional<Fault> InProcess::FaultOfRun(int64_t run) const {
@@ -38,8 +45,13 @@ std::vector<Message> InProcess::TakeMessages(const ExchangeKey& key, int32_t dst
   Round& round = rounds_[key];
   round.inboxes[dst].done = true;
   std::vector<Message> messages = std::move(round.inboxes[dst].messages);
-  if (++round.num_done == ep_size_) rounds_.erase(key);
+  if (++round.num_done == num_here_) rounds_.erase(key);
   return messages;
+}
+
+std::optional<Fault> InProcess::Begin(Op /*op*/, const Exchange& /*exchange*/, int32_t /*rank*/,
+                                      std::shared_ptr<const CallSite> /*site*/) {
+  return std::nullopt;  // ranks of one process name an exchange alike
 }
 
 std::optional<Fault> InProcess::Send(const ExchangeKey& key, int32_t src, int32_t dst,
@@ -50,6 +62,7 @@ std::optional<Fault> InProcess::Send(const ExchangeKey& key, int32_t src, int32_
     const std::lock_guard lock(mutex_);
     if (std::optional<Fault> fault = FaultOfRun(key.run)) return fault;
     Inbox& inbox = FindInbox(key, dst);
+    if (inbox.arrived[src]) return SentTwice(src);
     inbox.messages[src] = std::move(message);
     inbox.arrived[src] = true;
     if (++inbox.num_arrived < ep_size_ || !inbox.receiver) return std::nullopt;
@@ -65,59 +78,75 @@ std::optional<Fault> InProcess::Send(const ExchangeKey& key, int32_t src, int32_
 
 void InProcess::Receive(Op op, const Exchange& exchange, int32_t dst, Receiver receiver) {
   Arrival arrival;
+  std::optional<Fault> loss;
   {
     const std::lock_guard lock(mutex_);
     if (std::optional<Fault> fault = FaultOfRun(exchange.key.run)) {
       arrival = *fault;
     } else {
       Inbox& inbox = FindInbox(exchange.key, dst);
-      if (inbox.num_arrived < ep_size_) {
+      if (inbox.num_arrived == ep_size_) {
+        arrival = TakeMessages(exchange.key, dst);
+      } else {
+        inbox.op = op;
+        inbox.exchange = exchange;
+        for (int32_t rank = 0; rank < ep_size_ && !loss; ++rank) loss = LossOf(inbox, dst, rank);
         inbox.receiver = std::move(receiver);
-        ArmTimer(inbox, op, exchange, dst, 0.0);
-        return;
+        receiver = nullptr;
+        if (!loss) ArmTimer(inbox, dst, 0.0);
       }
-      arrival = TakeMessages(exchange.key, dst);
     }
   }
-  receiver(std::move(arrival));
+  if (loss) Fail(exchange.key.run, *loss);
+  if (receiver) receiver(std::move(arrival));
 }
 
-void InProcess::ArmTimer(Inbox& inbox, Op op, const Exchange& exchange, int32_t dst,
-                         double waited) {
+std::optional<Fault> InProcess::LossOf(const Inbox& inbox, int32_t dst, int32_t rank) const {
+  const Loss& loss = losses_[rank];
+  if (inbox.arrived[rank] || inbox.exchange.key.run >= loss.end) return std::nullopt;
+  return Of(inbox.op, inbox.exchange, dst, NothingComes(rank, loss.reason));
+}
+
+void InProcess::Lose(int32_t rank, const std::string& reason, int64_t end) {
+  std::map<int64_t, Fault> faults;  // by run
+  {
+    const std::lock_guard lock(mutex_);
+    if (end <= losses_[rank].end) return;
+    losses_[rank] = {end, reason};
+    for (const auto& [key, round] : rounds_) {
+      for (int32_t dst = 0; dst < ep_size_; ++dst) {
+        if (!round.inboxes[dst].receiver) continue;
+        if (auto fault = LossOf(round.inboxes[dst], dst, rank)) faults.emplace(key.run, *fault);
+      }
+    }
+  }
+  for (const auto& [run, fault] : faults) Fail(run, fault);
+}
+
+void InProcess::ArmTimer(Inbox& inbox, int32_t dst, double waited) {
   const double until =
       waited < kSlowWaitSeconds ? std::min(kSlowWaitSeconds, timeout_s_) : timeout_s_;
-  auto expire = [weak = weak_from_this(), op, exchange, dst, until] {
-    if (const std::shared_ptr<InProcess> self = weak.lock()) {
-      self->OnTimer(op, exchange, dst, until);
-    }
+  auto expire = [weak = weak_from_this(), key = inbox.exchange.key, dst, until] {
+    if (const std::shared_ptr<InProcess> self = weak.lock()) self->OnTimer(key, dst, until);
   };
   inbox.timer = Watchdog::Get().Start(std::chrono::duration<double>(until - waited), expire);
 }
 
-void InProcess::OnTimer(Op op, const Exchange& exchange, int32_t dst, double waited) {
+void InProcess::OnTimer(const ExchangeKey& key, int32_t dst, double waited) {
   Fault fault;
   {
     const std::lock_guard lock(mutex_);
-    const auto found = rounds_.find(exchange.key);
+    const auto found = rounds_.find(key);
     if (found == rounds_.end() || !found->second.inboxes[dst].receiver) return;
     Inbox& inbox = found->second.inboxes[dst];
-    fault = MissingFault(inbox, op, exchange, dst, waited);
+    fault = Of(inbox.op, inbox.exchange, dst, MissingMessages(inbox.arrived, timeout_s_, waited));
     if (waited < timeout_s_) {
       (void)std::fprintf(stderr, "%s (still waiting)\n", fault.Describe().c_str());
-      ArmTimer(inbox, op, exchange, dst, waited);
+      ArmTimer(inbox, dst, waited);
       return;
     }
   }
-  Fail(exchange.key.run, fault);
-}
-
-Fault InProcess::MissingFault(const Inbox& inbox, Op op, const Exchange& exchange, int32_t dst,
-                              double waited) const {
-  Fault fault = MissingMessages(inbox.arrived, timeout_s_, waited);
-  fault.op = OpName(op);
-  fault.rank = dst;
-  fault.exchange = exchange.Describe();
-  return fault;
+  Fail(key.run, fault);
 }
 
 std::vector<InProcess::Receiver> InProcess::TakeReceivers(

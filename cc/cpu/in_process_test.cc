@@ -203,7 +203,7 @@ TEST(InProcessTest, ATimeoutNamesTheMissingRanks) {
   const InProcess::Arrival result = group.Receive(kKey, 2).get();
   ASSERT_NE(FaultOf(result), nullptr);
   const Fault& fault = *FaultOf(result);
-  EXPECT_STREQ(fault.op, "dispatch_recv");
+  EXPECT_EQ(fault.op, "dispatch_recv");
   EXPECT_EQ(fault.rank, 2);
   EXPECT_EQ(fault.peer, 1);
   EXPECT_EQ(fault.expected, "messages from 4 ranks within 0.05 s");

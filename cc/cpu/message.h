@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <new>
 #include <optional>
+#include <span>
 #include <utility>
 
 #include "cc/config.h"
@@ -25,14 +26,25 @@ class Message {
     new (block_.get()) MessageHeader(header);
   }
 
+  // What came in a block of `bytes` from another process; null if they are no message of this
+  // configuration.
+  static std::optional<Message> FromBlock(BlockPool::Block block, int64_t bytes,
+                                          const Config& config);
+
   const MessageHeader& header() const { return *At<MessageHeader>(0); }
   int32_t* rows_per_expert() const { return At<int32_t>(layout_.rows_per_expert); }
   int32_t* local_expert() const { return At<int32_t>(layout_.local_expert); }
   int32_t* position() const { return At<int32_t>(layout_.position); }
   float* weight() const { return At<float>(layout_.weight); }
+  std::span<const std::byte> bytes() const {
+    return {block_.get(), static_cast<size_t>(layout_.total)};
+  }
   std::byte* row(int64_t i) const { return At<std::byte>(layout_.rows + i * layout_.row_stride); }
 
  private:
+  Message(BlockPool::Block block, const MessageLayout& layout)
+      : block_(std::move(block)), layout_(layout) {}
+
   template <typename T>
   T* At(int64_t offset) const {
     return reinterpret_cast<T*>(block_.get() + offset);

@@ -27,6 +27,7 @@ std::optional<Fault> SendAll(const HostCall& call, int64_t call_site, Pack pack,
     return Fail(call, call.run, *fault);
   }
   const auto& exchange = std::get<Exchange>(begun);
+  if (auto fault = rank.transport->Begin(call.op, exchange, rank.rank, call.site)) return fault;
   for (int32_t i = 0; i < call.config().ep_size; ++i) {
     // Starting behind the own rank spreads the senders over the receivers.
     const int32_t dst = (rank.rank + 1 + i) % call.config().ep_size;
@@ -90,7 +91,7 @@ void Receive(const HostCall& call, const float* token, Unpack unpack, Done done)
   const Exchange exchange = std::get<Exchange>(finished);
   const FloatMode caller_mode;
   auto receive = [call, exchange, caller_mode, unpack = std::move(unpack),
-                  done = std::move(done)](InProcess::Arrival arrival) {
+                  done = std::move(done)](Transport::Arrival arrival) {
     std::optional<Fault> fault;
     if (const Fault* failed = FaultOf(arrival)) {
       fault = *failed;

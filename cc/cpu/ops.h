@@ -12,6 +12,7 @@
 #include <optional>
 #include <vector>
 
+#include "cc/call_site.h"
 #include "cc/cpu/host_buffer.h"
 #include "cc/cpu/message.h"
 #include "cc/cpu/pack.h"
@@ -28,6 +29,7 @@ struct HostCall {
   std::shared_ptr<HostBuffer> buffer;
   HostRank* rank = nullptr;
   int64_t run = 0;
+  std::shared_ptr<const CallSite> site = nullptr;  // of a send, where processes need it
 
   const Config& config() const { return buffer->config(); }
 };

@@ -510,7 +510,7 @@ TEST_F(FaultsTest, AFaultOfUnpackingEndsTheRun) {
                  return Fault{.peer = 1, .expected = "", .seen = "a mismatch", .exchange = {}};
                });
   ASSERT_TRUE(fault.has_value());
-  EXPECT_STREQ(fault->op, "dispatch_recv");
+  EXPECT_EQ(fault->op, "dispatch_recv");
   EXPECT_EQ(fault->rank, kEpSize - 1);
   EXPECT_EQ(fault->peer, 1);
   Layer late(buffer_, 0, 1, 0);

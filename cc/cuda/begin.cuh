@@ -45,7 +45,7 @@ __device__ inline void Begin(const RankView& view, const BeginArgs& args) {
       if (args.position_of_program != nullptr && *args.position_of_program != view.position) {
         Raise(view, args.op, {FaultCode::kPosition, -1, view.position, *args.position_of_program});
       }
-      if (state->faulted != 0) state->current.failed = kEmpty;
+      if (state->faulted != kSound) state->current.failed = kEmpty;
     }
     WriteToken(view, args);
   }

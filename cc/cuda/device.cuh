@@ -105,11 +105,13 @@ __device__ inline bool IsStopped(const RankView& view) {
 }
 
 // Waits until is_true(). False after the timeout, or soon after the host said stop: what is on its
-// way still arrives. Called by any number of threads of one block; blocks nothing but this block.
+// way still arrives. At once if an earlier wait took that long. Called by any number of threads of
+// one block; blocks nothing but this block.
 template <typename Condition>
 __device__ bool WaitUntil(const RankView& view, const Condition& is_true) {
   constexpr uint64_t kStopNanoseconds = 500'000'000;
   constexpr uint32_t kLooksPerStop = 1024;  // the host's memory is far
+  if (view.state->faulted == kTimedOut) return is_true();
   uint64_t end = Nanoseconds() + static_cast<uint64_t>(view.config.timeout_s * 1e9);
   bool stopped = false;
   for (uint32_t looks = 1; !is_true(); ++looks) {
@@ -139,7 +141,8 @@ struct FaultNumbers {
 // Writes the first fault into pinned memory, where the host finds it.
 __device__ inline void Raise(const RankView& view, Op op, const FaultNumbers& fault) {
   Status* status = view.status;
-  view.state->faulted = 1;
+  const bool waited = fault.code == FaultCode::kTimeout || fault.code == FaultCode::kAckTimeout;
+  atomicMax(&view.state->faulted, static_cast<int32_t>(waited ? kTimedOut : kPoisoned));
   if (atomicCAS_system(&status->claimed, 0, 1) != 0) return;
   status->op = static_cast<int32_t>(op);
   status->peer = fault.peer;

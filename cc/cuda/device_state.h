@@ -175,7 +175,7 @@ struct DeviceState {
   uint64_t sequence;                // of the last send
   unsigned long long mailbox_head;  // entries posted; the type that atomicAdd takes
   Current current;
-  int32_t faulted;  // what this rank sends is poisoned from now on: nobody knows what it rests on
+  int32_t faulted;  // Faulted
   uint64_t slot_sequence[kMaxSlots];
   int32_t slot_phase[kMaxSlots];   // SlotPhase
   uint32_t blocks_done;            // of the running kernel
@@ -188,6 +188,12 @@ struct DeviceState {
   int32_t all_here;  // all messages of the dispatch being received have come
 };
 enum SlotPhase : int32_t { kFree, kSent, kReceiving };
+// What a rank's first fault leaves of it; rising.
+enum Faulted : int32_t {
+  kSound,
+  kPoisoned,  // what it sends is poisoned: nobody knows what it rests on
+  kTimedOut,  // and it waits no more: each call of the program would wait for the same dead peer
+};
 
 // All that a kernel needs of its rank, passed by value.
 struct RankView {

@@ -29,10 +29,12 @@ constexpr int64_t kMeasuredBytes = int64_t{64} << 20;
 
 }  // namespace
 
-Mover::Mover(int device, const RankView& view, std::shared_ptr<Crossbar> crossbar, uint64_t* done)
+Mover::Mover(int device, const RankView& view, std::shared_ptr<Crossbar> crossbar,
+             std::shared_ptr<Courier> courier, uint64_t* done)
     : device_(device),
       view_(view),
       crossbar_(std::move(crossbar)),
+      courier_(std::move(courier)),
       done_(done),
       streams_(view.config.ep_size),
       seconds_per_byte_(view.config.ep_size) {
@@ -72,13 +74,25 @@ bool Mover::TakeOrder() {
     words[i] = static_cast<uint32_t>(word);
   }
   ++num_orders_;
-  if (!failed_) waiting_.push_back(std::bit_cast<CopyOrder>(words));
+  if (!failed_) Accept(std::bit_cast<CopyOrder>(words));
   return true;
+}
+
+void Mover::Accept(const CopyOrder& order) {
+  if (IsForCourier(order.dst)) {
+    courier_->Send(view_, order);
+  } else {
+    waiting_.push_back(order);
+  }
 }
 
 bool Mover::IsDone(const Copy& copy) const {
   return copy.dst < 0 ||
          std::atomic_ref(done_[copy.dst]).load(std::memory_order_acquire) >= copy.number;
+}
+
+void Mover::ReleaseLink() {
+  if (on_its_way_.dst >= 0) crossbar_->Release(on_its_way_.dst, on_its_way_.ticket);
 }
 
 bool Mover::FinishCopy() {
@@ -88,19 +102,22 @@ bool Mover::FinishCopy() {
   // While the copy before still runs, this one cannot have begun.
   if (!IsDone(before_)) copy.end = std::max(copy.end, now + copy.length);
   if (now + kLead < copy.end && !IsDone(copy)) return false;
-  crossbar_->Release(copy.dst);
+  ReleaseLink();
   before_ = std::exchange(copy, {});
   return true;
 }
 
 bool Mover::StartCopy() {
   if (on_its_way_.dst >= 0) return false;
-  if (waiting_.empty() || !crossbar_->TryTake(waiting_.front().dst)) return false;
+  if (waiting_.empty()) return false;
+  const Crossbar::Ticket ticket = crossbar_->TryTake(waiting_.front().dst);
+  if (ticket == 0) return false;
   const CopyOrder order = waiting_.front();
   waiting_.pop_front();
   const auto seconds = std::chrono::duration<double>(seconds_per_byte_[order.dst] *
                                                      static_cast<double>(order.end - order.begin));
   on_its_way_.dst = order.dst;
+  on_its_way_.ticket = ticket;
   on_its_way_.number = before_.number + 1;
   on_its_way_.length = kStartUp + std::chrono::duration_cast<Clock::duration>(seconds);
   on_its_way_.end = Clock::now() + on_its_way_.length;
@@ -131,7 +148,8 @@ cudaError_t Mover::Issue(const CopyOrder& order, uint64_t number) {
 void Mover::Fail(cudaError_t status) {
   failed_ = true;
   waiting_.clear();
-  if (on_its_way_.dst >= 0) crossbar_->Release(std::exchange(on_its_way_, {}).dst);
+  ReleaseLink();
+  on_its_way_ = {};
   const std::lock_guard lock(mutex_);
   if (error_.empty()) error_ = cudaGetErrorString(status);
 }
@@ -143,6 +161,8 @@ cudaError_t Mover::MeasureLink(int32_t dst) {
   cudaEvent_t start = nullptr;
   cudaEvent_t stop = nullptr;
   float milliseconds = 0;
+  Crossbar::Ticket ticket = 0;
+  while ((ticket = crossbar_->TryTake(dst)) == 0) std::this_thread::yield();
   (void)cudaEventCreate(&start);
   (void)cudaEventCreate(&stop);
   for (int i = 0; i < 2; ++i) {  // the first one warms up
@@ -152,6 +172,7 @@ cudaError_t Mover::MeasureLink(int32_t dst) {
     (void)cudaEventRecord(stop, stream);
     (void)cudaEventSynchronize(stop);
   }
+  crossbar_->Release(dst, ticket);
   (void)cudaEventElapsedTime(&milliseconds, start, stop);
   (void)cudaEventDestroy(start);
   (void)cudaEventDestroy(stop);
@@ -162,7 +183,7 @@ cudaError_t Mover::MeasureLink(int32_t dst) {
 cudaError_t Mover::Prepare() {
   cudaError_t status = cudaSetDevice(device_);
   for (int32_t dst = 0; dst < view_.config.ep_size && status == cudaSuccess; ++dst) {
-    if (dst == view_.rank) continue;
+    if (dst == view_.rank || IsForCourier(dst)) continue;
     status = cudaStreamCreateWithFlags(&streams_[dst], cudaStreamNonBlocking);
     if (status == cudaSuccess) status = MeasureLink(dst);
   }
@@ -172,10 +193,11 @@ cudaError_t Mover::Prepare() {
 void Mover::Run() {
   (void)cudaSetDevice(device_);
   while (!stop_) {
-    const bool took = TakeOrder();
-    const bool finished = FinishCopy();
-    const bool started = StartCopy();
-    if (took || finished || started) last_active_ = Clock::now().time_since_epoch().count();
+    bool active = TakeOrder();
+    active |= FinishCopy();
+    active |= StartCopy();
+    if (courier_ != nullptr) active |= courier_->Forward(view_);
+    if (active) last_active_ = Clock::now().time_since_epoch().count();
     const bool busy = on_its_way_.dst >= 0 || !waiting_.empty();
     if (busy || Clock::now().time_since_epoch() - Clock::duration(last_active_) < kSpinTime) {
       continue;
@@ -183,7 +205,7 @@ void Mover::Run() {
     std::unique_lock lock(mutex_);
     woken_.wait_for(lock, kSleepTime);
   }
-  if (on_its_way_.dst >= 0) crossbar_->Release(on_its_way_.dst);
+  ReleaseLink();
   for (cudaStream_t stream : streams_) {
     if (stream == nullptr) continue;
     (void)cudaStreamSynchronize(stream);

@@ -1,0 +1,85 @@
+"""What the processes of `benchmarks.processes` run, round by round as they are told."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from time import perf_counter
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rank  # of tests/multiprocess
+
+from benchmarks import contestants, programs
+from benchmarks.cases import Case, make_inputs, measure_load
+
+READY = "ready for round {}."
+_GEMM_ROWS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Rounds:
+    """How often each operation runs: `runs` times in a row in each of `rounds` rounds."""
+
+    rounds: int
+    runs: int
+
+
+def time_all(case: Case, plan: Rounds, num_gemms: int) -> dict[str, list[float]]:
+    """Seconds of each run, by operation.
+
+    "dispatch" and "combine"; with `num_gemms`, also so many products on each rank ("compute"), and
+    dispatch with the products between send and recv ("beside").
+    """
+    mesh = contestants.make_mesh(case.ep_size)
+    inputs = make_inputs(case)
+    ours = contestants.make_ours(case, measure_load(case, inputs.topk_idx), mesh)
+    args = contestants.put(inputs, case, mesh)
+    runners = _make_runners(case, mesh, ours, args, num_gemms)
+    times: dict[str, list[float]] = {name: [] for name in runners}
+    for run in runners.values():
+        run()
+        run()
+    for turn in range(plan.rounds):
+        rank.pause(READY.format(turn))
+        for name, run in runners.items():
+            for _ in range(plan.runs):
+                begin = perf_counter()
+                run()
+                times[name].append(perf_counter() - begin)
+    ours.buffer.close()
+    return times
+
+
+def _make_runners(
+    case: Case, mesh: Any, ours: contestants.Ours, args: tuple, num_gemms: int
+) -> dict[str, Callable[[], Any]]:
+    grouped = contestants.on_ranks(ours.dispatch, mesh)(*args)
+    fns = {
+        "dispatch": (ours.dispatch, args),
+        "combine": (ours.combine, (grouped.x, grouped.handle, grouped.weights)),
+    }
+    if num_gemms:
+        gemms = _make_gemms(case, mesh)
+        compute = lambda a, b: programs.multiply(a, b, num_gemms)  # noqa: E731
+        beside = lambda a, b, *inputs: ours.dispatch_beside(compute, (a, b), *inputs)  # noqa: E731
+        fns |= {"compute": (compute, gemms), "beside": (beside, (*gemms, *args))}
+    return {
+        name: programs.compile_one(contestants.on_ranks(fn, mesh), args)
+        for name, (fn, args) in fns.items()
+    }
+
+
+def _make_gemms(case: Case, mesh: Any) -> tuple[Any, Any]:
+    """[rows, hidden] and [hidden, hidden] of each rank, f32."""
+    sharding = jax.NamedSharding(mesh, jax.P(contestants.AXIS))
+    rng = np.random.default_rng(0)
+
+    def make(rows: int) -> Any:
+        shape = (case.ep_size * rows, case.hidden)
+        block = rng.standard_normal((rows, case.hidden), np.float32) * case.hidden**-0.5
+        return jax.make_array_from_callback(shape, sharding, lambda _: jnp.asarray(block))
+
+    return make(_GEMM_ROWS), make(case.hidden)

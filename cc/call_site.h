@@ -1,0 +1,73 @@
+// The names of sends in compiled programs, for ranks that are in several processes.
+//
+// A call site has to be called the same by every process. What processes have in common is what the
+// program was lowered to: its name, and the number of the send among those of the program. XLA may
+// inline the function that a send is in several times; those copies have all that in common, and
+// are told apart by their order, which is the same wherever the same program is compiled.
+//
+// Nothing tells where one program's copies end and those of an equal program begin. So all copies
+// that were made before one of them first runs are taken for one program's. Processes that compile
+// in another order may come to other numbers then, which is seen as a fault: see cc/cpu/in_step.h.
+
+#ifndef JAX_SM_FREE_CC_CALL_SITE_H_
+#define JAX_SM_FREE_CC_CALL_SITE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+namespace jax_sm_free {
+
+// Longer texts are cut, and end in a digest of all of them.
+inline constexpr size_t kMaxProgramBytes = 200;
+inline constexpr size_t kMaxCallBytes = 360;
+
+struct CallSite {
+  int64_t number = 0;   // of this copy of the call, among all sends of the program
+  std::string program;  // "jit_step"
+  std::string call;     // "dispatch_send 3 (float32[6,7], int32[6,3])"
+  int32_t num_copies = 1;
+
+  bool operator==(const CallSite&) const = default;
+  std::string Describe() const;
+};
+
+// One copy of a call, from when XLA makes it until it drops it. Thread-safe.
+class CallCopy {
+ public:
+  ~CallCopy();
+  CallCopy(const CallCopy&) = delete;
+  CallCopy& operator=(const CallCopy&) = delete;
+
+  // To be asked for when the call runs, not before.
+  std::shared_ptr<const CallSite> Site();
+
+ private:
+  friend class CallSites;
+  explicit CallCopy(std::shared_ptr<struct CallCopies> copies) : copies_(std::move(copies)) {}
+
+  const std::shared_ptr<struct CallCopies> copies_;
+  std::shared_ptr<const CallSite> site_;
+};
+
+// The calls of this process. Thread-safe.
+class CallSites {
+ public:
+  static CallSites& Get();
+
+  // `call_number` is the call's number in `program`.
+  std::unique_ptr<CallCopy> Add(int64_t buffer, const std::string& program, int64_t call_number,
+                                const std::string& call);
+
+ private:
+  std::mutex mutex_;
+  std::unordered_map<std::string, std::weak_ptr<struct CallCopies>> latest_;
+};
+
+}  // namespace jax_sm_free
+
+#endif  // JAX_SM_FREE_CC_CALL_SITE_H_

@@ -1,0 +1,87 @@
+// Transport between ranks of several processes: by hand within a process, by wire to the others.
+
+#ifndef JAX_SM_FREE_CC_CPU_BETWEEN_PROCESSES_H_
+#define JAX_SM_FREE_CC_CPU_BETWEEN_PROCESSES_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cc/config.h"
+#include "cc/cpu/block_pool.h"
+#include "cc/cpu/in_process.h"
+#include "cc/cpu/in_step.h"
+#include "cc/cpu/transport.h"
+#include "cc/cpu/wire.h"
+#include "cc/cpu/wire_note.h"
+#include "cc/fault.h"
+
+namespace jax_sm_free {
+
+// The rounds of one group. Thread-safe.
+//
+// Messages of other processes are put into the inboxes of this one's ranks as they come. The first
+// fault ends the group, in all processes: after it, nothing says any more that ranks count their
+// runs alike. Each process tells its peers of the fault it sees first; a peer that is gone is seen
+// by the wire, one that left out a part of a run by its next run, one that is silent by the
+// timeout.
+class BetweenProcesses : public Transport, public std::enable_shared_from_this<BetweenProcesses> {
+ public:
+  struct Place {
+    int64_t buffer = 0;
+    int32_t group = 0;
+    int32_t process = 0;              // this one
+    std::vector<int32_t> process_of;  // by rank
+    std::vector<BlockPool*> pools;    // by rank; null for ranks of others
+  };
+
+  // Called once, with the fault that ends the group; never after Close.
+  using OnEnd = std::function<void(const Fault& fault)>;
+
+  // `wire` has to stay until Close.
+  static std::shared_ptr<BetweenProcesses> Make(Place place, const Config& config, Wire* wire,
+                                                OnEnd on_end);
+
+  std::optional<Fault> Begin(Op op, const Exchange& exchange, int32_t rank,
+                             std::shared_ptr<const CallSite> site) override;
+  std::optional<Fault> Send(const ExchangeKey& key, int32_t src, int32_t dst,
+                            Message message) override;
+  void Receive(Op op, const Exchange& exchange, int32_t dst, Receiver receiver) override;
+  void Fail(int64_t run, const Fault& fault) override;
+  void Close(const Fault& fault) override;
+
+  // What the wire calls back with, for notes of this group.
+  BlockPool::Block Allocate(const MessageNote& note, int64_t bytes);
+  void OnMessage(int32_t process, const MessageNote& note, BlockPool::Block block, int64_t bytes);
+  void OnFault(const Fault& fault) { End(fault, /*tell=*/false); }
+  void OnLost(int32_t process, const std::string& reason);
+
+ private:
+  BetweenProcesses(Place place, const Config& config, Wire* wire, OnEnd on_end);
+
+  bool IsHere(int32_t rank) const { return place_.process_of[rank] == place_.process; }
+  bool IsRank(int32_t rank) const { return rank >= 0 && rank < config_.ep_size; }
+  std::optional<Fault> Accept(const MessageNote& note, Message message);
+  void End(const Fault& fault, bool tell);
+  void Tell(const Fault& fault);
+
+  const Place place_;
+  const Config config_;
+  Wire* const wire_;
+  const OnEnd on_end_;
+  std::shared_ptr<InProcess> inboxes_;
+  std::mutex mutex_;
+  InStep in_step_;
+  std::vector<int64_t> latest_run_;  // by rank: that it has sent anything of
+  std::optional<Fault> ended_;
+  bool closed_ = false;
+};
+
+}  // namespace jax_sm_free
+
+#endif  // JAX_SM_FREE_CC_CPU_BETWEEN_PROCESSES_H_

@@ -1,0 +1,67 @@
+// A buffer over CPU devices of several processes.
+
+#ifndef JAX_SM_FREE_CC_CPU_SPANNING_BUFFER_H_
+#define JAX_SM_FREE_CC_CPU_SPANNING_BUFFER_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cc/cpu/between_processes.h"
+#include "cc/cpu/host_buffer.h"
+#include "cc/cpu/wire.h"
+#include "cc/fault.h"
+
+namespace jax_sm_free {
+
+// This process's part of it. All processes open theirs, give each other their addresses, and
+// connect; messages may come as soon as one of them has connected.
+class SpanningBuffer : public HostBuffer {
+ public:
+  struct Processes {
+    int32_t self = 0;
+    int32_t count = 1;
+    std::vector<std::vector<int32_t>> of_rank;  // [group][rank]
+  };
+  using OpenWire = std::function<Result<std::unique_ptr<Wire>>(Wire::Callbacks callbacks)>;
+
+  // `places` of this process's devices alone. `id` is the same in all processes.
+  static Result<std::shared_ptr<SpanningBuffer>> Open(
+      int64_t id, const Config& config, const std::vector<std::optional<Place>>& places,
+      const Processes& processes, const OpenWire& open_wire);
+  ~SpanningBuffer() override { Close(); }
+
+  const std::string& address() const { return wire_->address(); }
+  void Connect(std::vector<std::string> addresses) { wire_->Connect(std::move(addresses)); }
+
+  // The peers see that this process has gone.
+  void Close() override;
+
+  // The buffer ends with its first fault, and keeps it.
+  std::optional<std::string> TakeFault() override;
+
+ private:
+  SpanningBuffer(int64_t id, const Config& config, const std::vector<std::optional<Place>>& places)
+      : HostBuffer(id, config, places, RunNames::kCounted) {}
+
+  Wire::Callbacks Callbacks();
+  void AddTransports(const Processes& processes);
+  void OnEnd(const Group& group, const Fault& fault);
+  std::shared_ptr<BetweenProcesses> TransportOf(const WireNote& note) const;
+  std::vector<std::shared_ptr<BetweenProcesses>> Transports() const;
+  BlockPool::Block Allocate(Wire::Header header, int64_t bytes) const;
+  void OnMessage(int32_t process, Wire::Header header, BlockPool::Block payload, int64_t bytes);
+
+  mutable std::mutex mutex_;
+  std::optional<std::string> fault_;
+  std::vector<std::shared_ptr<BetweenProcesses>> transports_;  // by group; null where none is here
+  std::unique_ptr<Wire> wire_;
+};
+
+}  // namespace jax_sm_free
+
+#endif  // JAX_SM_FREE_CC_CPU_SPANNING_BUFFER_H_

@@ -1,0 +1,54 @@
+// How the messages of one group's rounds get from rank to rank.
+
+#ifndef JAX_SM_FREE_CC_CPU_TRANSPORT_H_
+#define JAX_SM_FREE_CC_CPU_TRANSPORT_H_
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "cc/call_site.h"
+#include "cc/cpu/message.h"
+#include "cc/exchange.h"
+#include "cc/fault.h"
+#include "cc/op.h"
+
+namespace jax_sm_free {
+
+// For the ranks of this process. Thread-safe.
+//
+// A round is complete for a rank when a message from every rank of the group has come to it. A run
+// that failed stays failed: whoever comes late gets the fault that ended it.
+class Transport {
+ public:
+  using Arrival = Result<std::vector<Message>>;  // messages by source rank
+  using Receiver = std::function<void(Arrival)>;
+
+  virtual ~Transport() = default;
+
+  // Before the sends of `rank` in an exchange. `site`: null where all ranks are in one process. The
+  // run's fault if it has failed, or fails by this.
+  virtual std::optional<Fault> Begin(Op op, const Exchange& exchange, int32_t rank,
+                                     std::shared_ptr<const CallSite> site) = 0;
+
+  // Puts a message into the inbox of `dst`. The run's fault if it has failed.
+  virtual std::optional<Fault> Send(const ExchangeKey& key, int32_t src, int32_t dst,
+                                    Message message) = 0;
+
+  // Calls `receiver` once, when the round is complete for `dst` or its run has failed: on this
+  // thread if that is so already, else on the worker pool. `op` and `exchange` are for the fault
+  // that is raised if the round is not complete within the timeout.
+  virtual void Receive(Op op, const Exchange& exchange, int32_t dst, Receiver receiver) = 0;
+
+  // Ends `run` on all ranks of the group with `fault`. A second fault of a run changes nothing.
+  virtual void Fail(int64_t run, const Fault& fault) = 0;
+
+  // Ends every run that waits, and every one to come.
+  virtual void Close(const Fault& fault) = 0;
+};
+
+}  // namespace jax_sm_free
+
+#endif  // JAX_SM_FREE_CC_CPU_TRANSPORT_H_

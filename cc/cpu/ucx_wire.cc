@@ -1,0 +1,315 @@
+#include "cc/cpu/ucx_wire.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+namespace jax_sm_free {
+namespace {
+
+using std::chrono::duration;
+
+// How long to look for more before sleeping: about what waking up costs.
+constexpr std::chrono::microseconds kSpin(20);
+
+// UCX looks after dead processes only while it is driven.
+constexpr int kMaxSleepMs = 500;
+constexpr int kMaxSleepClosingMs = 20;
+
+// How long UCX may take to cancel what is under way, which needs no peer.
+constexpr std::chrono::seconds kCancel(2);
+
+constexpr char kClosed[] = "it closed its end";
+
+}  // namespace
+
+Result<std::unique_ptr<UcxWire>> UcxWire::Open(const Options& options, Callbacks callbacks) {
+  const auto with_rank = [&options](Fault fault) {
+    fault.rank = options.self;
+    return fault;
+  };
+  Result<std::shared_ptr<const UcxLibrary>> ucx = UcxLibrary::Load(options.library);
+  if (const Fault* fault = FaultOf(ucx)) return with_rank(*fault);
+  Result<std::unique_ptr<UcxWorker>> worker =
+      UcxWorker::Open(std::get<0>(ucx), options.num_peers, options.link_timeout_s);
+  if (const Fault* fault = FaultOf(worker)) return with_rank(*fault);
+  return std::unique_ptr<UcxWire>(
+      new UcxWire(options, std::move(callbacks), std::move(std::get<0>(worker))));
+}
+
+UcxWire::UcxWire(const Options& options, Callbacks callbacks, std::unique_ptr<UcxWorker> worker)
+    : options_(options),
+      callbacks_(std::move(callbacks)),
+      inbox_(
+          options.num_peers, callbacks_.allocate,
+          [this](UcxInbox::Frame frame) { OnFrame(std::move(frame)); },
+          [this](int32_t peer, const std::string& reason) { Break(peer, reason); }),
+      worker_(std::move(worker)),
+      address_(worker_->address()),
+      peers_(options.num_peers) {
+  peers_[options.self].life = Life::kLost;
+  for (int32_t peer = 0; peer < options.num_peers; ++peer) routes_.push_back({this, peer});
+  inbox_.Listen(*worker_);
+  thread_ = std::thread([this] { Run(); });
+}
+
+UcxWire::~UcxWire() { Close(); }
+
+void UcxWire::Connect(std::vector<std::string> addresses) {
+  const std::lock_guard lock(mutex_);
+  if (closing_) return;
+  addresses_ = std::move(addresses);
+  worker_->Wake();
+}
+
+void UcxWire::Send(int32_t peer, Header header, std::span<const std::byte> payload,
+                   OnSent on_sent) {
+  auto outgoing = std::make_unique<Outgoing>();
+  *outgoing = {.wire = this, .peer = peer, .header = {}, .payload = payload, .on_sent = {}};
+  const FramePrefix prefix{.kind = FrameKind::kMessage, .source = options_.self};
+  outgoing->header.resize(sizeof(prefix) + header.size());
+  std::memcpy(outgoing->header.data(), &prefix, sizeof(prefix));
+  std::ranges::copy(header, outgoing->header.begin() + sizeof(prefix));
+  {
+    const std::lock_guard lock(mutex_);
+    if (!closing_) {
+      outgoing->on_sent = std::move(on_sent);
+      queue_.push_back(std::move(outgoing));
+      if (std::exchange(asleep_, false)) worker_->Wake();
+      return;
+    }
+  }
+  on_sent();
+}
+
+void UcxWire::Close() {
+  std::call_once(closed_, [this] {
+    {
+      const std::lock_guard lock(mutex_);
+      closing_ = true;
+      worker_->Wake();
+    }
+    thread_.join();
+  });
+}
+
+// What follows is the wire's thread.
+
+void UcxWire::Run() {
+  Clock::time_point last_busy = Clock::now();
+  std::optional<Clock::time_point> deadline;
+  while (true) {
+    bool busy = TakeOrders();
+    busy = worker_->Progress() || busy;
+    Settle();
+    if (said_goodbye_) {
+      if (!deadline) {
+        deadline = Clock::now() + std::chrono::duration_cast<Clock::duration>(
+                                      duration<double>(options_.close_timeout_s));
+      }
+      if (IsFlushed() || Clock::now() > *deadline) break;
+    }
+    const Clock::time_point now = Clock::now();
+    if (busy) last_busy = now;
+    if (now - last_busy > kSpin) Sleep();
+  }
+  Shutdown();
+}
+
+// Does what other threads asked for. Whether they did.
+bool UcxWire::TakeOrders() {
+  std::vector<std::unique_ptr<Outgoing>> queue;
+  std::optional<std::vector<std::string>> addresses;
+  bool closing = false;
+  {
+    const std::lock_guard lock(mutex_);
+    addresses.swap(addresses_);
+    closing = closing_;
+    connected_ = connected_ || addresses;
+    if (connected_ || closing) queue.swap(queue_);
+  }
+  if (addresses) OpenEndpoints(*addresses);
+  for (std::unique_ptr<Outgoing>& outgoing : queue) Post(std::move(outgoing));
+  if (closing && !said_goodbye_) {
+    said_goodbye_ = true;
+    for (int32_t peer = 0; peer < options_.num_peers; ++peer) {
+      if (peers_[peer].life == Life::kLive) PostSigned(FrameKind::kGoodbye, peer, [] {});
+    }
+  }
+  return addresses || !queue.empty();
+}
+
+void UcxWire::Sleep() {
+  {
+    const std::lock_guard lock(mutex_);
+    if (connected_ && !queue_.empty()) return;
+    asleep_ = true;
+  }
+  worker_->Wait(said_goodbye_ ? kMaxSleepClosingMs : kMaxSleepMs);
+  const std::lock_guard lock(mutex_);
+  asleep_ = false;
+}
+
+void UcxWire::OpenEndpoints(const std::vector<std::string>& addresses) {
+  for (int32_t peer = 0; peer < options_.num_peers; ++peer) {
+    if (peers_[peer].life == Life::kLost) continue;
+    OpenEndpoint(peer, addresses[peer]);
+    // It may have come and gone before.
+    if (peers_[peer].life == Life::kDeparted) AcknowledgeGoodbye(peer);
+  }
+}
+
+void UcxWire::OpenEndpoint(int32_t peer, const std::string& address) {
+  ucp_ep_params_t params{};
+  params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
+                      UCP_EP_PARAM_FIELD_ERR_HANDLER;
+  params.address = reinterpret_cast<const ucp_address_t*>(address.data());
+  params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
+  params.err_handler.cb = &UcxWire::OnEndpointError;
+  params.err_handler.arg = &routes_[peer];
+  const UcxLibrary& ucx = worker_->ucx();
+  const ucs_status_t status = ucx.ucp_ep_create(worker_->get(), &params, &peers_[peer].endpoint);
+  if (status == UCS_OK) return;
+  peers_[peer].endpoint = nullptr;
+  Break(peer, ucx.ucs_status_string(status));
+}
+
+void UcxWire::Post(std::unique_ptr<Outgoing> outgoing) {
+  Peer& peer = peers_[outgoing->peer];
+  FramePrefix prefix;
+  std::memcpy(&prefix, outgoing->header.data(), sizeof(prefix));
+  const bool wanted = peer.life == Life::kLive || prefix.kind == FrameKind::kGoodbyeAck;
+  if (!wanted || peer.endpoint == nullptr) {
+    outgoing->on_sent();
+    return;
+  }
+  prefix.sequence = peer.next_sequence++;
+  std::memcpy(outgoing->header.data(), &prefix, sizeof(prefix));
+  ucp_request_param_t param{};
+  param.op_attr_mask = UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
+  param.cb.send = &UcxWire::OnSendDone;
+  param.user_data = outgoing.get();
+  const UcxLibrary& ucx = worker_->ucx();
+  void* request =
+      ucx.ucp_am_send_nbx(peer.endpoint, 0, outgoing->header.data(), outgoing->header.size(),
+                          outgoing->payload.data(), outgoing->payload.size(), &param);
+  if (UCS_PTR_IS_PTR(request)) {
+    Outgoing* key = outgoing.get();
+    posted_.emplace(key, std::move(outgoing));
+    return;
+  }
+  if (request != nullptr) Break(outgoing->peer, ucx.ucs_status_string(UCS_PTR_STATUS(request)));
+  outgoing->on_sent();
+}
+
+// A frame of the wire's own.
+void UcxWire::PostSigned(FrameKind kind, int32_t peer, OnSent on_sent) {
+  auto outgoing = std::make_unique<Outgoing>();
+  *outgoing = {.wire = this,
+               .peer = peer,
+               .header = std::vector<std::byte>(sizeof(FramePrefix)),
+               .payload = {},
+               .on_sent = std::move(on_sent)};
+  const FramePrefix prefix{.kind = kind, .source = options_.self};
+  std::memcpy(outgoing->header.data(), &prefix, sizeof(prefix));
+  Post(std::move(outgoing));
+}
+
+void UcxWire::AcknowledgeGoodbye(int32_t peer) {
+  PostSigned(FrameKind::kGoodbyeAck, peer, [this, peer] { Break(peer, kClosed); });
+}
+
+void UcxWire::OnSendDone(void* request, ucs_status_t status, void* outgoing) {
+  auto* key = static_cast<Outgoing*>(outgoing);
+  UcxWire& wire = *key->wire;
+  const std::unique_ptr<Outgoing> done = std::move(wire.posted_.extract(key).mapped());
+  const UcxLibrary& ucx = wire.worker_->ucx();
+  ucx.ucp_request_free(request);
+  if (status != UCS_OK) wire.Break(done->peer, ucx.ucs_status_string(status));
+  done->on_sent();
+}
+
+void UcxWire::OnFrame(UcxInbox::Frame frame) {
+  const int32_t source = frame.prefix.source;
+  switch (frame.prefix.kind) {
+    case FrameKind::kMessage:
+      callbacks_.on_message(source, frame.header, std::move(frame.payload), frame.payload_bytes);
+      return;
+    case FrameKind::kGoodbye:
+      departing_.push_back(source);
+      return;
+    case FrameKind::kGoodbyeAck:
+      peers_[source].acknowledged = true;
+      return;
+  }
+}
+
+void UcxWire::OnEndpointError(void* route, ucp_ep_h /*endpoint*/, ucs_status_t status) {
+  const auto& [wire, peer] = *static_cast<Route*>(route);
+  wire->Break(peer, wire->worker_->ucx().ucs_status_string(status));
+}
+
+// Callable from within UCX, where an endpoint must not be closed.
+void UcxWire::Break(int32_t peer, const std::string& reason) { broken_.emplace_back(peer, reason); }
+
+// Ends what peers have ended. A goodbye comes first: an error behind it is no news.
+void UcxWire::Settle() {
+  for (const int32_t peer : std::exchange(departing_, {})) {
+    Report(peer, kClosed);
+    peers_[peer].life = Life::kDeparted;
+    if (peers_[peer].endpoint != nullptr) AcknowledgeGoodbye(peer);
+  }
+  for (const auto& [peer, reason] : std::exchange(broken_, {})) {
+    Report(peer, reason);
+    if (std::exchange(peers_[peer].life, Life::kLost) == Life::kLost) continue;
+    inbox_.Drop(peer);
+    CloseEndpoint(peer);
+  }
+}
+
+void UcxWire::Report(int32_t peer, const std::string& reason) {
+  if (peers_[peer].life == Life::kLive && !said_goodbye_) callbacks_.on_lost(peer, reason);
+}
+
+// Cancels what is under way.
+void UcxWire::CloseEndpoint(int32_t peer) {
+  ucp_ep_h endpoint = std::exchange(peers_[peer].endpoint, nullptr);
+  if (endpoint == nullptr) return;
+  ucp_request_param_t param{};
+  param.op_attr_mask =
+      UCP_OP_ATTR_FIELD_FLAGS | UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
+  param.flags = UCP_EP_CLOSE_FLAG_FORCE;
+  param.cb.send = &UcxWire::OnEndpointClosed;
+  param.user_data = this;
+  void* request = worker_->ucx().ucp_ep_close_nbx(endpoint, &param);
+  if (UCS_PTR_IS_PTR(request)) ++num_endpoints_closing_;
+}
+
+void UcxWire::OnEndpointClosed(void* request, ucs_status_t /*status*/, void* wire) {
+  auto* self = static_cast<UcxWire*>(wire);
+  --self->num_endpoints_closing_;
+  self->worker_->ucx().ucp_request_free(request);
+}
+
+bool UcxWire::IsFlushed() const {
+  return posted_.empty() && std::ranges::all_of(peers_, [](const Peer& peer) {
+           return peer.life == Life::kLost || peer.acknowledged || peer.endpoint == nullptr;
+         });
+}
+
+void UcxWire::Shutdown() {
+  for (int32_t peer = 0; peer < options_.num_peers; ++peer) {
+    peers_[peer].life = Life::kLost;
+    inbox_.Drop(peer);
+    CloseEndpoint(peer);
+  }
+  const Clock::time_point deadline = Clock::now() + kCancel;
+  while ((num_endpoints_closing_ > 0 || !posted_.empty()) && Clock::now() < deadline) {
+    if (!worker_->Progress()) worker_->Wait(kMaxSleepClosingMs);
+  }
+  worker_.reset();
+  for (const auto& [key, outgoing] : posted_) outgoing->on_sent();
+  posted_.clear();
+}
+
+}  // namespace jax_sm_free

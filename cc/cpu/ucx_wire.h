@@ -1,0 +1,131 @@
+// A wire over UCX: shared memory within a host, TCP or what else UCX finds between hosts.
+
+#ifndef JAX_SM_FREE_CC_CPU_UCX_WIRE_H_
+#define JAX_SM_FREE_CC_CPU_UCX_WIRE_H_
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <span>
+#include <string>
+#include <thread>
+#include <unordered_map>
+#include <utility>
+#include <vector>
+
+#include "cc/cpu/ucx_frame.h"
+#include "cc/cpu/ucx_inbox.h"
+#include "cc/cpu/ucx_worker.h"
+#include "cc/cpu/wire.h"
+#include "cc/fault.h"
+
+namespace jax_sm_free {
+
+// One thread makes every call of UCX: sends are queued for it, and it sleeps while nothing happens.
+//
+// Each message is one active message of UCX, which copies small ones (eager) and lets the receiver
+// fetch large ones into its own block (rendezvous). What each peer is to this process:
+//
+//   live --its goodbye--> departed --acknowledged, or error--> lost
+//     |                                                          ^
+//     +--------------------error of its endpoint-----------------+
+//
+// on_lost is called when a peer stops being live. To close, a wire says goodbye to every live peer
+// and goes when each has acknowledged: a socket that is closed earlier may take with it what the
+// peer has not read yet.
+class UcxWire : public Wire {
+ public:
+  struct Options {
+    std::string library;  // path of libucp.so.0
+    int32_t self = 0;
+    int32_t num_peers = 1;  // processes, this one included
+    // A host that has not answered for this long is lost, as is a process that has taken no bytes
+    // for this long while its connection is full.
+    double link_timeout_s = 5.0;
+    double close_timeout_s = 5.0;  // how long Close waits for peers
+  };
+
+  static Result<std::unique_ptr<UcxWire>> Open(const Options& options, Callbacks callbacks);
+  ~UcxWire() override;
+
+  const std::string& address() const override { return address_; }
+  void Connect(std::vector<std::string> addresses) override;
+  void Send(int32_t peer, Header header, std::span<const std::byte> payload,
+            OnSent on_sent) override;
+  void Close() override;
+
+ private:
+  using Clock = std::chrono::steady_clock;
+  enum class Life { kLive, kDeparted, kLost };
+  struct Peer {
+    Life life = Life::kLive;
+    ucp_ep_h endpoint = nullptr;
+    uint64_t next_sequence = 0;
+    bool acknowledged = false;  // our goodbye
+  };
+  struct Outgoing {
+    UcxWire* wire;
+    int32_t peer;
+    std::vector<std::byte> header;  // prefix and header
+    std::span<const std::byte> payload;
+    OnSent on_sent;
+  };
+  struct Route {  // of an endpoint's errors
+    UcxWire* wire;
+    int32_t peer;
+  };
+
+  UcxWire(const Options& options, Callbacks callbacks, std::unique_ptr<UcxWorker> worker);
+
+  void Run();
+  bool TakeOrders();
+  void Sleep();
+  void OpenEndpoints(const std::vector<std::string>& addresses);
+  void OpenEndpoint(int32_t peer, const std::string& address);
+  void Post(std::unique_ptr<Outgoing> outgoing);
+  void PostSigned(FrameKind kind, int32_t peer, OnSent on_sent);
+  void AcknowledgeGoodbye(int32_t peer);
+  void OnFrame(UcxInbox::Frame frame);
+  void Break(int32_t peer, const std::string& reason);
+  void Settle();
+  void Report(int32_t peer, const std::string& reason);
+  void CloseEndpoint(int32_t peer);
+  bool IsFlushed() const;
+  void Shutdown();
+
+  static void OnSendDone(void* request, ucs_status_t status, void* outgoing);
+  static void OnEndpointError(void* route, ucp_ep_h endpoint, ucs_status_t status);
+  static void OnEndpointClosed(void* request, ucs_status_t status, void* wire);
+
+  const Options options_;
+  const Callbacks callbacks_;
+  UcxInbox inbox_;
+  std::unique_ptr<UcxWorker> worker_;
+  const std::string address_;
+
+  // The wire's thread alone, once it runs.
+  std::vector<Peer> peers_;
+  std::vector<Route> routes_;  // by process
+  std::unordered_map<Outgoing*, std::unique_ptr<Outgoing>> posted_;
+  std::vector<int32_t> departing_;                       // said goodbye
+  std::vector<std::pair<int32_t, std::string>> broken_;  // and why
+  int64_t num_endpoints_closing_ = 0;
+  bool connected_ = false;
+  bool said_goodbye_ = false;
+
+  std::mutex mutex_;
+  std::vector<std::unique_ptr<Outgoing>> queue_;
+  std::optional<std::vector<std::string>> addresses_;
+  bool closing_ = false;
+  bool asleep_ = false;
+
+  std::once_flag closed_;
+  std::thread thread_;
+};
+
+}  // namespace jax_sm_free
+
+#endif  // JAX_SM_FREE_CC_CPU_UCX_WIRE_H_

@@ -1,0 +1,127 @@
+#include "cc/cpu/ucx_worker.h"
+
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+#include "cc/cpu/ucx_frame.h"
+
+namespace jax_sm_free {
+namespace {
+
+struct Setting {
+  const char* name;
+  std::string value;
+};
+
+// What differs from UCX's own choice.
+std::array<Setting, 11> Settings(double link_timeout_s) {
+  const std::string seconds = std::to_string(std::max(1L, std::lround(link_timeout_s))) + "s";
+  return {{
+      // Payloads are host memory; the modules for GPUs would only start a driver.
+      {"TLS", "^cuda"},
+      // Without these, an endpoint that reports a dead peer would not use shared memory.
+      {"POSIX_ERROR_HANDLING", "y"},
+      {"SYSV_ERROR_HANDLING", "y"},
+      // How often UCX looks whether a process of this host is still there.
+      {"KEEPALIVE_INTERVAL", "1s"},
+      // The first is for connections that are silent, the last also for bytes under way.
+      {"TCP_KEEPIDLE", "1s"},
+      {"TCP_KEEPINTVL", "1s"},
+      {"TCP_KEEPCNT", std::to_string(std::max(1L, std::lround(link_timeout_s) - 1))},
+      {"TCP_USER_TIMEOUT", seconds},
+      // Payloads travel in segments, a system call each.
+      {"TCP_TX_SEG_SIZE", "256K"},
+      {"TCP_RX_SEG_SIZE", "256K"},
+      // By default TCP is not for groups of more than 256.
+      {"TCP_MAX_NUM_EPS", "inf"},
+  }};
+}
+
+Fault OpenFault(const std::string& what, const char* seen) {
+  return {.op = "ucx", .expected = what, .seen = seen, .exchange = {}};
+}
+
+}  // namespace
+
+Result<std::unique_ptr<UcxWorker>> UcxWorker::Open(std::shared_ptr<const UcxLibrary> ucx,
+                                                   int64_t num_peers, double link_timeout_s) {
+  std::unique_ptr<UcxWorker> worker(new UcxWorker(std::move(ucx)));
+  const UcxLibrary& lib = *worker->ucx_;
+  ucs_status_t status = worker->OpenContext(num_peers, link_timeout_s);
+  if (status != UCS_OK) return OpenFault("a UCX context", lib.ucs_status_string(status));
+  status = worker->OpenWorker();
+  if (status == UCS_OK) status = worker->AskWorker();
+  if (status != UCS_OK) return OpenFault("a UCX worker", lib.ucs_status_string(status));
+  worker->wake_ = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+  if (worker->wake_ < 0) return OpenFault("an eventfd", std::strerror(errno));
+  return worker;
+}
+
+ucs_status_t UcxWorker::OpenContext(int64_t num_peers, double link_timeout_s) {
+  // Read when modules are loaded, which is at the first context.
+  if (std::getenv("UCX_MODULES") == nullptr) ucx_->ucs_global_opts_set_value("MODULES", "^cuda");
+  ucp_config_t* config = nullptr;
+  ucs_status_t status = ucx_->ucp_config_read(nullptr, nullptr, &config);
+  if (status != UCS_OK) return status;
+  for (const Setting& setting : Settings(link_timeout_s)) {
+    if (std::getenv((std::string("UCX_") + setting.name).c_str()) != nullptr) continue;
+    status = ucx_->ucp_config_modify(config, setting.name, setting.value.c_str());
+    if (status != UCS_OK) break;
+  }
+  ucp_params_t params{};
+  params.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_ESTIMATED_NUM_EPS;
+  params.features = UCP_FEATURE_AM | UCP_FEATURE_WAKEUP;
+  params.estimated_num_eps = static_cast<size_t>(num_peers);
+  if (status == UCS_OK) {
+    status = ucx_->ucp_init_version(UCP_API_MAJOR, UCP_API_MINOR, &params, config, &context_);
+  }
+  ucx_->ucp_config_release(config);
+  return status;
+}
+
+ucs_status_t UcxWorker::OpenWorker() {
+  ucp_worker_params_t params{};
+  params.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE;
+  params.thread_mode = UCS_THREAD_MODE_SERIALIZED;
+  const ucs_status_t status = ucx_->ucp_worker_create(context_, &params, &worker_);
+  if (status != UCS_OK) return status;
+  return ucx_->ucp_worker_get_efd(worker_, &events_);
+}
+
+ucs_status_t UcxWorker::AskWorker() {
+  ucp_worker_attr_t attr{};
+  attr.field_mask = UCP_WORKER_ATTR_FIELD_ADDRESS | UCP_WORKER_ATTR_FIELD_MAX_AM_HEADER;
+  const ucs_status_t status = ucx_->ucp_worker_query(worker_, &attr);
+  if (status != UCS_OK) return status;
+  address_.assign(reinterpret_cast<const char*>(attr.address), attr.address_length);
+  ucx_->ucp_worker_release_address(worker_, attr.address);
+  return attr.max_am_header < kMaxFrameHeaderBytes ? UCS_ERR_EXCEEDS_LIMIT : UCS_OK;
+}
+
+UcxWorker::~UcxWorker() {
+  if (worker_ != nullptr) ucx_->ucp_worker_destroy(worker_);
+  if (context_ != nullptr) ucx_->ucp_cleanup(context_);
+  if (wake_ >= 0) close(wake_);
+}
+
+void UcxWorker::Wait(int timeout_ms) {
+  // Fails if something has happened since the last progress.
+  if (ucx_->ucp_worker_arm(worker_) != UCS_OK) return;
+  std::array<pollfd, 2> fds{{{events_, POLLIN, 0}, {wake_, POLLIN, 0}}};
+  if (poll(fds.data(), fds.size(), timeout_ms) > 0 && (fds[1].revents & POLLIN) != 0) {
+    eventfd_t count = 0;
+    (void)eventfd_read(wake_, &count);
+  }
+}
+
+void UcxWorker::Wake() const { (void)eventfd_write(wake_, 1); }
+
+}  // namespace jax_sm_free

@@ -1,0 +1,57 @@
+// A UCX worker, set up for a wire, and the ways to wait for it.
+
+#ifndef JAX_SM_FREE_CC_CPU_UCX_WORKER_H_
+#define JAX_SM_FREE_CC_CPU_UCX_WORKER_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <utility>
+
+#include "cc/cpu/ucx_library.h"
+#include "cc/fault.h"
+
+namespace jax_sm_free {
+
+// All but Wake is for one thread at a time.
+class UcxWorker {
+ public:
+  // A TCP connection whose other host has not answered for link_timeout_s is broken; a process that
+  // died is noticed within about a second. Variables UCX_... of the environment go before what is
+  // set here.
+  static Result<std::unique_ptr<UcxWorker>> Open(std::shared_ptr<const UcxLibrary> ucx,
+                                                 int64_t num_peers, double link_timeout_s);
+  ~UcxWorker();
+  UcxWorker(const UcxWorker&) = delete;
+  UcxWorker& operator=(const UcxWorker&) = delete;
+
+  const UcxLibrary& ucx() const { return *ucx_; }
+  ucp_worker_h get() const { return worker_; }
+  const std::string& address() const { return address_; }
+
+  // Whether anything happened.
+  bool Progress() { return ucx_->ucp_worker_progress(worker_) != 0; }
+
+  // Blocks until there may be progress, Wake is called, or the time is over.
+  void Wait(int timeout_ms);
+
+  // Ends a Wait, or the next one if there is none.
+  void Wake() const;
+
+ private:
+  explicit UcxWorker(std::shared_ptr<const UcxLibrary> ucx) : ucx_(std::move(ucx)) {}
+  ucs_status_t OpenContext(int64_t num_peers, double link_timeout_s);
+  ucs_status_t OpenWorker();
+  ucs_status_t AskWorker();
+
+  const std::shared_ptr<const UcxLibrary> ucx_;
+  ucp_context_h context_ = nullptr;
+  ucp_worker_h worker_ = nullptr;
+  std::string address_;
+  int events_ = -1;  // readable when there may be progress
+  int wake_ = -1;
+};
+
+}  // namespace jax_sm_free
+
+#endif  // JAX_SM_FREE_CC_CPU_UCX_WORKER_H_

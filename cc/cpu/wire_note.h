@@ -1,0 +1,42 @@
+// What goes ahead of a payload between processes: the header of a wire's message.
+
+#ifndef JAX_SM_FREE_CC_CPU_WIRE_NOTE_H_
+#define JAX_SM_FREE_CC_CPU_WIRE_NOTE_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <optional>
+#include <span>
+#include <variant>
+#include <vector>
+
+#include "cc/call_site.h"
+#include "cc/exchange.h"
+#include "cc/fault.h"
+
+namespace jax_sm_free {
+
+// Of a message from rank to rank; its payload is the Message.
+struct MessageNote {
+  int32_t src = 0;
+  int32_t dst = 0;
+  ExchangeKey key;
+  CallSite site;      // whose number is the key's
+  int64_t start = 0;  // see Statement
+};
+
+struct WireNote {
+  int64_t buffer = 0;
+  int32_t group = 0;
+  std::variant<MessageNote, Fault> body;  // a Fault ends the group on all ranks
+};
+
+// At most Wire::kMaxHeaderBytes long: long texts of a fault are cut.
+std::vector<std::byte> Encode(const WireNote& note);
+
+// Null for what no Encode of this version has made.
+std::optional<WireNote> Decode(std::span<const std::byte> bytes);
+
+}  // namespace jax_sm_free
+
+#endif  // JAX_SM_FREE_CC_CPU_WIRE_NOTE_H_

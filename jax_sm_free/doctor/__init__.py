@@ -1,0 +1,1 @@
+"""`python -m jax_sm_free.doctor`: whether a machine or a cluster is ready; see `__main__`."""

@@ -1,0 +1,156 @@
+"""Says in a minute whether a machine or a cluster is ready, and why not.
+
+    python -m jax_sm_free.doctor                        # all devices of this process
+    python -m jax_sm_free.doctor --hidden=4096 --num_experts=64 --max_tokens=2048
+    python -m jax_sm_free.doctor --coordinator_address=host0:1234 --num_processes=2 --process_id=0
+    srun -N2 python -m jax_sm_free.doctor --cluster     # places from Slurm
+
+With several processes each examines its own devices, all run the same ops together, and process 0
+prints what all have found. The exit status is 0 if all is well, 1 if there is a problem in one of
+them, in every process.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import pathlib
+import threading
+import time
+from collections.abc import Iterator, Sequence
+
+# The doctor needs little of a GPU that others may use.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+from absl import app, flags, logging
+
+from jax_sm_free.config import DTYPES, Config
+from jax_sm_free.doctor import bandwidth, exchange, libraries, machine, network, processes
+from jax_sm_free.doctor.findings import (
+    Examination,
+    Finding,
+    as_json,
+    has_problem,
+    ok,
+    problem,
+    report,
+)
+
+_ADDRESS = flags.DEFINE_string("coordinator_address", None, "host:port of process 0.")
+_NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of the cluster.", lower_bound=1)
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process.", lower_bound=0)
+_CLUSTER = flags.DEFINE_boolean("cluster", False, "Ask Slurm, Open MPI or Kubernetes for these.")
+_HIDDEN = flags.DEFINE_integer("hidden", 7168, "Columns of a row.")
+_EXPERTS = flags.DEFINE_integer("num_experts", 256, "Experts of all ranks.")
+_TOP_K = flags.DEFINE_integer("top_k", 8, "Experts of a token.")
+_TOKENS = flags.DEFINE_integer("max_tokens", 4096, "Tokens of a rank and call.")
+_CAPACITY = flags.DEFINE_integer("recv_capacity", None, "Expert rows of a rank; none: the worst.")
+_SLOTS = flags.DEFINE_integer("num_slots", 2, "Exchanges in flight.")
+_ALIGNMENT = flags.DEFINE_integer("expert_alignment", 1, "Rows that groups are padded to.")
+_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Of rows.")
+_WIRE = flags.DEFINE_string("wire_dtype", None, "What rows travel as, for example float8_e4m3fn.")
+_PROBE_MIB = flags.DEFINE_integer("probe_mib", 0, "For bandwidths; 0: by platform.")
+_TIMEOUT_S = flags.DEFINE_float("timeout_s", 60.0, "Then what is not done yet is a problem.")
+_JSON = flags.DEFINE_string("json", None, "A file that process 0 writes the findings to.")
+
+# How long a process that is done waits for the others, beyond their time.
+_GATHER_S = 10.0
+_DEFAULT_PROBE_MIB = {"cpu": 32, "gpu": 512}
+
+
+def _config() -> Config:
+    return Config(
+        ep_size=jax.device_count(),
+        hidden=_HIDDEN.value,
+        num_experts=_EXPERTS.value,
+        top_k=_TOP_K.value,
+        max_tokens=_TOKENS.value,
+        recv_capacity=_CAPACITY.value,
+        num_slots=_SLOTS.value,
+        expert_alignment=_ALIGNMENT.value,
+        dtype=_DTYPE.value,
+        wire_dtype=_WIRE.value,
+    )
+
+
+def _check_bandwidth() -> Iterator[Finding]:
+    if jax.default_backend() == "cpu":
+        copy = bandwidth.measure_host(_probe_bytes())
+        yield ok(f"a thread copies {copy / 1e9:.1f} GB/s, read and written")
+        return
+    found = bandwidth.measure(jax.local_devices(), _probe_bytes())
+    text = f"local copy {found.local / 1e9:.1f} GB/s, read and written"
+    if found.link is not None:
+        text += f"; {found.link / 1e9:.1f} GB/s leave each device, all of this process at once"
+    yield ok(text)
+
+
+def _probe_bytes() -> int:
+    return (_PROBE_MIB.value or _DEFAULT_PROBE_MIB[jax.default_backend()]) << 20
+
+
+def _examine(examination: Examination) -> None:
+    """Runs all checks, first those that need no other process."""
+    patience_s = _TIMEOUT_S.value / 3  # of a receive: a fault says more than the end of time
+    examination.run("software", machine.check_software)
+    examination.run("devices", machine.check_devices)
+    examination.run("peer access", machine.check_peer_access)
+    examination.run("NVSHMEM", libraries.check_nvshmem)
+    examination.run("UCX", libraries.check_ucx)
+    examination.run("network", network.check_nics)
+    examination.run("memory", network.check_shared_memory)
+    examination.run("memory", lambda: machine.check_memory(_config()))
+    examination.run("bandwidth", _check_bandwidth)
+    examination.run("self-test", lambda: exchange.check_against_reference(_config(), patience_s))
+    examination.run(
+        "exchange", lambda: exchange.check_exchange(_config(), _probe_bytes(), patience_s)
+    )
+
+
+def _conclude(examination: Examination, deadline: float) -> int:
+    """Prints what all processes found; returns the exit status."""
+    left_s = max(0.0, deadline - time.monotonic())
+    every = processes.gather(list(examination.findings), left_s + _GATHER_S)
+    status = int(any(map(has_problem, every)))
+    if processes.is_first():
+        print(report(every), flush=True)
+        if _JSON.value:
+            found = {"ready": not status, "processes": [as_json(findings) for findings in every]}
+            pathlib.Path(_JSON.value).write_text(json.dumps(found, indent=1) + "\n")
+    return status
+
+
+def _give_up(examination: Examination) -> None:
+    """Ends the process where a check hangs: that cannot be interrupted, only left."""
+    faulthandler.dump_traceback()
+    late = problem(f"not done within {_TIMEOUT_S.value:g} s; the stacks are on stderr")
+    examination.add(examination.running, late)
+    os._exit(_conclude(examination, time.monotonic()))
+
+
+def main(argv: Sequence[str]) -> int:
+    if len(argv) > 1:
+        raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+    logging.set_verbosity(logging.WARNING)
+    examination = Examination()
+    deadline = time.monotonic() + _TIMEOUT_S.value
+    timer = threading.Timer(_TIMEOUT_S.value, _give_up, [examination])
+    timer.daemon = True
+    timer.start()
+    place = (_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
+    try:
+        processes.connect(*place, _CLUSTER.value, _TIMEOUT_S.value)
+    except ValueError as error:
+        raise app.UsageError(str(error)) from error
+    _examine(examination)
+    timer.cancel()
+    status = _conclude(examination, deadline)
+    if status and jax.process_count() > 1:
+        os._exit(status)  # JAX's shutdown would wait for a process that has gone
+    return status
+
+
+if __name__ == "__main__":
+    app.run(main)

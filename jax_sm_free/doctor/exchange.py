@@ -1,0 +1,171 @@
+"""The ops over all ranks: bit for bit those of the reference, and how fast rows leave a rank."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jax_sm_free import reference
+from jax_sm_free.buffer import Buffer
+from jax_sm_free.config import MAX_TOP_K, Config
+from jax_sm_free.doctor.findings import Finding, ok, problem
+
+_AXIS = "ep"
+# The reference brings all tokens to each rank.
+_MAX_TOKENS, _MAX_HIDDEN = 64, 1024
+_ROUNDS, _TIMED = 3, 10
+
+
+def check_against_reference(config: Config, timeout_s: float) -> Iterator[Finding]:
+    """Dispatch and combine of random tokens, in small. Collective."""
+    config = dataclasses.replace(
+        config,
+        hidden=min(config.hidden, _MAX_HIDDEN),
+        max_tokens=min(config.max_tokens, _MAX_TOKENS),
+        recv_capacity=None,
+        timeout_s=timeout_s,
+    )
+    mesh = _mesh()
+    with _open(Buffer, config, mesh) as buffer:
+        theirs = _open(reference.Buffer, config, mesh)
+        runs = [_on_ranks(_round_trip(each), mesh) for each in (buffer, theirs)]
+        differing = set()
+        for seed in range(_ROUNDS):
+            inputs = _random_inputs(config, mesh, seed)
+            got, want = (jax.block_until_ready(run(*inputs)) for run in runs)
+            differing.update(_differing_ranks(got, want))
+        buffer.check()
+    text = f"{_ROUNDS} rounds over {config.ep_size} rank(s) by transport {buffer.transport!r}: "
+    if differing:
+        yield problem(f"{text}rank(s) {sorted(differing)} differ from jax_sm_free.reference")
+    else:
+        yield ok(f"{text}the bits of jax_sm_free.reference")
+
+
+def check_exchange(config: Config, num_bytes: int, timeout_s: float) -> Iterator[Finding]:
+    """Times dispatches in which each rank sends about `num_bytes` to others. Collective.
+
+    Every token goes to the next ranks, each of which has one expert.
+    """
+    ranks = config.ep_size
+    if ranks == 1:
+        yield ok("one rank sends nothing")
+        return
+    num_others = min(ranks - 1, MAX_TOP_K)
+    tokens = max(1, num_bytes // (num_others * config.dispatched_row_bytes))
+    small = dataclasses.replace(
+        config,
+        num_experts=ranks,
+        top_k=num_others,
+        max_tokens=tokens,
+        recv_capacity=num_others * tokens,
+        expert_alignment=1,
+        timeout_s=timeout_s,
+    )
+    mesh = _mesh()
+    with _open(Buffer, small, mesh) as buffer:
+        run = _on_ranks(lambda *args: buffer.dispatch(*args).x[:1], mesh)
+        inputs = _next_ranks(small, mesh)
+        seconds = _best(lambda: jax.block_until_ready(run(*inputs)))
+        buffer.check()
+        egress = num_others * tokens * small.dispatched_row_bytes / seconds
+        yield ok(
+            f"dispatch by transport {buffer.transport!r}: {egress / 1e9:.2f} GB/s leave each of "
+            f"{ranks} ranks at once, packing included"
+        )
+
+
+def _mesh() -> Mesh:
+    return Mesh(np.array(jax.devices()), (_AXIS,))
+
+
+def _open(make: Callable[..., Any], config: Config, mesh: Mesh) -> Any:
+    sizes = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
+    del sizes["ep_size"]
+    return make(mesh, _AXIS, **sizes)
+
+
+def _round_trip(buffer: Any) -> Callable[..., Any]:
+    def run(x: Any, topk_idx: Any, topk_weights: Any) -> Any:
+        recv = buffer.dispatch(x, topk_idx, topk_weights)
+        out = buffer.combine(recv.x, recv.layout, weights=recv.weights)
+        return recv.x, recv.weights, recv.counts, recv.group_sizes, out
+
+    return run
+
+
+def _on_ranks(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
+    """jit(shard_map(fn)), for arrays with a leading axis of ranks, in and out."""
+
+    def per_rank(*args: Any) -> Any:
+        return jax.tree.map(lambda out: out[None], fn(*(arg[0] for arg in args)))
+
+    spec = PartitionSpec(_AXIS)
+    return jax.jit(jax.shard_map(per_rank, mesh=mesh, in_specs=spec, out_specs=spec))
+
+
+def _random_inputs(config: Config, mesh: Mesh, seed: int) -> list[Any]:
+    """x, topk_idx and topk_weights, with some indices -1."""
+
+    def make(rank: int) -> tuple[Any, ...]:
+        rng = np.random.default_rng([seed, rank])
+        shape = (config.max_tokens, config.top_k)
+        x = rng.normal(size=(config.max_tokens, config.hidden)).astype(np.float32)
+        topk_idx = rng.integers(-1, config.num_experts, shape).astype(np.int32)
+        return x.astype(config.dtype), topk_idx, rng.uniform(-1, 1, shape).astype(np.float32)
+
+    return _place(make, mesh)
+
+
+def _next_ranks(config: Config, mesh: Mesh) -> list[Any]:
+    """Each token goes to the `top_k` ranks behind its own."""
+    tokens, top_k = config.max_tokens, config.top_k
+
+    def make(rank: int) -> tuple[Any, ...]:
+        others = (rank + 1 + np.arange(top_k)) % config.ep_size
+        topk_idx = np.broadcast_to(others.astype(np.int32), (tokens, top_k))
+        x = np.full((tokens, config.hidden), 1.0, np.float32).astype(config.dtype)
+        return x, topk_idx, np.ones((tokens, top_k), np.float32)
+
+    return _place(make, mesh)
+
+
+def _place(make: Callable[[int], tuple[Any, ...]], mesh: Mesh) -> list[Any]:
+    """Arrays with a leading axis of ranks; only those of this process's ranks are made."""
+    sharding = NamedSharding(mesh, PartitionSpec(_AXIS))
+    placed = []
+    for part, example in enumerate(make(0)):
+        shape = (mesh.size, *example.shape)
+
+        def shard(index: Any, part: int = part) -> Any:
+            return make(index[0].start or 0)[part][None]
+
+        placed.append(jax.make_array_from_callback(shape, sharding, shard))
+    return placed
+
+
+def _differing_ranks(got: Any, want: Any) -> set[int]:
+    """Ranks of this process whose results have other bytes."""
+    differing = set()
+    for a, b in zip(got, want, strict=True):
+        for ours, theirs in zip(a.addressable_shards, b.addressable_shards, strict=True):
+            if np.asarray(ours.data).tobytes() != np.asarray(theirs.data).tobytes():
+                differing.add(ours.index[0].start or 0)
+    return differing
+
+
+def _best(run: Callable[[], Any]) -> float:
+    """Seconds of the fastest run; the first compiles."""
+    run()
+    times = []
+    for _ in range(_TIMED):
+        begin = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - begin)
+    return min(times)

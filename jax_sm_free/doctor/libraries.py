@@ -1,0 +1,63 @@
+"""NVSHMEM and UCX: where they are, and which."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import importlib.util
+import os
+import pathlib
+from collections.abc import Iterator
+
+import jax
+
+from jax_sm_free import transports
+from jax_sm_free.doctor.findings import Finding, note, ok, problem
+
+
+def check_nvshmem() -> Iterator[Finding]:
+    """GPUs of several processes need it."""
+    path = _find_nvshmem()
+    if path is None:
+        needed = jax.default_backend() == "gpu" and jax.process_count() > 1
+        yield _missing("NVSHMEM", "nvidia-nvshmem-cu13", needed)
+        return
+    numbers = [ctypes.c_int() for _ in range(3)]
+    ctypes.CDLL(path).nvshmemx_vendor_get_version_info(*map(ctypes.byref, numbers))
+    yield ok(f"NVSHMEM {'.'.join(str(n.value) for n in numbers)}, {path}")
+
+
+def check_ucx() -> Iterator[Finding]:
+    """CPU devices of several processes need it."""
+    try:
+        path = transports.ucx_library()
+    except ImportError:
+        needed = jax.default_backend() == "cpu" and jax.process_count() > 1
+        yield _missing("UCX", "libucx-cu13", needed)
+        return
+    # Else it patches mmap and madvise of the whole process when it is loaded.
+    os.environ.setdefault("UCX_MEM_EVENTS", "n")
+    version = ctypes.CDLL(path).ucp_get_version_string
+    version.restype = ctypes.c_char_p
+    yield ok(f"UCX {version().decode()}, {path}")
+    modules = pathlib.Path(path).parent / "ucx"
+    if modules.is_dir() and not any(modules.glob("libuct_ib*")):
+        yield note("this UCX was built without RDMA: between hosts it uses TCP")
+
+
+def _missing(name: str, package: str, needed: bool) -> Finding:
+    text = f"no {name} found; pip has it as {package}"
+    return problem(f"{text}, and several processes need it") if needed else note(text)
+
+
+def _find_nvshmem() -> str | None:
+    """The library of the pip package, or else the system's."""
+    try:
+        spec = importlib.util.find_spec("nvidia.nvshmem")
+    except ModuleNotFoundError:  # no package of NVIDIA at all
+        spec = None
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = pathlib.Path(folder, "lib", "libnvshmem_host.so.3")
+        if path.exists():
+            return str(path)
+    return ctypes.util.find_library("nvshmem_host")

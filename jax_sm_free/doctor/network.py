@@ -1,0 +1,70 @@
+"""Network devices, shared memory, and the limits that they meet."""
+
+from __future__ import annotations
+
+import pathlib
+import resource
+import shutil
+from collections.abc import Iterator
+
+from jax_sm_free.doctor.findings import Finding, note, ok
+
+_GIB = 2**30
+# The usual limit of a container that asked for nothing.
+_SMALL_SHM = _GIB
+
+
+def check_nics(sys: pathlib.Path = pathlib.Path("/sys/class")) -> Iterator[Finding]:
+    """Network interfaces that are up, and RDMA devices."""
+    up = [found for path in _folders(sys / "net") if (found := _describe_interface(path))]
+    yield ok(f"network interfaces: {', '.join(up)}") if up else note("no network interface is up")
+    rdma = [_describe_rdma(path) for path in _folders(sys / "infiniband")]
+    if not rdma:
+        yield note("no RDMA device: GPUs of several hosts cannot reach each other, CPUs use TCP")
+        return
+    yield ok(f"RDMA devices: {', '.join(rdma)}")
+    yield from _check_memlock()
+    modules = {path.name for path in pathlib.Path("/sys/module").glob("*")}
+    if not modules & {"nvidia_peermem", "nv_peer_mem"}:
+        yield note("the module nvidia_peermem is not loaded: NICs may not reach the memory of GPUs")
+
+
+def check_shared_memory() -> Iterator[Finding]:
+    """/dev/shm, through which processes of one host exchange."""
+    usage = shutil.disk_usage("/dev/shm")
+    text = f"/dev/shm has {usage.free / _GIB:.2f} of {usage.total / _GIB:.2f} GiB free"
+    small = usage.free < _SMALL_SHM
+    yield note(f"{text}: little for UCX and NCCL") if small else ok(text)
+
+
+def _check_memlock() -> Iterator[Finding]:
+    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
+    if limit != resource.RLIM_INFINITY:
+        yield note(f"RDMA wants `ulimit -l unlimited`, it is {limit // 1024} KiB")
+
+
+def _folders(parent: pathlib.Path) -> list[pathlib.Path]:
+    return sorted(path for path in parent.glob("*") if path.is_dir())
+
+
+def _describe_interface(path: pathlib.Path) -> str | None:
+    """Name and speed of an interface that is up and leads out of the host."""
+    if path.name == "lo" or _read(path / "operstate") not in ("up", "unknown"):
+        return None
+    speed = _read(path / "speed")
+    return f"{path.name} ({speed} Mbit/s)" if speed.isdecimal() else path.name
+
+
+def _describe_rdma(path: pathlib.Path) -> str:
+    ports = [
+        f"{_read(port / 'link_layer')} {_read(port / 'rate')} {_read(port / 'state')}"
+        for port in _folders(path / "ports")
+    ]
+    return f"{path.name} ({'; '.join(ports)})"
+
+
+def _read(path: pathlib.Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:  # An interface that is down has no speed, for one.
+        return ""

@@ -1,0 +1,23 @@
+"""What the tests of several processes share."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import two_hosts
+
+
+@functools.cache
+def reason() -> str | None:
+    """Why there are no two hosts here; asked once."""
+    return two_hosts.why_not()
+
+
+@pytest.fixture
+def hosts():
+    """Two hosts joined by a cable; the test is skipped where they cannot be made."""
+    if reason():
+        pytest.skip(reason())
+    with two_hosts.joined() as both:
+        yield both

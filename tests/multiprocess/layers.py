@@ -1,0 +1,264 @@
+"""What ranks run in the tests of buffers over several processes."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import rank
+import support
+
+import jax_sm_free as smf
+
+TIMEOUT_S = 3.0
+TOKENS, HIDDEN, TOP_K = 5, 6, 2
+# Where a process may be made to act in `layer_of`.
+PLACES = ("before_send", "between", "before_combine")
+
+
+def mesh_of(processes: int | None = None) -> jax.sharding.Mesh:
+    """All devices, or those of the first processes."""
+    devices = [d for d in jax.devices() if processes is None or d.process_index < processes]
+    return jax.sharding.Mesh(np.array(devices), ("ep",))
+
+
+def open_buffer(mesh: jax.sharding.Mesh, **sizes: Any) -> smf.Buffer:
+    defaults = {
+        "hidden": HIDDEN,
+        "num_experts": mesh.size,
+        "top_k": TOP_K,
+        "max_tokens": TOKENS,
+        "dtype": jnp.float32,
+        "timeout_s": TIMEOUT_S,
+    }
+    return smf.Buffer(mesh, "ep", **(defaults | sizes))
+
+
+def make_inputs(mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[Any, ...]:
+    """x, topk_idx, weights, as arrays over all processes."""
+    rng = np.random.default_rng(seed)
+    rows = mesh.size * TOKENS
+    arrays = (
+        rng.integers(-9, 9, (rows, HIDDEN)).astype(np.float32),
+        rng.integers(0, mesh.size, (rows, TOP_K)).astype(np.int32),
+        rng.integers(1, 9, (rows, TOP_K)).astype(np.float32),
+    )
+    sharding = jax.NamedSharding(mesh, jax.P("ep"))
+    return tuple(jax.make_array_from_callback(a.shape, sharding, a.__getitem__) for a in arrays)
+
+
+def on_ranks(mesh: jax.sharding.Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
+    spec = jax.P("ep")
+    return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec))
+
+
+@dataclasses.dataclass
+class Action:
+    """What this process does at one place of a run, once."""
+
+    place: str = ""
+    do: Callable[[], None] = lambda: None
+
+    def at(self, place: str) -> None:
+        if place == self.place:
+            self.place = ""
+            self.do()
+
+
+def layer_of(buffer: smf.Buffer, action: Action) -> Callable[..., Any]:
+    """Every token to its experts, and the sum of what comes back: x * the sum of its weights."""
+
+    def at(place: str, value: Any) -> Any:
+        def on_host(value: Any) -> Any:
+            action.at(place)
+            return np.asarray(value)
+
+        return jax.pure_callback(on_host, jax.typeof(value), value)
+
+    def layer(x: Any, topk_idx: Any, weights: Any) -> Any:
+        sent = buffer.dispatch_send(at("before_send", x), topk_idx, weights)
+        between, sent = support.after(x, sent)
+        _, sent = support.after(at("between", between), sent)
+        recv = buffer.dispatch_recv(sent)
+        return buffer.combine(at("before_combine", recv.x), recv.layout, weights=recv.weights)
+
+    return layer
+
+
+def check(out: Any, inputs: tuple[Any, ...]) -> None:
+    """Raises unless this process's part of the layer's result is right; the numbers are exact."""
+    for got, x, _, weights in zip(*(a.addressable_shards for a in (out, *inputs)), strict=True):
+        want = np.asarray(x.data) * np.asarray(weights.data).sum(1, keepdims=True)
+        np.testing.assert_array_equal(np.asarray(got.data), want)
+
+
+def check_new_buffer(processes: int | None = None) -> None:
+    """Opens a buffer over the first processes and runs the layer."""
+    mesh = mesh_of(processes)
+    with open_buffer(mesh) as buffer:
+        inputs = make_inputs(mesh)
+        check(on_ranks(mesh, layer_of(buffer, Action()))(*inputs), inputs)
+
+
+def error_and_seconds(run: Callable[[], Any]) -> tuple[str, float]:
+    """The error of a run that must fail, and how long it took."""
+    start = time.monotonic()
+    try:
+        jax.block_until_ready(run())
+    except Exception as error:
+        return str(error), time.monotonic() - start
+    raise AssertionError("expected the run to fail, but it gave a result")
+
+
+# -------------------------------------------------------------------------- programs of the tests
+
+
+def fail_once(how: str, place: str, survivors: int | None) -> tuple[str, float, str]:
+    """A good run, one in which the last process acts, and a good run on a new buffer.
+
+    Args:
+      how: "pause" where the test kills or stops that process; "raise", after which it runs again
+        when the others have given up, or "raise, go on", at once.
+      place: of PLACES.
+      survivors: processes that run on a new buffer afterwards; None for all.
+
+    Returns:
+      The error, the seconds it took, and what `check` raised.
+    """
+    mesh = mesh_of()
+    buffer, inputs, action = open_buffer(mesh), make_inputs(mesh), Action()
+    run = on_ranks(mesh, layer_of(buffer, action))
+    check(run(*inputs), inputs)
+    if jax.process_index() == jax.process_count() - 1:
+        action.place, action.do = place, lambda: act(how, place)
+    error, seconds = error_and_seconds(lambda: run(*inputs))
+    rank.announce("has failed")
+    if how == "raise" and "process died" in error:
+        time.sleep(TIMEOUT_S + 1.0)
+    again, _ = error_and_seconds(lambda: run(*inputs))
+    kept = fault_of(buffer)
+    assert kept in again or "process died" in error, (kept, again)
+    buffer.close()
+    if survivors is None or jax.process_index() < survivors:
+        check_new_buffer(survivors)
+    return error, seconds, kept
+
+
+def act(how: str, place: str) -> None:
+    if how.startswith("raise"):
+        raise RuntimeError("this process died")
+    rank.pause(place)
+
+
+def fault_of(buffer: smf.Buffer) -> str:
+    try:
+        buffer.check()
+    except smf.FaultError as fault:
+        return str(fault)
+    return ""
+
+
+def stop_shortly() -> None:
+    """The last process pauses before its send; the run goes on behind that."""
+    mesh = mesh_of()
+    with open_buffer(mesh, timeout_s=20.0) as buffer:
+        inputs, action = make_inputs(mesh), Action()
+        run = on_ranks(mesh, layer_of(buffer, action))
+        check(run(*inputs), inputs)
+        if jax.process_index() == jax.process_count() - 1:
+            action.place, action.do = "before_send", lambda: rank.pause("before_send")
+        check(run(*inputs), inputs)
+        buffer.check()
+
+
+def close_early() -> tuple[str, float]:
+    """The last process closes its buffer when it has run once; the others run again."""
+    mesh = mesh_of()
+    buffer, inputs = open_buffer(mesh, timeout_s=60.0), make_inputs(mesh)
+    run = on_ranks(mesh, layer_of(buffer, Action()))
+    check(run(*inputs), inputs)
+    if jax.process_index() == jax.process_count() - 1:
+        buffer.close()
+        return "", 0.0
+    return error_and_seconds(lambda: run(*inputs))
+
+
+def open_differently(sizes_of_last: dict[str, Any]) -> str:
+    """The last process opens a buffer of other sizes. Then all open one of the same."""
+    mesh = mesh_of()
+    sizes = sizes_of_last if jax.process_index() == jax.process_count() - 1 else {}
+    try:
+        open_buffer(mesh, **sizes)
+    except ValueError as error:
+        text = str(error)
+    check_new_buffer()
+    return text
+
+
+def open_without_ucx() -> str:
+    """The last process lacks the package. Then it has it."""
+    if jax.process_index() == jax.process_count() - 1:
+        sys.modules["libucx"] = None
+    try:
+        open_buffer(mesh_of())
+    except (ImportError, RuntimeError) as error:
+        text = f"{type(error).__name__}: {error}"
+    sys.modules.pop("libucx", None)
+    check_new_buffer()
+    return text
+
+
+def run_differently(how: str) -> tuple[str, float]:
+    """The last process runs another program than the others, as their second run."""
+    mesh = mesh_of()
+    inputs = make_inputs(mesh)
+    buffer = open_buffer(mesh, timeout_s=60.0, num_slots=3)
+    layer = layer_of(buffer, Action())
+    check(on_ranks(mesh, layer)(*inputs), inputs)
+
+    def ours(x: Any, topk_idx: Any, weights: Any) -> Any:
+        return layer(x, topk_idx, weights)
+
+    def theirs(x: Any, topk_idx: Any, weights: Any) -> Any:
+        return layer(x, topk_idx, weights)
+
+    def fewer(x: Any, topk_idx: Any, weights: Any) -> Any:
+        return layer(x[1:], topk_idx[1:], weights[1:])
+
+    def twice(x: Any, topk_idx: Any, weights: Any) -> Any:
+        inner = jax.jit(layer)
+        return inner(inner(x, topk_idx, weights), topk_idx, weights)
+
+    fewer.__name__ = twice.__name__ = "ours"
+    is_last = jax.process_index() == jax.process_count() - 1
+    other = {"name": theirs, "shape": fewer, "copies": twice}[how]
+    run = on_ranks(mesh, other if is_last else ours)
+    result = error_and_seconds(lambda: run(*inputs))
+    buffer.close()
+    check_new_buffer()
+    return result
+
+
+def run_many(num_runs: int, in_flight: int) -> None:
+    """Two buffers of different sizes, in turn, with several runs in flight."""
+    mesh = mesh_of()
+    with open_buffer(mesh) as one, open_buffer(mesh, num_experts=2 * mesh.size) as two:
+        runs = [on_ranks(mesh, layer_of(buffer, Action())) for buffer in (one, two)]
+        pending: list[tuple[Any, Any]] = []
+        for number in range(num_runs):
+            inputs = make_inputs(mesh, number)
+            pending.append((runs[number % 2](*inputs), inputs))
+            if len(pending) == in_flight:
+                for out, given in pending:
+                    check(out, given)
+                pending.clear()
+        for out, given in pending:
+            check(out, given)
+        one.check()
+        two.check()

@@ -1,0 +1,74 @@
+"""A pytest plugin: the tests of one process, run by every process of a group.
+
+Each process runs the same tests in the same order. Meshes have devices of all processes, one's in
+turn with another's, and results are gathered, so that a test sees what it sees in one process.
+Tests that are not about results of whole programs are not for this.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+import support
+from jax.experimental import multihost_utils
+
+from jax_sm_free.bootstrap import Bootstrap
+
+_on_ranks = support.on_ranks
+
+
+class Gathered:
+    """A jitted function whose results are whole NumPy arrays in every process."""
+
+    def __init__(self, ungathered: Callable[..., Any]) -> None:
+        self.ungathered = ungathered
+
+    def __call__(self, *args: Any) -> Any:
+        return jax.tree.map(gather, self.ungathered(*args))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.ungathered, name)
+
+
+def gather(array: jax.Array) -> np.ndarray:
+    return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+
+
+def mesh_of(ep_size: int) -> jax.sharding.Mesh:
+    """As many devices of each process, one's in turn with another's."""
+    by_process = np.array(jax.devices()).reshape(jax.process_count(), -1)
+    if ep_size < jax.process_count():
+        pytest.skip(f"{ep_size} ranks are too few for {jax.process_count()} processes")
+    return jax.sharding.Mesh(by_process.T.reshape(-1)[:ep_size], ("ep",))
+
+
+def on_ranks(fn: Callable[..., Any], mesh: Any, *args: Any, **kwargs: Any) -> Gathered:
+    return Gathered(_on_ranks(fn, mesh, *args, **kwargs))
+
+
+def errors_by_rank(buffer: Any, run: Gathered, *args: Any) -> list[str | None]:
+    """`support.errors_by_rank`, told by each process to all."""
+    devices = enumerate(buffer.mesh.devices.flat)
+    here = [rank for rank, device in devices if device.process_index == jax.process_index()]
+    try:
+        out = run.ungathered(*args)
+        errors = {rank: support._error_of_rank(out, rank) for rank in here}
+    except support.RUN_ERROR as error:
+        errors = dict.fromkeys(here, str(error))
+    with Bootstrap(buffer.mesh) as bootstrap:
+        every = map(pickle.loads, bootstrap.exchange(pickle.dumps(errors)))
+    errors = {rank: error for part in every for rank, error in part.items()}
+    return [errors[rank] for rank in sorted(errors)]
+
+
+support.BUFFERS_GO_ON = False
+support.EP_SIZES = tuple(n for n in support.EP_SIZES if n >= jax.process_count())
+support.SOME_RANKS = max(support.SOME_RANKS, jax.process_count())
+support.mesh_of = mesh_of
+support.on_ranks = on_ranks
+support.errors_by_rank = errors_by_rank

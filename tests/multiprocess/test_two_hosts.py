@@ -1,0 +1,114 @@
+"""Two hosts: the same training as in one process; a slow cable costs time alone; a cut one ends."""
+
+from __future__ import annotations
+
+import re
+import time
+
+import launcher
+import over_cable
+import pytest
+
+DEMO = launcher.ROOT / "examples" / "train_moe_lm.py"
+# Small: the time of a test is that of compiling.
+DEMO_FLAGS = (
+    "--steps=4 --layers=1 --batch=8 --length=16 --hidden=32 --experts=8 --target=10 --noremat"
+)
+QUICK = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+MEGABITS = 50
+# A step of 2 MB takes a third of a second at 50 Mbit/s, so a cut falls into one.
+TOKENS, HIDDEN = 512, 1024
+
+pytestmark = pytest.mark.cpu_only
+
+
+def start_transfer(hosts, num_bytes, **options):
+    port = launcher.free_port()
+    return launcher.start(
+        over_cable.transfer,
+        port,
+        num_bytes,
+        num_processes=2,
+        distributed=None,
+        hosts=hosts.hosts,
+        **options,
+    )
+
+
+def connect(group):
+    group[0].wait_for("listens")
+    group[1].wait_for("to connect")
+    group[1].resume()
+
+
+def test_cable_is_as_slow_as_told(hosts):
+    hosts.slow_down(MEGABITS)
+    num_bytes = 4 << 20
+    with start_transfer(hosts, num_bytes) as group:
+        connect(group)
+        seconds = group.results()[0]
+    assert seconds == pytest.approx(num_bytes * 8 / (MEGABITS * 1e6), rel=0.25)
+
+
+def test_cable_is_cut_and_mended(hosts):
+    hosts.slow_down(MEGABITS)
+    with start_transfer(hosts, 8 << 20) as group:
+        connect(group)
+        group[0].wait_for("30 percent")
+        hosts.cut()
+        time.sleep(0.2)  # what is on its way
+        seen = group.log.of(0)
+        time.sleep(0.5)
+        assert group.log.of(0) == seen
+        hosts.mend()
+        group.results()
+
+
+def train(tmp_path, **options):
+    """Loss by step in bits and what the demo says of its reference, as process 0 prints them."""
+    with launcher.start(
+        DEMO, *DEMO_FLAGS.split(), f"--out={tmp_path}", timeout_s=200.0, env=QUICK, **options
+    ) as group:
+        group.results()
+        output = group.log.of(0)
+    losses = re.search(r"same parameters and batch: loss (\S+) and (\S+),", output).groups()
+    assert "the same but for rounding" in output
+    return [float(loss) for loss in losses]
+
+
+@pytest.fixture(scope="module")
+def losses(tmp_path_factory):
+    """Of the training in one process."""
+    return train(tmp_path_factory.mktemp("alone"), num_processes=1, num_devices=4)
+
+
+@pytest.mark.parametrize("megabits", [None, MEGABITS], ids=["fast", "slow"])
+def test_trains_as_in_one_process(hosts, losses, tmp_path, megabits):
+    if megabits:
+        hosts.slow_down(megabits)
+    got = train(tmp_path, num_processes=2, num_devices=2, hosts=hosts.hosts)
+    assert got == pytest.approx(losses, rel=1e-5)
+
+
+def test_a_cut_ends_both_sides(hosts):
+    timeout_s = 8.0
+    hosts.slow_down(MEGABITS)
+    with launcher.start(
+        over_cable.exchange_for_ever,
+        timeout_s,
+        TOKENS,
+        HIDDEN,
+        num_processes=2,
+        hosts=hosts.hosts,
+    ) as group:
+        for rank in group:
+            rank.wait_for("step 2.")
+        assert hosts.num_bytes() > 2 * TOKENS * HIDDEN * 4  # of the two steps before
+        hosts.cut()
+        cut = time.time()
+        ended = group.wait(shutdown=False)  # without the cable it cannot
+    for number, end in enumerate(ended):
+        assert end.status == 0, end.output
+        at, text = end.result
+        assert at - cut < timeout_s + 2
+        assert f"rank {1 - number}" in text

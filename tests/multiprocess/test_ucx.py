@@ -1,0 +1,135 @@
+"""CPU devices of several processes: opening together, and what happens when one of them fails."""
+
+from __future__ import annotations
+
+import time
+
+import launcher
+import layers
+import pytest
+from support import assert_matches
+
+pytestmark = pytest.mark.cpu_only
+
+MARGIN_S = 2.0  # how much later than the timeout an error may come
+
+
+@pytest.mark.parametrize(("num_processes", "num_devices"), [(2, 1), (2, 4)])
+def test_many_runs_of_two_buffers(num_processes, num_devices):
+    """JAX 0.10.2 hangs with more than about 32 runs in flight, whatever they run."""
+    places = {"num_processes": num_processes, "num_devices": num_devices}
+    launcher.run(layers.run_many, 300, 16, timeout_s=120, **places)
+
+
+# --------------------------------------------------------------------------- opening together
+
+
+@pytest.mark.parametrize(
+    ("name", "here", "there"),
+    [("top_k", 2, 1), ("num_slots", 2, 3), ("timeout_s", 3.0, 4.0), ("max_tokens", 5, 6)],
+)
+def test_buffers_of_different_sizes_do_not_open(name, here, there):
+    texts = launcher.run(layers.open_differently, {name: there}, num_processes=2)
+    assert texts[0] == texts[1]
+    assert_matches(
+        texts[0],
+        f"got {name} {here} in process 0 and {there} in process 1",
+    )
+
+
+def test_a_process_without_ucx_is_named():
+    here, there = launcher.run(layers.open_without_ucx, num_processes=2)
+    assert_matches(there, "^ImportError: expected the package libucx-cu13")
+    assert_matches(here, "^RuntimeError: .*process 1 could not: ImportError: .*libucx-cu13")
+
+
+# ---------------------------------------------------------------------------- what goes wrong
+
+
+def assert_fails_in_time(results, *patterns, seconds=layers.TIMEOUT_S + MARGIN_S):
+    for error, took, kept in results:
+        assert took < seconds, error
+        assert_matches(error, *patterns)
+        assert_matches(kept, *patterns)  # of another rank, maybe
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize("place", layers.PLACES)
+def test_a_killed_process_is_named(place, num_devices):
+    """At once, not after the timeout; the others can go on without it."""
+    with launcher.start(
+        layers.fail_once, "pause", place, 2, num_processes=3, num_devices=num_devices
+    ) as group:
+        group[2].wait_for(place)
+        group[2].kill()
+        ended = group.wait()
+    assert [end.status for end in ended] == [0, 0, -9], group.output()
+    waits = "combine_recv" if place == "before_combine" else "dispatch_recv"
+    bad = rf"peer rank [{2 * num_devices}-{3 * num_devices - 1}]: "
+    if place == "between":
+        waits, bad = r"(dispatch|combine)_recv", ""  # its rows may have arrived
+    patterns = (rf"{waits} on rank \d", bad, "expected a message from rank", "process is gone")
+    assert_fails_in_time([end.result for end in ended[:2]], *patterns)
+
+
+@pytest.mark.parametrize("place", layers.PLACES)
+def test_a_process_that_raises_is_waited_for_and_named(place):
+    *others, died = launcher.run(layers.fail_once, "raise", place, None, num_processes=3)
+    assert_matches(died[0], "this process died")
+    assert_fails_in_time(others, r"_recv on rank \d, peer rank 2: ", "none from rank 2")
+
+
+@pytest.mark.parametrize("place", layers.PLACES)
+def test_a_process_that_raises_and_goes_on_is_named_at_once(place):
+    """Its next run is not taken for the one that the others wait in."""
+    *others, died = launcher.run(layers.fail_once, "raise, go on", place, None, num_processes=3)
+    assert_matches(died[0], "this process died")
+    text = "started 1 times more often" if place == "before_send" else "has begun run 2"
+    assert_fails_in_time(others, "rank 2", text, seconds=layers.TIMEOUT_S)
+
+
+def test_a_process_that_is_stopped_for_long_is_named():
+    """It finds out when it goes on, and takes part in the next buffer."""
+    with launcher.start(layers.fail_once, "pause", "before_send", None, num_processes=3) as group:
+        group[2].wait_for("before_send")
+        group[2].stop()
+        for rank in group[:2]:
+            rank.wait_for("has failed")
+        group[2].go_on()
+        group[2].resume()
+        *others, stopped = group.results()
+    assert_fails_in_time(others, r"dispatch_recv on rank \d, peer rank 2: ", "none from rank 2")
+    assert_matches(stopped[0], r"none from rank 2")
+
+
+def test_a_process_that_is_stopped_shortly_is_slow():
+    with launcher.start(layers.stop_shortly, num_processes=2, num_devices=2) as group:
+        group[1].wait_for("before_send")
+        group[1].stop()
+        time.sleep(2.0)
+        group[1].go_on()
+        group[1].resume()
+        group.results()
+
+
+def test_a_process_that_closes_its_buffer_is_named():
+    *others, _ = launcher.run(layers.close_early, num_processes=3)
+    for error, took in others:
+        assert took < MARGIN_S
+        assert_matches(error, r"dispatch_recv on rank \d, peer rank 2: ", "it closed its end")
+
+
+@pytest.mark.parametrize(
+    ("how", "texts"),
+    [
+        ("name", ("is jit_ours,", "is jit_theirs,")),
+        ("shape", (r"jit_ours, dispatch_send 0 \(float32\[5, 6\]", r"\(float32\[4, 6\]")),
+        ("copies", ("jit_ours, dispatch_send 0", "copy 0 of 2")),
+    ],
+)
+def test_processes_that_run_other_programs_are_named(how, texts):
+    """Never mixed: the error has both sides, at once."""
+    results = launcher.run(layers.run_differently, how, num_processes=2)
+    for error, took in results:
+        assert took < 20.0  # compiling included
+        assert_matches(error, "same programs in the same order", "run 1 of this buffer", *texts)
