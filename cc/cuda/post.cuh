@@ -28,8 +28,8 @@ __device__ inline void SendNotice(const RankView& view, int32_t dst) {
 
 // Hands a part of a packed message over: to the mover for another rank, by a signal for our own. By
 // one thread, of the warp or block that IsLastWarp or IsLastBlock has chosen: the rows are then in
-// L2, through which copy engines read. Bytes [begin, end) of the message. Warps that end different
-// steps may post at the same time.
+// L2, through which copy engines and peers read. Bytes [begin, end) of the message. Warps that end
+// different steps may post at the same time, but the parts of a message one after the other.
 __device__ inline void PostBytes(const RankView& view, int32_t dst, int part, int64_t begin,
                                  int64_t end) {
   DeviceState* state = view.state;
@@ -46,9 +46,7 @@ __device__ inline void PostBytes(const RankView& view, int32_t dst, int part, in
   MailboxEntry* entry = view.mailbox + before % kMailboxEntries;
   const uint64_t number = (before + 1) << 32;
   for (int i = 0; i < MailboxEntry::kWords; ++i) StoreRelaxed(entry->words + i, number | words[i]);
-  atomicMax_system(
-      reinterpret_cast<unsigned long long*>(Posted(view, dst, current.slot, view.rank)),
-      static_cast<unsigned long long>(signal));
+  StoreRelaxed(Posted(view, dst, current.slot, view.rank), signal);
 }
 
 // Hands over a message that is one part.
