@@ -13,6 +13,7 @@
 #include "xla_ffi/cpu_handlers.h"
 #include "xla_ffi/cuda_stub.h"
 #include "xla_ffi/module.h"
+#include "xla_ffi/send_site.h"
 
 namespace jax_sm_free {
 namespace {

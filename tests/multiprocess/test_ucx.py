@@ -21,6 +21,18 @@ def test_many_runs_of_two_buffers(num_processes, num_devices):
     launcher.run(layers.run_many, 300, 16, timeout_s=120, **places)
 
 
+def test_programs_from_a_cache_of_one_process(tmp_path):
+    """The first process alone writes and reads JAX's cache: it runs what it has not compiled."""
+    env = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    for _ in range(2):
+        launcher.run(layers.run_shared, num_processes=2, num_devices=2, env=env)
+        assert list(tmp_path.iterdir())
+
+
 # --------------------------------------------------------------------------- opening together
 
 
