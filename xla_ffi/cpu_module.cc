@@ -67,6 +67,7 @@ nb::bytes AddressOf(int64_t id) {
 
 void Connect(int64_t id, const std::vector<nb::bytes>& addresses) {
   std::vector<std::string> copied;
+  copied.reserve(addresses.size());
   for (const nb::bytes& address : addresses) copied.emplace_back(address.c_str(), address.size());
   FindSpanning(id)->Connect(std::move(copied));
 }
