@@ -67,7 +67,13 @@ def test_cable_is_cut_and_mended(hosts):
 def train(tmp_path, **options):
     """Loss by step in bits and what the demo says of its reference, as process 0 prints them."""
     with launcher.start(
-        DEMO, *DEMO_FLAGS.split(), f"--out={tmp_path}", timeout_s=200.0, env=QUICK, **options
+        DEMO,
+        *DEMO_FLAGS.split(),
+        f"--out={tmp_path}",
+        timeout_s=200.0,
+        distributed=None,
+        env=QUICK,
+        **options,
     ) as group:
         group.results()
         output = group.log.of(0)
