@@ -1,6 +1,8 @@
 #include "cc/call_site.h"
 
 #include <cstddef>
+#include <cstdio>
+#include <string_view>
 #include <utility>
 
 namespace jax_sm_free {
@@ -8,6 +10,15 @@ namespace {
 
 // More than any program has: numbers of copies stay apart.
 constexpr int64_t kMaxCopies = int64_t{1} << 20;
+
+std::string Shorten(const std::string& text, size_t max_bytes) {
+  if (text.size() <= max_bytes) return text;
+  uint64_t digest = 0xcbf29ce484222325U;  // FNV-1a, which every process computes alike
+  for (const char c : text) digest = (digest ^ static_cast<unsigned char>(c)) * 0x100000001b3U;
+  char end[20];
+  (void)std::snprintf(end, sizeof(end), "#%016llx", static_cast<unsigned long long>(digest));
+  return text.substr(0, max_bytes - std::string_view(end).size()) + end;
+}
 
 }  // namespace
 
@@ -72,7 +83,8 @@ std::unique_ptr<CallCopy> CallSites::Add(int64_t buffer, const std::string& prog
   if (const std::shared_ptr<CallCopies> copies = latest_[key].lock()) {
     if (std::unique_ptr<CallCopy> copy = add_to(copies)) return copy;
   }
-  const auto made = std::make_shared<CallCopies>(program, call_number, call);
+  const auto made = std::make_shared<CallCopies>(Shorten(program, kMaxProgramBytes), call_number,
+                                                 Shorten(call, kMaxCallBytes));
   latest_[key] = made;
   return add_to(made);
 }

@@ -12,6 +12,7 @@
 #ifndef JAX_SM_FREE_CC_CALL_SITE_H_
 #define JAX_SM_FREE_CC_CALL_SITE_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -20,6 +21,10 @@
 #include <vector>
 
 namespace jax_sm_free {
+
+// Longer texts are cut, and end in a digest of all of them.
+inline constexpr size_t kMaxProgramBytes = 200;
+inline constexpr size_t kMaxCallBytes = 360;
 
 struct CallSite {
   int64_t number = 0;   // of this copy of the call, among all sends of the program

@@ -112,9 +112,8 @@ Fault MessageDiffers(int32_t source, int64_t num_rows, int64_t row_bytes, int64_
   return Texts(RowsOfBytes(num_rows, row_bytes), RowsOfBytes(seen_rows, seen_row_bytes), source);
 }
 
-Fault PeerIsGone(int32_t peer, const std::string& reason) {
-  return Texts("a message from rank " + std::to_string(peer), "its process is gone: " + reason,
-               peer);
+Fault NothingComes(int32_t peer, const std::string& reason) {
+  return Texts("a message from rank " + std::to_string(peer), reason, peer);
 }
 
 Fault SentTwice(int32_t peer) {

@@ -45,8 +45,7 @@ Fault MessageDiffers(int32_t source, int64_t num_rows, int64_t row_bytes, int64_
 
 // What only ranks of other processes can do wrong.
 
-// `reason`: how the process of rank `peer` was lost.
-Fault PeerIsGone(int32_t peer, const std::string& reason);
+Fault NothingComes(int32_t peer, const std::string& reason);
 Fault SentTwice(int32_t peer);
 
 // What this rank and `peer` take for the same step of the same run.

@@ -1,5 +1,7 @@
 #include "cc/cpu/between_processes.h"
 
+#include <algorithm>
+#include <limits>
 #include <set>
 #include <utility>
 
@@ -7,22 +9,12 @@
 #include "cc/fault_texts.h"
 
 namespace jax_sm_free {
-namespace {
-
-std::vector<bool> RanksHere(const BetweenProcesses::Place& place) {
-  std::vector<bool> is_here;
-  for (const int32_t process : place.process_of) is_here.push_back(process == place.process);
-  return is_here;
-}
-
-}  // namespace
-
 std::shared_ptr<BetweenProcesses> BetweenProcesses::Make(Place place, const Config& config,
                                                          Wire* wire, OnEnd on_end) {
   std::shared_ptr<BetweenProcesses> made(
       new BetweenProcesses(std::move(place), config, wire, std::move(on_end)));
-  int32_t num_here = 0;
-  for (const bool here : RanksHere(made->place_)) num_here += here ? 1 : 0;
+  const auto num_here =
+      static_cast<int32_t>(std::ranges::count(made->place_.process_of, made->place_.process));
   // The inboxes call this while they are locked.
   const auto on_fail = [weak = made->weak_from_this()](int64_t /*run*/, const Fault& fault) {
     WorkerPool::Get().Run([weak, fault] {
@@ -38,7 +30,8 @@ BetweenProcesses::BetweenProcesses(Place place, const Config& config, Wire* wire
       config_(config),
       wire_(wire),
       on_end_(std::move(on_end)),
-      in_step_(RanksHere(place_)) {}
+      in_step_(place_.process_of, place_.process),
+      latest_run_(config.ep_size) {}
 
 std::optional<Fault> BetweenProcesses::Begin(Op op, const Exchange& exchange, int32_t rank,
                                              std::shared_ptr<const CallSite> site) {
@@ -46,7 +39,7 @@ std::optional<Fault> BetweenProcesses::Begin(Op op, const Exchange& exchange, in
   {
     const std::lock_guard lock(mutex_);
     if (ended_) return ended_;
-    fault = in_step_.Check(exchange.key, std::move(site), rank);
+    fault = in_step_.Check(exchange.key, {std::move(site), rank, exchange.host_run});
   }
   if (!fault) return std::nullopt;
   fault->op = OpName(op);
@@ -58,14 +51,15 @@ std::optional<Fault> BetweenProcesses::Begin(Op op, const Exchange& exchange, in
 std::optional<Fault> BetweenProcesses::Send(const ExchangeKey& key, int32_t src, int32_t dst,
                                             Message message) {
   if (IsHere(dst)) return inboxes_->Send(key, src, dst, std::move(message));
-  std::shared_ptr<const CallSite> site;
+  MessageNote note{.src = src, .dst = dst, .key = key, .site = {}};
   {
     const std::lock_guard lock(mutex_);
     if (ended_) return ended_;
-    site = in_step_.SiteOf(key);
+    const Statement& said = *in_step_.SaidHere(key);
+    note.site = *said.site;
+    note.start = said.start;
   }
-  const std::vector<std::byte> header =
-      Encode({place_.buffer, place_.group, MessageNote{src, dst, key, *site}});
+  const std::vector<std::byte> header = Encode({place_.buffer, place_.group, std::move(note)});
   auto kept = std::make_shared<Message>(std::move(message));
   const std::span<const std::byte> payload = kept->bytes();
   wire_->Send(place_.process_of[dst], header, payload, [kept] {});
@@ -131,18 +125,28 @@ void BetweenProcesses::OnMessage(int32_t process, const MessageNote& note, Block
 }
 
 std::optional<Fault> BetweenProcesses::Accept(const MessageNote& note, Message message) {
+  bool is_next = false;
   {
     const std::lock_guard lock(mutex_);
     if (ended_) return std::nullopt;
     auto site = std::make_shared<const CallSite>(note.site);
-    if (auto fault = in_step_.Check(note.key, std::move(site), note.src)) return fault;
+    if (auto fault = in_step_.Check(note.key, {std::move(site), note.src, note.start})) {
+      return fault;
+    }
+    is_next = note.key.run >
+              std::exchange(latest_run_[note.src], std::max(latest_run_[note.src], note.key.run));
+  }
+  // A rank runs one program after the other, and what it sends arrives in that order.
+  if (is_next) {
+    inboxes_->Lose(note.src, "it has begun run " + std::to_string(note.key.run), note.key.run);
   }
   return inboxes_->Send(note.key, note.src, note.dst, std::move(message));
 }
 
 void BetweenProcesses::OnLost(int32_t process, const std::string& reason) {
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
-    if (place_.process_of[rank] == process) inboxes_->Lose(rank, reason);
+    if (place_.process_of[rank] != process) continue;
+    inboxes_->Lose(rank, "its process is gone: " + reason, std::numeric_limits<int64_t>::max());
   }
 }
 

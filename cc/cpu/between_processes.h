@@ -28,7 +28,8 @@ namespace jax_sm_free {
 // Messages of other processes are put into the inboxes of this one's ranks as they come. The first
 // fault ends the group, in all processes: after it, nothing says any more that ranks count their
 // runs alike. Each process tells its peers of the fault it sees first; a peer that is gone is seen
-// by the wire, one that is silent by the timeout.
+// by the wire, one that left out a part of a run by its next run, one that is silent by the
+// timeout.
 class BetweenProcesses : public Transport, public std::enable_shared_from_this<BetweenProcesses> {
  public:
   struct Place {
@@ -76,6 +77,7 @@ class BetweenProcesses : public Transport, public std::enable_shared_from_this<B
   std::shared_ptr<InProcess> inboxes_;
   std::mutex mutex_;
   InStep in_step_;
+  std::vector<int64_t> latest_run_;  // by rank: that it has sent anything of
   std::optional<Fault> ended_;
   bool closed_ = false;
 };

@@ -90,7 +90,7 @@ void InProcess::Receive(Op op, const Exchange& exchange, int32_t dst, Receiver r
       } else {
         inbox.op = op;
         inbox.exchange = exchange;
-        loss = LossOf(inbox, dst);
+        for (int32_t rank = 0; rank < ep_size_ && !loss; ++rank) loss = LossOf(inbox, dst, rank);
         inbox.receiver = std::move(receiver);
         receiver = nullptr;
         if (!loss) ArmTimer(inbox, dst, 0.0);
@@ -101,23 +101,22 @@ void InProcess::Receive(Op op, const Exchange& exchange, int32_t dst, Receiver r
   if (receiver) receiver(std::move(arrival));
 }
 
-std::optional<Fault> InProcess::LossOf(const Inbox& inbox, int32_t dst) const {
-  for (int32_t rank = 0; rank < ep_size_; ++rank) {
-    if (inbox.arrived[rank] || !lost_[rank]) continue;
-    return Of(inbox.op, inbox.exchange, dst, PeerIsGone(rank, *lost_[rank]));
-  }
-  return std::nullopt;
+std::optional<Fault> InProcess::LossOf(const Inbox& inbox, int32_t dst, int32_t rank) const {
+  const Loss& loss = losses_[rank];
+  if (inbox.arrived[rank] || inbox.exchange.key.run >= loss.end) return std::nullopt;
+  return Of(inbox.op, inbox.exchange, dst, NothingComes(rank, loss.reason));
 }
 
-void InProcess::Lose(int32_t rank, const std::string& reason) {
+void InProcess::Lose(int32_t rank, const std::string& reason, int64_t end) {
   std::map<int64_t, Fault> faults;  // by run
   {
     const std::lock_guard lock(mutex_);
-    lost_[rank] = reason;
+    if (end <= losses_[rank].end) return;
+    losses_[rank] = {end, reason};
     for (const auto& [key, round] : rounds_) {
       for (int32_t dst = 0; dst < ep_size_; ++dst) {
         if (!round.inboxes[dst].receiver) continue;
-        if (auto fault = LossOf(round.inboxes[dst], dst)) faults.emplace(key.run, *fault);
+        if (auto fault = LossOf(round.inboxes[dst], dst, rank)) faults.emplace(key.run, *fault);
       }
     }
   }

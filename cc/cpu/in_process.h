@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -38,7 +39,7 @@ class InProcess : public Transport, public std::enable_shared_from_this<InProces
         num_here_(num_here),
         timeout_s_(timeout_s),
         on_fail_(std::move(on_fail)),
-        lost_(ep_size) {}
+        losses_(ep_size) {}
 
   std::optional<Fault> Begin(Op op, const Exchange& exchange, int32_t rank,
                              std::shared_ptr<const CallSite> site) override;
@@ -48,8 +49,8 @@ class InProcess : public Transport, public std::enable_shared_from_this<InProces
   void Fail(int64_t run, const Fault& fault) override;
   void Close(const Fault& fault) override;
 
-  // Nothing more comes from `rank`: who waits for it, and who will, fails.
-  void Lose(int32_t rank, const std::string& reason);
+  // Nothing more comes from `rank` for runs below `end`: who waits for it, and who will, fails.
+  void Lose(int32_t rank, const std::string& reason, int64_t end);
 
  private:
   struct Inbox {
@@ -62,6 +63,10 @@ class InProcess : public Transport, public std::enable_shared_from_this<InProces
     Watchdog::Timer timer;
     bool done = false;
   };
+  struct Loss {
+    int64_t end = std::numeric_limits<int64_t>::min();  // nothing comes for runs below
+    std::string reason;
+  };
   struct Round {
     std::vector<Inbox> inboxes;  // by destination rank
     int32_t num_done = 0;
@@ -72,7 +77,7 @@ class InProcess : public Transport, public std::enable_shared_from_this<InProces
   std::vector<Message> TakeMessages(const ExchangeKey& key, int32_t dst);
   void ArmTimer(Inbox& inbox, int32_t dst, double waited);
   void OnTimer(const ExchangeKey& key, int32_t dst, double waited);
-  std::optional<Fault> LossOf(const Inbox& inbox, int32_t dst) const;
+  std::optional<Fault> LossOf(const Inbox& inbox, int32_t dst, int32_t rank) const;
   std::vector<Receiver> TakeReceivers(const std::function<bool(int64_t run)>& of_run);
 
   const int32_t ep_size_;
@@ -82,7 +87,7 @@ class InProcess : public Transport, public std::enable_shared_from_this<InProces
   mutable std::mutex mutex_;
   std::unordered_map<ExchangeKey, Round, ExchangeKeyHash> rounds_;
   std::map<int64_t, Fault> failed_runs_;
-  std::vector<std::optional<std::string>> lost_;  // by rank: why nothing comes from it any more
+  std::vector<Loss> losses_;  // by rank
   std::optional<Fault> closed_;
 };
 

@@ -1,18 +1,20 @@
 #include "cc/cpu/in_step.h"
 
+#include <cstdlib>
+
 #include "cc/fault_texts.h"
 
 namespace jax_sm_free {
 
-std::optional<Fault> InStep::Check(const ExchangeKey& key, std::shared_ptr<const CallSite> site,
-                                   int32_t rank) {
-  if (key.run < oldest_run_) return RunIsOver(rank, oldest_run_, key.run);
-  const Statement said{std::move(site), rank};
+std::optional<Fault> InStep::Check(const ExchangeKey& key, const Statement& said) {
+  if (key.run < oldest_run_) return RunIsOver(said.rank, oldest_run_, key.run);
   Run& run = runs_.try_emplace(key.run, Run{.first = said, .sites = {}}).first->second;
   const std::string what = "run " + std::to_string(key.run) + " of this buffer is ";
   if (run.first.site->program != said.site->program) return Differ(run.first, said, what);
-  const Statement& known = run.sites.try_emplace(key.call_site, said).first->second;
-  if (*known.site != *said.site) return Differ(known, said, what);
+  Site& site = run.sites.try_emplace(key.call_site, Site{.first = said, .here = {}}).first->second;
+  if (*site.first.site != *said.site) return Differ(site.first, said, what);
+  if (auto fault = CheckStart(site.first, said, what)) return fault;
+  if (IsHere(said)) site.here = said;
   while (runs_.size() > kMaxRuns && runs_.begin()->first != key.run) {
     runs_.erase(runs_.begin());
     oldest_run_ = runs_.begin()->first;
@@ -20,22 +22,53 @@ std::optional<Fault> InStep::Check(const ExchangeKey& key, std::shared_ptr<const
   return std::nullopt;
 }
 
+// A run that ends before its first send goes by unseen: the rank's next one takes its number. But
+// its process has started the program once more than the others.
+std::optional<Fault> InStep::CheckStart(const Statement& first, const Statement& said,
+                                        const std::string& what) {
+  const bool first_is_lower = process_of_[first.rank] <= process_of_[said.rank];
+  const Statement& low = first_is_lower ? first : said;
+  const Statement& high = first_is_lower ? said : first;
+  const int64_t difference = static_cast<int32_t>(high.start - low.start);  // they wrap around
+  int64_t expected = 0;
+  if (process_of_[low.rank] != process_of_[high.rank]) {
+    const std::string pair = said.site->Describe() + '\n' + std::to_string(said.site->number) +
+                             '\n' + std::to_string(process_of_[low.rank]) + '\n' +
+                             std::to_string(process_of_[high.rank]);
+    const auto known = differences_.find(pair);
+    if (known != differences_.end()) {
+      expected = known->second;
+    } else if (std::abs(difference) >= kMaxStarts) {
+      differences_[pair] = expected = difference;
+    }
+  }
+  if (difference == expected) return std::nullopt;
+  const bool low_is_here = IsHere(low);
+  const int64_t more = low_is_here ? difference - expected : expected - difference;
+  const Statement& here = low_is_here ? low : high;
+  Fault fault = StepDiffers((low_is_here ? high : low).rank, what + here.site->Describe(),
+                            "it, started " + std::to_string(std::abs(more)) + " times " +
+                                (more > 0 ? "more" : "less") + " often than here");
+  fault.rank = here.rank;
+  return fault;
+}
+
 Fault InStep::Differ(const Statement& first, const Statement& second,
                      const std::string& what) const {
-  const bool first_is_here = is_here_[first.rank];
-  const Statement& here = first_is_here ? first : second;
-  const Statement& there = first_is_here ? second : first;
+  const Statement& here = IsHere(first) ? first : second;
+  const Statement& there = IsHere(first) ? second : first;
   Fault fault =
       StepDiffers(there.rank, what + here.site->Describe(), what + there.site->Describe());
   fault.rank = here.rank;
   return fault;
 }
 
-std::shared_ptr<const CallSite> InStep::SiteOf(const ExchangeKey& key) const {
+const Statement* InStep::SaidHere(const ExchangeKey& key) const {
   const auto run = runs_.find(key.run);
   if (run == runs_.end()) return nullptr;
-  const auto known = run->second.sites.find(key.call_site);
-  return known == run->second.sites.end() ? nullptr : known->second.site;
+  const auto site = run->second.sites.find(key.call_site);
+  if (site == run->second.sites.end() || !site->second.here) return nullptr;
+  return &*site->second.here;
 }
 
 }  // namespace jax_sm_free

@@ -19,40 +19,56 @@
 
 namespace jax_sm_free {
 
-// What the ranks of a group say that they run, held against each other: the program of each run,
-// and the call behind each call site of it. Ranks that agree on a key but mean something else by it
-// would take each other's rows; this makes it a fault. Not thread-safe.
+// What a rank says of an exchange: the call behind it, and which start of the program that is. Each
+// start of a program has the next number in its process (XLA's run id); where they begin may differ
+// from process to process.
+struct Statement {
+  std::shared_ptr<const CallSite> site;
+  int32_t rank = 0;
+  int64_t start = 0;
+};
+
+// What the ranks of a group say, held against each other. Ranks that agree on a key but mean
+// something else by it would take each other's rows; this makes it a fault. Not thread-safe.
 class InStep {
  public:
-  // `is_here`: for each rank, whether it is of this process.
-  explicit InStep(std::vector<bool> is_here) : is_here_(std::move(is_here)) {}
+  // `process_of`: by rank; `here`: this process.
+  InStep(std::vector<int32_t> process_of, int32_t here)
+      : process_of_(std::move(process_of)), here_(here) {}
 
-  // `rank` says that `key` is of `site`. A fault (without op) if another rank said otherwise, or if
-  // the run is long over.
-  std::optional<Fault> Check(const ExchangeKey& key, std::shared_ptr<const CallSite> site,
-                             int32_t rank);
+  // A fault (without op) if another rank has said otherwise of this key, or if the run is long
+  // over.
+  std::optional<Fault> Check(const ExchangeKey& key, const Statement& said);
 
-  // The site behind a key that was checked; null once its run is long over.
-  std::shared_ptr<const CallSite> SiteOf(const ExchangeKey& key) const;
+  // What a rank of this process has said of a key; null if none has, or the run is long over.
+  const Statement* SaidHere(const ExchangeKey& key) const;
 
  private:
-  struct Statement {
-    std::shared_ptr<const CallSite> site;
-    int32_t rank = 0;  // the first that said so
+  struct Site {
+    Statement first;
+    std::optional<Statement> here;
   };
   struct Run {
     Statement first;
-    std::unordered_map<int64_t, Statement> sites;  // by number
+    std::unordered_map<int64_t, Site> sites;  // by number
   };
 
   // More than can be under way at once: XLA has 32 on a device.
   static constexpr size_t kMaxRuns = 128;
+  // Starts of two processes that differ by less are counted from the same number: it is a digest of
+  // the program, of 32 bits, and differs by chance or not at all.
+  static constexpr int64_t kMaxStarts = 1 << 16;
 
+  std::optional<Fault> CheckStart(const Statement& first, const Statement& said,
+                                  const std::string& what);
   Fault Differ(const Statement& first, const Statement& second, const std::string& what) const;
+  bool IsHere(const Statement& said) const { return process_of_[said.rank] == here_; }
 
-  const std::vector<bool> is_here_;
+  const std::vector<int32_t> process_of_;
+  const int32_t here_;
   std::map<int64_t, Run> runs_;
   int64_t oldest_run_ = 0;
+  std::map<std::string, int64_t> differences_;  // between the starts of two processes
 };
 
 }  // namespace jax_sm_free

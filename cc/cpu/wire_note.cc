@@ -22,6 +22,7 @@ struct Head {
   int64_t run = 0;
   int64_t call_site = 0;
   int64_t count = 0;
+  int64_t start = 0;
   What what = What::kMessage;
   int32_t group = 0;
   int32_t from = 0;  // src, or a fault's rank
@@ -33,8 +34,8 @@ struct Head {
 
 // A message's program and call, or a fault's op, expected, seen and exchange.
 using Texts = std::array<std::string, 4>;
-constexpr std::array<size_t, 4> kMaxTextBytes = {200, 360, 300, 64};
-static_assert(sizeof(Head) + 200 + 360 + 300 + 64 <= Wire::kMaxHeaderBytes);
+constexpr std::array<size_t, 4> kMaxTextBytes = {kMaxProgramBytes, kMaxCallBytes, 300, 64};
+static_assert(sizeof(Head) + kMaxProgramBytes + kMaxCallBytes + 300 + 64 <= Wire::kMaxHeaderBytes);
 
 std::vector<std::byte> Join(Head head, const Texts& texts) {
   std::vector<std::byte> bytes(sizeof(head));
@@ -62,6 +63,7 @@ std::vector<std::byte> Encode(const WireNote& note) {
   head.run = message.key.run;
   head.call_site = message.key.call_site;
   head.count = message.key.count;
+  head.start = message.start;
   head.from = message.src;
   head.to = message.dst;
   head.num_copies = message.site.num_copies;
@@ -96,7 +98,8 @@ std::optional<WireNote> Decode(std::span<const std::byte> bytes) {
                             .site = {.number = head.call_site,
                                      .program = texts[0],
                                      .call = texts[1],
-                                     .num_copies = head.num_copies}};
+                                     .num_copies = head.num_copies},
+                            .start = head.start};
   }
   return note;
 }

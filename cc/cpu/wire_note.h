@@ -21,7 +21,8 @@ struct MessageNote {
   int32_t src = 0;
   int32_t dst = 0;
   ExchangeKey key;
-  CallSite site;  // whose number is the key's
+  CallSite site;      // whose number is the key's
+  int64_t start = 0;  // see Statement
 };
 
 struct WireNote {

@@ -123,7 +123,8 @@ def fail_once(how: str, place: str, survivors: int | None) -> tuple[str, float, 
     """A good run, one in which the last process acts, and a good run on a new buffer.
 
     Args:
-      how: "pause" where the test kills or stops that process, or "raise".
+      how: "pause" where the test kills or stops that process; "raise", after which it runs again
+        when the others have given up, or "raise, go on", at once.
       place: of PLACES.
       survivors: processes that run on a new buffer afterwards; None for all.
 
@@ -138,6 +139,8 @@ def fail_once(how: str, place: str, survivors: int | None) -> tuple[str, float, 
         action.place, action.do = place, lambda: act(how, place)
     error, seconds = error_and_seconds(lambda: run(*inputs))
     rank.announce("has failed")
+    if how == "raise" and "process died" in error:
+        time.sleep(TIMEOUT_S + 1.0)
     again, _ = error_and_seconds(lambda: run(*inputs))
     kept = fault_of(buffer)
     assert kept in again or "process died" in error, (kept, again)
@@ -148,7 +151,7 @@ def fail_once(how: str, place: str, survivors: int | None) -> tuple[str, float, 
 
 
 def act(how: str, place: str) -> None:
-    if how == "raise":
+    if how.startswith("raise"):
         raise RuntimeError("this process died")
     rank.pause(place)
 

@@ -79,6 +79,15 @@ def test_a_process_that_raises_is_waited_for_and_named(place):
     assert_fails_in_time(others, r"_recv on rank \d, peer rank 2: ", "none from rank 2")
 
 
+@pytest.mark.parametrize("place", layers.PLACES)
+def test_a_process_that_raises_and_goes_on_is_named_at_once(place):
+    """Its next run is not taken for the one that the others wait in."""
+    *others, died = launcher.run(layers.fail_once, "raise, go on", place, None, num_processes=3)
+    assert_matches(died[0], "this process died")
+    text = "started 1 times more often" if place == "before_send" else "has begun run 2"
+    assert_fails_in_time(others, "rank 2", text, seconds=layers.TIMEOUT_S)
+
+
 def test_a_process_that_is_stopped_for_long_is_named():
     """It finds out when it goes on, and takes part in the next buffer."""
     with launcher.start(layers.fail_once, "pause", "before_send", None, num_processes=3) as group:

@@ -1,0 +1,306 @@
+#include "cc/cpu/spanning_buffer.h"
+
+#include <condition_variable>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <future>
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <string>
+#include <thread>
+#include <utility>
+#include <vector>
+
+#include "cc/call_site.h"
+#include "cc/cpu/message.h"
+#include "cc/exchange.h"
+#include "gtest/gtest.h"
+
+namespace jax_sm_free {
+namespace {
+
+using ::testing::IsSubstring;
+
+constexpr double kNever = 600;
+constexpr double kSoon = 0.2;
+
+// Wires between "processes" of this test, whose threads hand messages over.
+class Cable {
+ public:
+  class End : public Wire {
+   public:
+    End(Cable& cable, int32_t self, Callbacks callbacks)
+        : cable_(cable), self_(self), callbacks_(std::move(callbacks)) {
+      thread_ = std::thread([this] { Deliver(); });
+    }
+    ~End() override { Close(); }
+    const std::string& address() const override { return address_; }
+    void Connect(std::vector<std::string> /*addresses*/) override {}
+    void Send(int32_t peer, Header header, std::span<const std::byte> payload,
+              OnSent on_sent) override {
+      End* end = cable_.ends[peer];
+      std::vector<std::byte> head(header.begin(), header.end());
+      std::vector<std::byte> body(payload.begin(), payload.end());
+      end->Put([end, from = self_, head = std::move(head), body = std::move(body)] {
+        const auto bytes = static_cast<int64_t>(body.size());
+        BlockPool::Block block;
+        if (bytes > 0) {
+          block = end->callbacks_.allocate(from, head, bytes);
+          ASSERT_NE(block, nullptr);
+          std::memcpy(block.get(), body.data(), body.size());
+        }
+        end->callbacks_.on_message(from, head, std::move(block), bytes);
+      });
+      on_sent();
+    }
+    void Lose(int32_t peer) {
+      Put([this, peer] { callbacks_.on_lost(peer, "it was cut"); });
+    }
+    void Close() override {
+      if (!thread_.joinable()) return;
+      Put(nullptr);
+      thread_.join();
+    }
+
+   private:
+    void Put(std::function<void()> task) {
+      const std::lock_guard lock(mutex_);
+      tasks_.push_back(std::move(task));
+      changed_.notify_one();
+    }
+    void Deliver() {
+      while (true) {
+        std::function<void()> task;
+        {
+          std::unique_lock lock(mutex_);
+          changed_.wait(lock, [this] { return !tasks_.empty(); });
+          task = std::move(tasks_.front());
+          tasks_.pop_front();
+        }
+        if (!task) return;
+        task();
+      }
+    }
+
+    Cable& cable_;
+    const int32_t self_;
+    const std::string address_;
+    const Callbacks callbacks_;
+    std::mutex mutex_;
+    std::condition_variable changed_;
+    std::deque<std::function<void()>> tasks_;
+    std::thread thread_;
+  };
+
+  std::vector<End*> ends;
+};
+
+// What a message says in its one row.
+struct Note {
+  ExchangeKey key;
+  int32_t src = 0;
+  int32_t dst = 0;
+
+  bool operator==(const Note&) const = default;
+};
+
+// Ranks in `kRanksOf` a process each, of one group.
+class SpanningBufferTest : public ::testing::Test {
+ protected:
+  static constexpr int32_t kProcesses = 3;
+  static constexpr int32_t kRanksOf = 2;
+  static constexpr int32_t kRanks = kProcesses * kRanksOf;
+
+  void Open(double timeout_s = kNever) {
+    config_ = {.ep_size = kRanks,
+               .num_experts = kRanks,
+               .num_slots = 2,
+               .row_bytes = sizeof(Note),
+               .timeout_s = timeout_s};
+    cable_.ends.resize(kProcesses);
+    SpanningBuffer::Processes processes{.self = 0, .count = kProcesses, .of_rank = {{}}};
+    for (int32_t rank = 0; rank < kRanks; ++rank) {
+      processes.of_rank[0].push_back(rank / kRanksOf);
+    }
+    for (processes.self = 0; processes.self < kProcesses; ++processes.self) {
+      std::vector<std::optional<Place>> places;
+      for (int32_t i = 0; i < kRanksOf; ++i) {
+        const int32_t rank = processes.self * kRanksOf + i;
+        places.emplace_back(Place{.group = 0, .rank = rank, .position = rank});
+      }
+      const auto open_wire = [&](Wire::Callbacks callbacks) -> Result<std::unique_ptr<Wire>> {
+        auto end = std::make_unique<Cable::End>(cable_, processes.self, std::move(callbacks));
+        cable_.ends[processes.self] = end.get();
+        return std::unique_ptr<Wire>(std::move(end));
+      };
+      buffers_.push_back(
+          std::get<0>(SpanningBuffer::Open(7, config_, places, processes, open_wire)));
+    }
+  }
+
+  ~SpanningBufferTest() override {
+    for (const auto& buffer : buffers_) buffer->Close();
+  }
+
+  SpanningBuffer& BufferOf(int32_t rank) { return *buffers_[rank / kRanksOf]; }
+  HostRank& RankOf(int32_t rank) { return *BufferOf(rank).RankOf(rank % kRanksOf); }
+
+  // The fault of a send, or what it began.
+  Result<Exchange> Send(int32_t rank, int64_t host_run, const std::string& program = "jit_f") {
+    HostRank& self = RankOf(rank);
+    Result<Exchange> begun = self.ledger.Begin(Op::kCombineSend, host_run, 5);
+    if (FaultOf(begun) != nullptr) return begun;
+    const auto& exchange = std::get<Exchange>(begun);
+    auto site = std::make_shared<CallSite>(
+        CallSite{.number = 5, .program = program, .call = "combine_send 0"});
+    if (auto fault = self.transport->Begin(Op::kCombineSend, exchange, rank, site)) return *fault;
+    for (int32_t dst = 0; dst < kRanks; ++dst) {
+      if (auto fault =
+              self.transport->Send(exchange.key, rank, dst, Pack(exchange.key, rank, dst))) {
+        return *fault;
+      }
+    }
+    return begun;
+  }
+
+  Message Pack(const ExchangeKey& key, int32_t src, int32_t dst) {
+    const MessageHeader header{
+        .kind = static_cast<int32_t>(Kind::kCombine), .num_rows = 1, .row_bytes = sizeof(Note)};
+    Message message(RankOf(src).pool.Take(), config_, header);
+    const Note note{key, src, dst};
+    std::memcpy(message.row(0), &note, sizeof(note));
+    return message;
+  }
+
+  std::future<Transport::Arrival> Receive(int32_t rank, const Exchange& exchange) {
+    auto promise = std::make_shared<std::promise<Transport::Arrival>>();
+    RankOf(rank).transport->Receive(
+        Op::kCombineRecv, exchange, rank,
+        [promise](Transport::Arrival arrival) { promise->set_value(std::move(arrival)); });
+    return promise->get_future();
+  }
+
+  // One round of all ranks, for which every process has a name of its own.
+  void Round(int64_t run) {
+    std::vector<std::future<Transport::Arrival>> arrivals;
+    for (int32_t rank = 0; rank < kRanks; ++rank) {
+      const Result<Exchange> sent = Send(rank, 1000000 * (rank / kRanksOf) + run);
+      ASSERT_EQ(FaultOf(sent), nullptr);
+      const auto& exchange = std::get<Exchange>(sent);
+      EXPECT_EQ(exchange.key, (ExchangeKey{.run = run, .call_site = 5, .count = 0}));
+      arrivals.push_back(Receive(rank, exchange));
+      RankOf(rank).ledger.Release(exchange);
+    }
+    for (int32_t dst = 0; dst < kRanks; ++dst) {
+      Transport::Arrival arrival = arrivals[dst].get();
+      ASSERT_EQ(FaultOf(arrival), nullptr) << FaultOf(arrival)->Describe();
+      const auto& messages = std::get<std::vector<Message>>(arrival);
+      for (int32_t src = 0; src < kRanks; ++src) {
+        Note note;
+        std::memcpy(&note, messages[src].row(0), sizeof(note));
+        EXPECT_EQ(note, (Note{{run, 5, 0}, src, dst}));
+      }
+    }
+  }
+
+  // That `rank` and all after it end with a fault that says `text`.
+  void ExpectEnded(int32_t rank, const Exchange& exchange, const std::string& text) {
+    const Transport::Arrival arrival = Receive(rank, exchange).get();
+    ASSERT_NE(FaultOf(arrival), nullptr);
+    EXPECT_PRED_FORMAT2(IsSubstring, text, FaultOf(arrival)->Describe());
+    EXPECT_PRED_FORMAT2(IsSubstring, text, BufferOf(rank).TakeFault().value_or(""));
+    EXPECT_PRED_FORMAT2(IsSubstring, text, BufferOf(rank).TakeFault().value_or(""));
+    EXPECT_NE(FaultOf(Send(rank, 99)), nullptr);
+  }
+
+  Config config_;
+  Cable cable_;
+  std::vector<std::shared_ptr<SpanningBuffer>> buffers_;
+};
+
+TEST_F(SpanningBufferTest, EveryRankGetsWhatEveryOtherSent) {
+  Open();
+  for (int64_t run = 0; run < 50; ++run) Round(run);
+}
+
+TEST_F(SpanningBufferTest, AFaultEndsTheBufferInAllProcesses) {
+  Open();
+  const auto exchange = std::get<Exchange>(Send(0, 1));
+  const auto other = std::get<Exchange>(Send(4, 1));
+  RankOf(3).transport->Fail(0, {.op = "dispatch_send",
+                                .rank = 3,
+                                .expected = "good indices",
+                                .seen = "a bad one",
+                                .exchange = {}});
+  ExpectEnded(0, exchange, "dispatch_send on rank 3: expected good indices, seen a bad one");
+  ExpectEnded(4, other, "dispatch_send on rank 3: expected good indices, seen a bad one");
+}
+
+TEST_F(SpanningBufferTest, ASilentRankEndsTheBufferInAllProcesses) {
+  Open(kSoon);
+  std::vector<std::pair<int32_t, Exchange>> sent;
+  for (const int32_t rank : {0, 1, 2, 3, 4}) sent.emplace_back(rank, std::get<0>(Send(rank, 1)));
+  for (const auto& [rank, exchange] : sent) ExpectEnded(rank, exchange, "none from rank 5");
+}
+
+TEST_F(SpanningBufferTest, AProcessThatIsGoneEndsWhoWaitsForIt) {
+  Open();
+  const auto exchange = std::get<Exchange>(Send(0, 1));
+  const auto other = std::get<Exchange>(Send(2, 1));
+  std::future<Transport::Arrival> waits = Receive(0, exchange);
+  cable_.ends[0]->Lose(2);
+  const Transport::Arrival arrival = waits.get();
+  ASSERT_NE(FaultOf(arrival), nullptr);
+  EXPECT_PRED_FORMAT2(IsSubstring, "peer rank 4: expected a message from rank 4",
+                      FaultOf(arrival)->Describe());
+  EXPECT_PRED_FORMAT2(IsSubstring, "it was cut", FaultOf(arrival)->Describe());
+  ExpectEnded(2, other, "it was cut");
+}
+
+TEST_F(SpanningBufferTest, WhatHasArrivedFromAProcessThatIsGoneIsGood) {
+  Open();
+  std::vector<Exchange> sent;
+  for (int32_t rank = 0; rank < kRanks; ++rank) sent.push_back(std::get<0>(Send(rank, 1)));
+  cable_.ends[0]->Lose(2);  // behind its messages
+  const Transport::Arrival arrival = Receive(0, sent[0]).get();
+  EXPECT_EQ(FaultOf(arrival), nullptr);
+  EXPECT_EQ(BufferOf(0).TakeFault(), std::nullopt);
+}
+
+TEST_F(SpanningBufferTest, ProcessesThatRunOtherProgramsEndBoth) {
+  Open();
+  const auto exchange = std::get<Exchange>(Send(0, 1, "jit_f"));
+  (void)Send(4, 1, "jit_g");
+  for (const std::string text : {"jit_f", "jit_g", "run 0 of this buffer"}) {
+    const Transport::Arrival arrival = Receive(0, exchange).get();
+    ASSERT_NE(FaultOf(arrival), nullptr);
+    EXPECT_PRED_FORMAT2(IsSubstring, text, FaultOf(arrival)->Describe());
+  }
+}
+
+TEST_F(SpanningBufferTest, ARankThatLeftOutAPartOfARunIsNamedByItsNext) {
+  Open();
+  const auto exchange = std::get<Exchange>(Send(0, 1));
+  std::future<Transport::Arrival> waits = Receive(0, exchange);
+  (void)RankOf(4).ledger.Begin(Op::kCombineSend, 1, 5);  // and sends nothing
+  (void)Send(4, 2);
+  const Transport::Arrival arrival = waits.get();
+  ASSERT_NE(FaultOf(arrival), nullptr);
+  EXPECT_PRED_FORMAT2(IsSubstring, "a message from rank 4, seen it has begun run 1",
+                      FaultOf(arrival)->Describe());
+}
+
+TEST_F(SpanningBufferTest, ClosingEndsWhoWaitsHere) {
+  Open();
+  const auto exchange = std::get<Exchange>(Send(0, 1));
+  std::future<Transport::Arrival> waits = Receive(0, exchange);
+  BufferOf(0).Close();
+  const Transport::Arrival arrival = waits.get();
+  ASSERT_NE(FaultOf(arrival), nullptr);
+  EXPECT_PRED_FORMAT2(IsSubstring, "it was closed", FaultOf(arrival)->Describe());
+}
+
+}  // namespace
+}  // namespace jax_sm_free

@@ -1,0 +1,77 @@
+#include "cc/cpu/wire_note.h"
+
+#include <cstddef>
+#include <optional>
+#include <span>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "cc/cpu/wire.h"
+#include "gtest/gtest.h"
+
+namespace jax_sm_free {
+namespace {
+
+WireNote Message() {
+  return {.buffer = 5,
+          .group = 3,
+          .body = MessageNote{.src = 1,
+                              .dst = 2,
+                              .key = {.run = 10, .call_site = 11, .count = 12},
+                              .site = {.number = 11,
+                                       .program = "jit_f",
+                                       .call = "dispatch_send 0 (float32[6, 7])",
+                                       .num_copies = 4},
+                              .start = 13}};
+}
+
+TEST(WireNoteTest, AMessageArrivesAsItWas) {
+  const WireNote message = Message();
+  const std::optional<WireNote> note = Decode(Encode(message));
+  ASSERT_TRUE(note.has_value());
+  EXPECT_EQ(note->buffer, 5);
+  EXPECT_EQ(note->group, 3);
+  const auto& body = std::get<MessageNote>(note->body);
+  const auto& sent = std::get<MessageNote>(message.body);
+  EXPECT_EQ(body.src, sent.src);
+  EXPECT_EQ(body.dst, sent.dst);
+  EXPECT_EQ(body.key, sent.key);
+  EXPECT_EQ(body.site, sent.site);
+  EXPECT_EQ(body.start, sent.start);
+}
+
+TEST(WireNoteTest, AFaultArrivesAsItWas) {
+  const Fault fault{.op = "combine_recv",
+                    .rank = 3,
+                    .peer = 1,
+                    .expected = "messages",
+                    .seen = "none",
+                    .exchange = "exchange 12, slot 1"};
+  const std::optional<WireNote> note = Decode(Encode({.buffer = 1, .group = 0, .body = fault}));
+  ASSERT_TRUE(note.has_value());
+  EXPECT_EQ(std::get<Fault>(note->body).Describe(), fault.Describe());
+}
+
+TEST(WireNoteTest, LongTextsOfAFaultAreCutToWhatAWireTakes) {
+  const std::string text(5000, 'x');
+  const Fault fault{.op = text, .rank = 3, .expected = text, .seen = text, .exchange = text};
+  const std::vector<std::byte> bytes = Encode({.buffer = 1, .group = 0, .body = fault});
+  EXPECT_LE(bytes.size(), Wire::kMaxHeaderBytes);
+  const std::optional<WireNote> note = Decode(bytes);
+  ASSERT_TRUE(note.has_value());
+  EXPECT_EQ(std::get<Fault>(note->body).expected, std::string(360, 'x'));
+}
+
+TEST(WireNoteTest, OtherBytesAreNoNote) {
+  std::vector<std::byte> bytes = Encode(Message());
+  const std::span<const std::byte> all(bytes);
+  EXPECT_FALSE(Decode(all.first(all.size() - 1)).has_value());
+  EXPECT_FALSE(Decode(all.first(3)).has_value());
+  EXPECT_FALSE(Decode({}).has_value());
+  bytes[0] ^= std::byte{1};  // another version
+  EXPECT_FALSE(Decode(bytes).has_value());
+}
+
+}  // namespace
+}  // namespace jax_sm_free
