@@ -72,10 +72,16 @@ $(VENV)/ready: tools/setup_venv.sh requirements/dev.txt requirements/lint.txt py
 	tools/setup_venv.sh $(PYTHON) $(VENV) $(HEADERS)
 	@touch $@
 
+# Headers for GPUs alone.
+$(HEADERS)/cuda: requirements/cuda.txt | $(VENV)/ready
+	$(VENV_PYTHON) -m pip install -qq --disable-pip-version-check --no-deps --upgrade \
+	  --target $(HEADERS) -r $<
+	@touch $@
+
 debian: .venv/debian-$(VERSION)
 
 # For a `bazel` called by hand: it uses the Python of the last set-up.
-setup: $(VENV)/ready
+setup: $(VENV)/ready $(if $(CUDA),$(HEADERS)/cuda)
 	@echo 'build $(BAZEL_FLAGS)' > .venv/bazelrc
 
 # Build. Bazel itself knows what is up to date.
@@ -123,7 +129,7 @@ test-sanitizers: setup
 	$(BAZEL_TEST) --config=tsan //...
 
 # With an environment of its own, so it needs PyPI; and nvcc.
-test-wheel: setup
+test-wheel: setup $(HEADERS)/cuda
 	tools/check_wheel.sh $(VENV) $(HEADERS)
 
 lint: lint-py lint-cc
