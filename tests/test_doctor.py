@@ -215,11 +215,11 @@ def test_nics(tmp_path):
 
 
 def test_libraries_that_several_processes_need(monkeypatch):
-    def no_ucx():
-        raise ImportError("there is no libucx")
+    def is_not_there():
+        raise ImportError("there is no such package")
 
-    monkeypatch.setattr(libraries, "_find_nvshmem", lambda: None)
-    monkeypatch.setattr(transports, "ucx_library", no_ucx)
+    monkeypatch.setattr(transports, "nvshmem_library", is_not_there)
+    monkeypatch.setattr(transports, "ucx_library", is_not_there)
     checks = {"cpu": libraries.check_ucx, "gpu": libraries.check_nvshmem}
     for platform, check in checks.items():
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
