@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 import types
@@ -64,6 +65,16 @@ def test_what_is_not_done_in_time():
     assert run.returncode == 1
     assert "not done within 0.01 s" in run.stdout
     assert "Thread 0x" in run.stderr
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_one_that_meets_nobody(process):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    address = f"--coordinator_address=127.0.0.1:{port}"
+    run = run_doctor(address, "--num_processes=2", f"--process_id={process}", "--timeout_s=2")
+    assert run.returncode == 1
+    assert "PROBLEM processes    not all of them met within 2 s" in run.stdout
 
 
 def test_half_a_place_is_refused():
