@@ -16,6 +16,7 @@ from setuptools.command.build_ext import build_ext
 ROOT = pathlib.Path(__file__).parent
 CUDA = os.environ.get("JAX_SM_FREE_CUDA", "0") != "0"
 MODULES = ["_cpu", "_cuda"] if CUDA else ["_cpu"]
+REQUIREMENTS = ROOT / "requirements" / "cuda.txt"
 
 
 class BazelBuildExt(build_ext):
@@ -43,6 +44,10 @@ class BazelBuildExt(build_ext):
 
 
 setup(
+    # Beside those of pyproject.toml, which a build for the CPU does without.
+    setup_requires=[
+        line for line in REQUIREMENTS.read_text().splitlines() if CUDA and not line.startswith("#")
+    ],
     ext_modules=[Extension(f"jax_sm_free.{module}", sources=[]) for module in MODULES],
     cmdclass={"build_ext": BazelBuildExt},
 )

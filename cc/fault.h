@@ -11,7 +11,7 @@ namespace jax_sm_free {
 
 struct Fault {
   std::string op = {};  // the operation that saw it, as Python names it
-  int rank = -1;        // the rank that saw it
+  int rank = -1;        // the rank that saw it; -1 for none
   int peer = -1;        // the rank it blames; -1 for none
   std::string expected;
   std::string seen;

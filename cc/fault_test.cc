@@ -22,6 +22,11 @@ TEST(FaultTest, LeavesOutPeerAndExchangeThatAreUnknown) {
   EXPECT_EQ(fault.Describe(), "jax_sm_free: close on rank 0: expected open, seen closed");
 }
 
+TEST(FaultTest, LeavesOutARankThatIsNotKnownYet) {
+  const Fault fault{.op = "Buffer", .expected = "memory", .seen = "none", .exchange = {}};
+  EXPECT_EQ(fault.Describe(), "jax_sm_free: Buffer: expected memory, seen none");
+}
+
 TEST(FaultTest, FaultOfAValueIsNull) {
   const Result<int> result = 3;
   EXPECT_EQ(FaultOf(result), nullptr);

@@ -83,7 +83,7 @@ class Buffer:
           wire_dtype: None for rows that travel in `dtype`, or float8_e4m3fn for rows that dispatch
             quantises on their way, to half the bytes of bfloat16; see `Config` for the arithmetic.
           transport: "auto"; "in_process" for CPU devices of this process, "ucx" for those of
-            several; "cuda_peer" for GPUs of this process.
+            several; "cuda_peer" for GPUs of this process, "nvshmem" for one of each of several.
           timeout_s: seconds a receive waits before it is a fault.
 
         Raises:
@@ -119,8 +119,8 @@ class Buffer:
                 self.transport, mesh, self.axes, self.config
             )
         self._closer = weakref.finalize(self, _close, self._native, buffer_id)
-        spans = transports.spans_processes(self.transport)
-        self._target = Target(self.config, buffer_id, spans)
+        named = transports.names_calls(self.transport)
+        self._target = Target(self.config, buffer_id, named)
 
     def __repr__(self) -> str:
         state = "open" if self._closer.alive else "closed"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -255,6 +256,31 @@ class Native:
         sizes = config.sizes()
         self._module.open_ucx_buffer(
             buffer_id, sizes, places, process, num_processes, process_of_rank, library
+        )
+
+    def open_nvshmem_buffer(
+        self,
+        buffer_id: int,
+        config: Config,
+        places: list[tuple[int, int, int] | None],
+        process: int,
+        process_of_rank: list[int],
+        library: str,
+        exchange: Callable[[bytes], list[bytes]],
+    ) -> None:
+        """Makes this process's part of a buffer over several. Collective.
+
+        Args:
+          buffer_id: the same in all processes.
+          config: the sizes.
+          places: as for `open_buffer`, of this process's device alone.
+          process: this process's number among those that open the buffer.
+          process_of_rank: for each rank of this process's group, the number of its process.
+          library: the path of NVSHMEM's.
+          exchange: gives bytes to all processes and returns those of all, by number.
+        """
+        self._module.open_nvshmem_buffer(
+            buffer_id, config.sizes(), places, process, process_of_rank, library, exchange
         )
 
     def address(self, buffer_id: int) -> bytes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import importlib.util
 import logging
 import pathlib
@@ -24,6 +25,7 @@ _TRANSPORTS = {
     "in_process": ("cpu", False),
     "ucx": ("cpu", True),
     "cuda_peer": ("cuda", False),
+    "nvshmem": ("cuda", True),
 }
 _PLATFORM_NAMES = {"cpu": "cpu", "gpu": "cuda"}  # what JAX calls it -> what we do
 
@@ -88,12 +90,14 @@ def open_buffer(transport: str, mesh: Mesh, axes: tuple[str, ...], config: Confi
     native = Native(_TRANSPORTS[transport][0])
     if transport == "ucx":
         return native, _open_ucx(native, mesh, axes, config)
+    if transport == "nvshmem":
+        return native, _open_nvshmem(native, mesh, axes, config)
     return native, native.open_buffer(config, _places(mesh, axes))
 
 
-def spans_processes(transport: str) -> bool:
-    """Whether the devices that it connects are of several processes."""
-    return transport in _TRANSPORTS and _TRANSPORTS[transport][1]
+def names_calls(transport: str) -> bool:
+    """Whether sends carry a name that is the same in all processes: on GPUs their order is."""
+    return transport == "ucx"
 
 
 def ordinal(device: Any) -> int:
@@ -125,6 +129,52 @@ def _open_ucx(native: Native, mesh: Mesh, axes: tuple[str, ...], config: Config)
             native.close_buffer(buffer_id)
         raise
     return buffer_id
+
+
+def _open_nvshmem(native: Native, mesh: Mesh, axes: tuple[str, ...], config: Config) -> int:
+    for process, count in collections.Counter(d.process_index for d in mesh.devices.flat).items():
+        if count > 1:
+            raise ValueError(
+                f"expected a mesh with one GPU of each process, got {count} of process {process}"
+            )
+    library = nvshmem_library()
+    buffer_id = None
+    try:
+        with Bootstrap(mesh, config.timeout_s) as bootstrap:
+            bootstrap.compare(facts_of(mesh, axes, config, "nvshmem"))
+            free_ids = bootstrap.exchange(str(native.lowest_free_id()).encode())
+            buffer_id = max(map(int, free_ids))
+            index = bootstrap.processes.index
+            groups = _by_rank(mesh, axes, lambda device, _: index(device.process_index))
+            native.open_nvshmem_buffer(
+                buffer_id,
+                config,
+                _places(mesh, axes),
+                bootstrap.index,
+                next(group for group in groups if bootstrap.index in group),
+                library,
+                bootstrap.exchange,
+            )
+    except BaseException:
+        if buffer_id is not None:
+            native.close_buffer(buffer_id)
+        raise
+    return buffer_id
+
+
+def nvshmem_library() -> str:
+    """The path of NVSHMEM's library for hosts, of the package that JAX for CUDA brings along."""
+    spec = None
+    if importlib.util.find_spec("nvidia") is not None:
+        spec = importlib.util.find_spec("nvidia.nvshmem")
+    for folder in (spec and spec.submodule_search_locations) or ():
+        path = pathlib.Path(folder, "lib", "libnvshmem_host.so.3")
+        if path.exists():
+            return str(path)
+    raise ImportError(
+        "expected the package nvidia-nvshmem-cu13 for transport 'nvshmem', which connects GPUs of "
+        "several processes, but it is not installed: pip install nvidia-nvshmem-cu13"
+    )
 
 
 def ucx_library() -> str:

@@ -1,6 +1,7 @@
 """Runs every kernel once, small: a program for memory checkers.
 
     make CUDA=1 sanitize-gpu
+    python tests/every_kernel.py float32    # one dtype
 
 Rows of whole 16-byte words and others, of all dtypes, on a float8 wire too, forward and backward,
 by experts and by tokens, with and without weights. It says nothing of the numbers: tests do that.
@@ -9,6 +10,7 @@ by experts and by tokens, with and without weights. It says nothing of the numbe
 from __future__ import annotations
 
 import functools
+import sys
 from typing import Any
 
 import conftest  # noqa: F401 - chooses the devices
@@ -58,7 +60,7 @@ def main() -> None:
     make = functools.partial(
         support.make_config, ranks, max_tokens=40, num_experts=2 * ranks, recv_capacity=60
     )
-    for dtype in (jnp.bfloat16, jnp.float16, jnp.float32):
+    for dtype in map(jnp.dtype, sys.argv[1:] or ("bfloat16", "float16", "float32")):
         for hidden in (7, 512, 1024):
             run(make(dtype=dtype, hidden=hidden))
             run(make(dtype=dtype, hidden=hidden, wire_dtype=jnp.float8_e4m3fn))

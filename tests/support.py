@@ -35,6 +35,13 @@ ON_CPU = jax.default_backend() == "cpu"
 # Whether a buffer is of use after a fault.
 BUFFERS_GO_ON = ON_CPU
 
+# shard_map(lambda x, empty: x + empty.sum()) ends the process of JAX 0.11.2 while it compiles.
+needs_empty_inputs = pytest.mark.skipif(
+    jax.__version__ == "0.11.2", reason="JAX 0.11.2 crashes on empty inputs of shard_map"
+)
+
+NO_TOKENS = pytest.param(0, marks=needs_empty_inputs)
+
 # The reference is compiled more often than it is run, and most of a test's time is that.
 QUICK_COMPILE = {
     "xla_backend_optimization_level": 0,
@@ -356,7 +363,9 @@ def _error_of_rank(out: Any, rank: int) -> str | None:
     errors = []
     for shard in _shards_of_rank(out, rank):
         try:
-            shard.block_until_ready()
+            np.asarray(
+                shard
+            )  # On GPUs it raises what block_until_ready lets pass: a callback's error.
         except RUN_ERROR as error:
             errors.append(str(error))
     assert len(errors) in (0, len(jax.tree.leaves(out))), f"rank {rank}: {errors}"

@@ -124,6 +124,25 @@ def test_a_gpu_with_other_work_queued(milliseconds, inputs):
         support.assert_same_bits(out, expected_output())
 
 
+@needs_two
+@pytest.mark.parametrize("rank", [0, LATE_RANK])
+def test_a_program_is_loaded_while_runs_wait(rank, inputs):
+    """The driver loads a program once the GPU has run dry, and enqueues no copy until then."""
+    ours, _ = support.runners(CONFIG, layer)
+    jax.block_until_ready(ours(*inputs))
+    device = jax.devices()[rank]
+    value = jax.device_put(jnp.arange(8), device)
+    jax.block_until_ready(hold(jax.devices()[LATE_RANK], 0.01))
+    start = time.monotonic()
+    hold(jax.devices()[LATE_RANK], 0.3)
+    outs = [ours(*inputs) for _ in range(5)]
+    never_seen = jax.jit(lambda x: x * 3 + rank)
+    np.testing.assert_array_equal(never_seen(value), np.arange(8) * 3 + rank)
+    for out in outs:
+        support.assert_same_bits(out, expected_output())
+    assert time.monotonic() - start < CONFIG.timeout_s / 2
+
+
 # ------------------------------------------------------------------------------------------ faults
 
 

@@ -66,12 +66,13 @@ def test_peculiar_routing(output, how):
         assert (counts % 3 == 0).all()
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 5])
+@pytest.mark.parametrize("num_tokens", [support.NO_TOKENS, 1, 5])
 def test_fewer_tokens_than_max_tokens(num_tokens):
     """No token, one, a number that is a multiple of nothing; all others have max_tokens."""
     check(CONFIGS[support.MAX_RANKS], "experts", num_tokens)
 
 
+@support.needs_empty_inputs
 def test_no_token_by_tokens():
     assert not np.asarray(check(CONFIGS[support.SOME_RANKS], "tokens", 0).num_tokens).any()
 

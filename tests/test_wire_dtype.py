@@ -104,7 +104,7 @@ def test_peculiar_routing(how):
     check_rows(CONFIG, by_experts, *make_inputs(CONFIG, seed=3, how=how))
 
 
-@pytest.mark.parametrize("num_tokens", [0, 1, 5])
+@pytest.mark.parametrize("num_tokens", [support.NO_TOKENS, 1, 5])
 def test_fewer_tokens(num_tokens):
     for program in (support.round_trip, support.round_trip_tokens):
         y = make_rows(CONFIG, support.num_rows(CONFIG, program), 4)

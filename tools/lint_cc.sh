@@ -8,7 +8,10 @@ find cc xla_ffi -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' |
 
 # Sources for GPUs need the headers of a CUDA toolkit, which a machine may lack.
 mapfile -t sources < <(find cc xla_ffi -name '*.cc' -not -path '*cuda*' | sort)
-sources+=(xla_ffi/cuda_stub.cc cc/cuda/status_fault.cc cc/cuda/status_fault_test.cc)
+sources+=(
+  xla_ffi/cuda_stub.cc cc/cuda/crossbar_test.cc
+  cc/cuda/{shared_memory,status_fault,symmetric_heap}{,_test}.cc
+)
 
 flags=(
   -std=c++20 -Wall -Wextra -I. '-DSMF_UCX_LIBRARY=""'

@@ -81,7 +81,6 @@ NB_MODULE(_cpu, module) {
   module.def("cuda_handlers", [] { return Handlers(CudaStubHandlers()); });
   module.def("call_site_type", &CallSiteType);
   module.def("open_buffer", &OpenBuffer, nb::arg("sizes"), nb::arg("places").none());
-  module.def("lowest_free_id", [] { return Registry::Get().LowestFreeId(); });
   module.def("open_ucx_buffer", &OpenUcxBuffer);
   module.def("address", &AddressOf);
   module.def("connect", &Connect);

@@ -2,24 +2,51 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <stdexcept>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "cc/cuda/device_buffer.h"
+#include "cc/cuda/nvshmem_buffer.h"
 #include "xla_ffi/cuda_handlers.h"
 #include "xla_ffi/module.h"
 
 namespace jax_sm_free {
 namespace {
 
+void Register(Result<std::shared_ptr<cuda::DeviceBuffer>> made) {
+  if (const Fault* fault = FaultOf(made)) throw std::runtime_error(fault->Describe());
+  Registry::Get().Add(std::get<std::shared_ptr<cuda::DeviceBuffer>>(std::move(made)));
+}
+
 // Returns the buffer's id.
 int64_t OpenBuffer(const nb::dict& sizes, const PythonPlaces& places) {
-  Registry& registry = Registry::Get();
-  const int64_t id = registry.NextId();
-  auto made = cuda::DeviceBuffer::Make(id, ToConfig(sizes), ToPlaces(places));
-  if (const Fault* fault = FaultOf(made)) throw std::runtime_error(fault->Describe());
-  registry.Add(std::get<std::shared_ptr<cuda::DeviceBuffer>>(std::move(made)));
+  const int64_t id = Registry::Get().NextId();
+  Register(cuda::DeviceBuffer::Make(id, ToConfig(sizes), ToPlaces(places)));
   return id;
+}
+
+// `exchange` takes and gives bytes: Processes::exchange.
+void OpenNvshmemBuffer(int64_t id, const nb::dict& sizes, const PythonPlaces& places,
+                       int32_t process, const std::vector<int32_t>& process_of_rank,
+                       const std::string& library, const nb::callable& exchange) {
+  const Config config = ToConfig(sizes);
+  const std::vector<std::optional<Place>> by_device = ToPlaces(places);
+  const auto call = [&exchange](const std::string& text) {
+    const nb::gil_scoped_acquire acquire;
+    std::vector<std::string> heard;
+    for (const nb::handle item : exchange(nb::bytes(text.data(), text.size()))) {
+      const auto bytes = nb::cast<nb::bytes>(item);
+      heard.emplace_back(bytes.c_str(), bytes.size());
+    }
+    return heard;
+  };
+  const cuda::Processes processes{process, process_of_rank, call};
+  // Python goes on meanwhile: the other processes may wait for a callback of a program.
+  const nb::gil_scoped_release release;
+  Register(cuda::OpenNvshmemBuffer(id, config, by_device, library, processes));
 }
 
 }  // namespace
@@ -29,6 +56,9 @@ NB_MODULE(_cuda, module) {
   DefineCommon(module);
   module.def("handlers", [] { return Handlers(CudaHandlers()); });
   module.def("open_buffer", &OpenBuffer, nb::arg("sizes"), nb::arg("places").none());
+  module.def("open_nvshmem_buffer", &OpenNvshmemBuffer, nb::arg("id"), nb::arg("sizes"),
+             nb::arg("places").none(), nb::arg("process"), nb::arg("process_of_rank"),
+             nb::arg("library"), nb::arg("exchange"));
 }
 
 }  // namespace jax_sm_free

@@ -9,14 +9,16 @@
 
 namespace jax_sm_free::cuda {
 
-// Waits until signals[source] is at least `value`. If it never is, the fault names all sources of
-// which that is true.
-__device__ inline bool Await(const RankView& view, Op op, const uint64_t* signals, uint64_t value,
-                             int32_t source) {
-  if (WaitFor(view, signals + source, value)) return true;
+// How long after a message was posted its copy may take before the message is read in place.
+constexpr uint64_t kPatienceNanoseconds = 20'000'000;
+
+// Waits until has_come(source). If it never has, the fault names all sources of which that is true.
+template <typename HasCome>
+__device__ bool Await(const RankView& view, Op op, int32_t source, const HasCome& has_come) {
+  if (WaitUntil(view, [&] { return has_come(source); })) return true;
   int64_t missing = int64_t{1} << source;
   for (int32_t other = 0; other < view.config.ep_size; ++other) {
-    if (LoadAcquire(signals + other) < value) missing |= int64_t{1} << other;
+    if (!has_come(other)) missing |= int64_t{1} << other;
   }
   const int32_t first = __ffsll(missing) - 1;
   const uint64_t last = LoadAcquire(Noticed(view, view.rank, view.state->current.slot, first));
@@ -40,12 +42,31 @@ struct Messages {
   }
 };
 
+// Waits until the copy of a posted message is there, or leaves the message where it was packed.
+__device__ inline void AwaitCopy(const RankView& view, const uint64_t* signal, uint64_t value,
+                                 int32_t source) {
+  const uint64_t end = Nanoseconds() + kPatienceNanoseconds;
+  while (LoadAcquire(signal) < value) {
+    if (Nanoseconds() > end) {
+      atomicOr(&view.state->current.in_place, 1U << source);
+      return;
+    }
+    __nanosleep(100);
+  }
+}
+
 __device__ inline void AwaitMessages(const RankView& view, Op op, const Messages& messages) {
   const Current current = view.state->current;
+  const uint64_t value = SignalOf(current.sequence, messages.part);
+  const auto has_left = [&](int32_t source) {
+    return LoadAcquire(Signal(view, current.slot, source)) >= value ||
+           LoadAcquire(Posted(view, view.rank, current.slot, source)) >= value;
+  };
   for (int32_t i = threadIdx.x; i < messages.count; i += blockDim.x) {
     const int32_t source = messages.source(view, i);
-    (void)Await(view, op, Signal(view, current.slot, 0), SignalOf(current.sequence, messages.part),
-                source);
+    if (Await(view, op, source, has_left)) {
+      AwaitCopy(view, Signal(view, current.slot, source), value, source);
+    }
   }
 }
 

@@ -34,7 +34,7 @@ __global__ void BeginKernel(const RankView view, const BeginArgs args) {
       slot = (slot + 1) % num_slots;
       ++tried;
     }
-    state->current = {sequence, slot, kOk};
+    state->current = {sequence, slot, kOk, 0};
     if (tried == num_slots) {
       Raise(view, args.op, {FaultCode::kSlots});
       state->current.failed = kNothing;
@@ -45,7 +45,7 @@ __global__ void BeginKernel(const RankView view, const BeginArgs args) {
       if (args.position_of_program != nullptr && *args.position_of_program != view.position) {
         Raise(view, args.op, {FaultCode::kPosition, -1, view.position, *args.position_of_program});
       }
-      if (state->faulted != 0) state->current.failed = kEmpty;
+      if (state->faulted != kSound) state->current.failed = kEmpty;
     }
     WriteToken(view, args, args.kind);
   }

@@ -23,8 +23,11 @@ __device__ inline int64_t MessageIndex(const RankView& view, int32_t slot, int32
   return int64_t{slot} * view.config.ep_size + peer;
 }
 
-// The message of `source` on this rank.
+// The message of `source` for this rank.
 __device__ inline std::byte* InMessage(const RankView& view, int32_t slot, int32_t source) {
+  if ((view.state->current.in_place >> source & 1U) != 0) {
+    return view.base[source] + StageOffset(view, slot, source, view.rank);
+  }
   return view.base[view.rank] + view.regions.recv +
          MessageIndex(view, slot, source) * view.regions.message_bytes;
 }
@@ -32,7 +35,7 @@ __device__ inline std::byte* InMessage(const RankView& view, int32_t slot, int32
 // Where the message for `dst` is packed: our own rows go straight to where they are received.
 __device__ inline std::byte* OutMessage(const RankView& view, int32_t slot, int32_t dst) {
   if (dst == view.rank) return InMessage(view, slot, dst);
-  return view.base[view.rank] + StageOffset(view, slot, dst);
+  return view.base[view.rank] + StageOffset(view, slot, view.rank, dst);
 }
 
 __device__ inline uint64_t* Signal(const RankView& view, int32_t slot, int32_t source) {
@@ -55,6 +58,12 @@ __device__ inline std::byte* Notice(const RankView& view, int32_t holder, int32_
 __device__ inline uint64_t* Noticed(const RankView& view, int32_t holder, int32_t slot,
                                     int32_t source) {
   return reinterpret_cast<uint64_t*>(view.base[holder] + view.regions.noticed) +
+         MessageIndex(view, slot, source);
+}
+// The signal of the message of `source` that is packed, in the region of `holder`.
+__device__ inline uint64_t* Posted(const RankView& view, int32_t holder, int32_t slot,
+                                   int32_t source) {
+  return reinterpret_cast<uint64_t*>(view.base[holder] + view.regions.posted) +
          MessageIndex(view, slot, source);
 }
 __device__ inline int32_t* RowsPerExpert(std::byte* notice) {
@@ -95,15 +104,17 @@ __device__ inline bool IsStopped(const RankView& view) {
   return *const_cast<const volatile int32_t*>(&view.status->stopped) != 0;
 }
 
-// Waits until *address >= value. False after the timeout, or soon after the host said stop: what is
-// on its way still arrives. Called by any number of threads of one block; blocks nothing but this
-// block.
-__device__ inline bool WaitFor(const RankView& view, const uint64_t* address, uint64_t value) {
+// Waits until is_true(). False after the timeout, or soon after the host said stop: what is on its
+// way still arrives. At once if an earlier wait took that long. Called by any number of threads of
+// one block; blocks nothing but this block.
+template <typename Condition>
+__device__ bool WaitUntil(const RankView& view, const Condition& is_true) {
   constexpr uint64_t kStopNanoseconds = 500'000'000;
   constexpr uint32_t kLooksPerStop = 1024;  // the host's memory is far
+  if (view.state->faulted == kTimedOut) return is_true();
   uint64_t end = Nanoseconds() + static_cast<uint64_t>(view.config.timeout_s * 1e9);
   bool stopped = false;
-  for (uint32_t looks = 1; LoadAcquire(address) < value; ++looks) {
+  for (uint32_t looks = 1; !is_true(); ++looks) {
     const uint64_t now = Nanoseconds();
     if (now > end) return false;
     if (!stopped && looks % kLooksPerStop == 0 && IsStopped(view)) {
@@ -113,6 +124,10 @@ __device__ inline bool WaitFor(const RankView& view, const uint64_t* address, ui
     __nanosleep(100);
   }
   return true;
+}
+
+__device__ inline bool WaitFor(const RankView& view, const uint64_t* address, uint64_t value) {
+  return WaitUntil(view, [&] { return LoadAcquire(address) >= value; });
 }
 
 struct FaultNumbers {
@@ -126,7 +141,8 @@ struct FaultNumbers {
 // Writes the first fault into pinned memory, where the host finds it.
 __device__ inline void Raise(const RankView& view, Op op, const FaultNumbers& fault) {
   Status* status = view.status;
-  view.state->faulted = 1;
+  const bool waited = fault.code == FaultCode::kTimeout || fault.code == FaultCode::kAckTimeout;
+  atomicMax(&view.state->faulted, static_cast<int32_t>(waited ? kTimedOut : kPoisoned));
   if (atomicCAS_system(&status->claimed, 0, 1) != 0) return;
   status->op = static_cast<int32_t>(op);
   status->peer = fault.peer;

@@ -7,6 +7,7 @@
 #include <map>
 #include <utility>
 
+#include "cc/cuda/device_scope.h"
 #include "cc/cuda/kernels.h"
 #include "cc/cuda/status_fault.h"
 
@@ -40,18 +41,6 @@ std::string EnablePeer(int32_t device, int32_t peer) {
              ? ""
              : Describe("peer access", device, error);
 }
-
-// Returns to the caller's device when a scope ends.
-class DeviceScope {
- public:
-  DeviceScope() { (void)cudaGetDevice(&device_); }
-  ~DeviceScope() { (void)cudaSetDevice(device_); }
-  DeviceScope(const DeviceScope&) = delete;
-  DeviceScope& operator=(const DeviceScope&) = delete;
-
- private:
-  int device_ = 0;
-};
 
 }  // namespace
 
@@ -112,7 +101,7 @@ void* DeviceBuffer::Take(int32_t device, bool host, int64_t bytes, std::string& 
   return memory;
 }
 
-std::string DeviceBuffer::Allocate(int32_t device, const Place& place) {
+std::string DeviceBuffer::Allocate(int32_t device, const Place& place, std::byte* region) {
   (void)cudaSetDevice(device);
   const Config& config = this->config();
   auto rank = std::make_unique<DeviceRank>();
@@ -131,7 +120,8 @@ std::string DeviceBuffer::Allocate(int32_t device, const Place& place) {
     using T = std::remove_reference_t<decltype(*pointer)>;
     pointer = static_cast<T*>(Take(device, host, count * int64_t{sizeof(T)}, error));
   };
-  take(view.base[place.rank], false, view.regions.total);
+  view.base[place.rank] = region;
+  if (region == nullptr) take(view.base[place.rank], false, view.regions.total);
   take(view.state, false, 1);
   take(view.mailbox, true, kMailboxEntries);
   take(view.status, true, 1);
@@ -158,8 +148,42 @@ std::string DeviceBuffer::Allocate(int32_t device, const Place& place) {
   return "";
 }
 
+std::string DeviceBuffer::Connect(int32_t device, const std::vector<std::optional<Place>>& places) {
+  RankView& view = ranks_[device]->view;
+  if (neighbours_) {
+    std::copy(neighbours_->regions.begin(), neighbours_->regions.end(), view.base);
+    return "";
+  }
+  for (size_t peer = 0; peer < places.size(); ++peer) {
+    const auto& place = places[peer];
+    if (peer == static_cast<size_t>(device) || !place || place->group != places[device]->group) {
+      continue;
+    }
+    const std::string error = EnablePeer(device, static_cast<int32_t>(peer));
+    if (!error.empty()) return error;
+    view.base[place->rank] = ranks_[peer]->view.base[place->rank];
+  }
+  return "";
+}
+
+void DeviceBuffer::StartMovers(const std::vector<std::optional<Place>>& places) {
+  std::map<int32_t, std::shared_ptr<Crossbar>> crossbars;  // by group
+  for (size_t device = 0; device < places.size(); ++device) {
+    if (!places[device]) continue;
+    DeviceRank& rank = *ranks_[device];
+    auto& crossbar = crossbars[places[device]->group];
+    if (crossbar == nullptr) {
+      crossbar = neighbours_ ? neighbours_->crossbar : std::make_shared<Crossbar>();
+    }
+    rank.mover =
+        std::make_unique<Mover>(static_cast<int>(device), rank.view, crossbar,
+                                neighbours_ ? neighbours_->courier : nullptr, rank.copies_done);
+  }
+}
+
 Result<std::shared_ptr<DeviceBuffer>> DeviceBuffer::Make(
-    int64_t id, const Config& config, const std::vector<std::optional<Place>>& places) {
+    int64_t id, const Config& config, const std::vector<std::optional<Place>>& places,
+    const std::optional<Neighbours>& neighbours) {
   const DeviceScope scope;
   const auto refuse = [](std::string expected, std::string seen) {
     return Fault{
@@ -175,30 +199,20 @@ Result<std::shared_ptr<DeviceBuffer>> DeviceBuffer::Make(
   }
   std::shared_ptr<DeviceBuffer> buffer(new DeviceBuffer(id, config, places));
   buffer->ranks_.resize(places.size());
+  buffer->neighbours_ = neighbours;
   for (size_t device = 0; device < places.size(); ++device) {
     if (!places[device]) continue;
-    const std::string error = buffer->Allocate(static_cast<int32_t>(device), *places[device]);
+    std::byte* region = neighbours ? neighbours->regions[places[device]->rank] : nullptr;
+    const std::string error =
+        buffer->Allocate(static_cast<int32_t>(device), *places[device], region);
     if (!error.empty()) return refuse("memory for the buffer", error);
   }
   for (size_t device = 0; device < places.size(); ++device) {
-    for (size_t peer = 0; peer < places.size() && places[device]; ++peer) {
-      if (peer == device || !places[peer] || places[peer]->group != places[device]->group) continue;
-      const std::string error =
-          EnablePeer(static_cast<int32_t>(device), static_cast<int32_t>(peer));
-      if (!error.empty()) return refuse("peer access between the devices of a group", error);
-      const int32_t rank = places[peer]->rank;
-      buffer->ranks_[device]->view.base[rank] = buffer->ranks_[peer]->view.base[rank];
-    }
-  }
-  std::map<int32_t, std::shared_ptr<Crossbar>> crossbars;  // by group
-  for (size_t device = 0; device < places.size() && config.ep_size > 1; ++device) {
     if (!places[device]) continue;
-    DeviceRank& rank = *buffer->ranks_[device];
-    auto& crossbar = crossbars[places[device]->group];
-    if (crossbar == nullptr) crossbar = std::make_shared<Crossbar>();
-    rank.mover =
-        std::make_unique<Mover>(static_cast<int>(device), rank.view, crossbar, rank.copies_done);
+    const std::string error = buffer->Connect(static_cast<int32_t>(device), places);
+    if (!error.empty()) return refuse("peer access between the devices of a group", error);
   }
+  if (config.ep_size > 1) buffer->StartMovers(places);
   return buffer;
 }
 
@@ -223,6 +237,7 @@ void DeviceBuffer::Free() {
   }
   memory_.clear();
   ranks_.clear();
+  neighbours_.reset();
 }
 
 }  // namespace jax_sm_free::cuda

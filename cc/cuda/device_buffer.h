@@ -1,14 +1,17 @@
-// A buffer over GPUs of one process that have peer access to each other.
+// A buffer over GPUs that reach each other's memory: of one process, or one GPU of each of several.
 
 #ifndef JAX_SM_FREE_CC_CUDA_DEVICE_BUFFER_H_
 #define JAX_SM_FREE_CC_CUDA_DEVICE_BUFFER_H_
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
+#include "cc/cuda/courier.h"
+#include "cc/cuda/crossbar.h"
 #include "cc/cuda/device_state.h"
 #include "cc/cuda/mover.h"
 #include "cc/fault.h"
@@ -33,11 +36,22 @@ struct DeviceRank {
   std::optional<Fault> SeenFault() const;
 };
 
+// What a process knows of its group where the other ranks are in other processes.
+struct Neighbours {
+  // By rank, as this process reaches them, or the courier's outbox; its own one, too.
+  std::vector<std::byte*> regions;
+  std::shared_ptr<void> memory;  // keeps them
+  std::shared_ptr<Crossbar> crossbar;
+  std::shared_ptr<Courier> courier;  // null if all regions are within reach
+};
+
 class DeviceBuffer : public Buffer {
  public:
-  // Takes all memory and loads all kernels.
+  // Takes all memory and loads all kernels. With `neighbours`, `places` has one device, and the
+  // regions are those; nobody may send to this rank before this returns.
   static Result<std::shared_ptr<DeviceBuffer>> Make(
-      int64_t id, const Config& config, const std::vector<std::optional<Place>>& places);
+      int64_t id, const Config& config, const std::vector<std::optional<Place>>& places,
+      const std::optional<Neighbours>& neighbours = std::nullopt);
   ~DeviceBuffer() override { Free(); }
 
   // Null for a device outside the buffer's mesh.
@@ -57,12 +71,17 @@ class DeviceBuffer : public Buffer {
 
  private:
   using Buffer::Buffer;
-  std::string Allocate(int32_t device, const Place& place);
+  // The rank of `device`, with its own region, which is taken if it is null.
+  std::string Allocate(int32_t device, const Place& place, std::byte* region);
+  // Finds the regions of the other ranks of the group.
+  std::string Connect(int32_t device, const std::vector<std::optional<Place>>& places);
+  void StartMovers(const std::vector<std::optional<Place>>& places);
   void* Take(int32_t device, bool host, int64_t bytes, std::string& error);
   void Free();
 
   std::vector<std::unique_ptr<DeviceRank>> ranks_;  // by device
   std::vector<Memory> memory_;
+  std::optional<Neighbours> neighbours_;
 };
 
 }  // namespace jax_sm_free::cuda

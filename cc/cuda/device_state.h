@@ -8,6 +8,9 @@
 //   acks     u64 [num_slots, ep_size]  from each destination: the last one it has read from this
 //            slot
 //   noticed  u64 [num_slots, ep_size]  from each source: the last one whose notice is there
+//   posted   u64 [num_slots, ep_size]  from each source: the signal that the message will have
+//   here,
+//            as soon as it is packed there
 //   notices  [num_slots, ep_size] headers and rows per expert, by source
 //   recv     [num_slots, ep_size] messages, by source
 //   stage    [num_slots, ep_size - 1] messages, by destination, around the ring
@@ -20,7 +23,11 @@
 //   free ---------------> sent ----------------> receiving ----------------> free
 //
 // `begin` waits until every destination has acknowledged the exchange that used the slot before:
-// then its part of `recv` may be overwritten, and so may `stage`, for what was read has left.
+// then its part of `recv` may be overwritten, and so may `stage`, for what was read has left, or
+// was read there. A recv reads a message in its sender's `stage` when it was posted and no copy of
+// it comes: the CUDA driver lets no thread enqueue anything while it loads a module or frees
+// memory, for which it first waits until the GPU has run dry, and with it for this recv. A copy
+// that is issued late writes what nobody reads: readers wait for a later signal of the same stream.
 
 #ifndef JAX_SM_FREE_CC_CUDA_DEVICE_STATE_H_
 #define JAX_SM_FREE_CC_CUDA_DEVICE_STATE_H_
@@ -68,6 +75,7 @@ struct RegionLayout {
   int64_t signals = 0;
   int64_t acks = 0;
   int64_t noticed = 0;
+  int64_t posted = 0;
   int64_t notices = 0;
   int64_t recv = 0;
   int64_t stage = 0;
@@ -85,7 +93,8 @@ constexpr RegionLayout RegionsOf(const Config& config) {
                          RoundUp(config.num_local_experts() * int64_t{4}, kPartAlignment);
   regions.acks = RoundUp(num_messages * 8, kPage);
   regions.noticed = 2 * regions.acks;
-  regions.notices = 3 * regions.acks;
+  regions.posted = 3 * regions.acks;
+  regions.notices = 4 * regions.acks;
   regions.recv = regions.notices + RoundUp(num_messages * regions.notice_bytes, kPage);
   regions.stage = regions.recv + num_messages * regions.message_bytes;
   regions.total =
@@ -157,7 +166,8 @@ constexpr int64_t FirstPartTokens(const Config& config, int64_t num_tokens) {
 struct Current {
   uint64_t sequence;
   int32_t slot;
-  int32_t failed;  // then messages are empty and results are poisoned
+  int32_t failed;     // then messages are empty and results are poisoned
+  uint32_t in_place;  // bit s: the message of source s is read where it was packed
 };
 
 // In device memory, one for each rank.
@@ -165,7 +175,7 @@ struct DeviceState {
   uint64_t sequence;                // of the last send
   unsigned long long mailbox_head;  // entries posted; the type that atomicAdd takes
   Current current;
-  int32_t faulted;  // what this rank sends is poisoned from now on: nobody knows what it rests on
+  int32_t faulted;  // Faulted
   uint64_t slot_sequence[kMaxSlots];
   int32_t slot_phase[kMaxSlots];   // SlotPhase
   uint32_t blocks_done;            // of the running kernel
@@ -177,6 +187,12 @@ struct DeviceState {
   int32_t all_here;  // all messages of the dispatch being received have come
 };
 enum SlotPhase : int32_t { kFree, kSent, kReceiving };
+// What a rank's first fault leaves of it; rising.
+enum Faulted : int32_t {
+  kSound,
+  kPoisoned,  // what it sends is poisoned: nobody knows what it rests on
+  kTimedOut,  // and it waits no more: each call of the program would wait for the same dead peer
+};
 
 // All that a kernel needs of its rank, passed by value.
 struct RankView {
@@ -199,10 +215,10 @@ struct RankView {
   uint8_t* covered;      // [max(recv_capacity, max_recv_tokens)]: rows that the layout names
 };
 
-// Where a rank packs its message for `dst`, another rank, from the start of its region.
-constexpr int64_t StageOffset(const RankView& view, int32_t slot, int32_t dst) {
+// Where `src` packs its message for `dst`, another rank, from the start of the region of `src`.
+constexpr int64_t StageOffset(const RankView& view, int32_t slot, int32_t src, int32_t dst) {
   const int32_t num_peers = view.config.ep_size - 1;
-  const int32_t peer = (dst - view.rank + num_peers) % view.config.ep_size;
+  const int32_t peer = (dst - src + num_peers) % view.config.ep_size;
   return view.regions.stage + (int64_t{slot} * num_peers + peer) * view.regions.message_bytes;
 }
 

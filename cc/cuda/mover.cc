@@ -22,14 +22,19 @@ constexpr std::chrono::microseconds kLead{6};
 // A copy's own time, however small.
 constexpr std::chrono::microseconds kStartUp{3};
 
+// Numbers of orders wrap: from here on, one is of the round before.
+constexpr uint32_t kFarAhead = uint32_t{1} << 31;
+
 constexpr int64_t kMeasuredBytes = int64_t{64} << 20;
 
 }  // namespace
 
-Mover::Mover(int device, const RankView& view, std::shared_ptr<Crossbar> crossbar, uint64_t* done)
+Mover::Mover(int device, const RankView& view, std::shared_ptr<Crossbar> crossbar,
+             std::shared_ptr<Courier> courier, uint64_t* done)
     : device_(device),
       view_(view),
       crossbar_(std::move(crossbar)),
+      courier_(std::move(courier)),
       done_(done),
       streams_(view.config.ep_size),
       seconds_per_byte_(view.config.ep_size) {
@@ -59,17 +64,35 @@ bool Mover::TakeOrder() {
   std::array<uint32_t, MailboxEntry::kWords> words;
   for (size_t i = 0; i < words.size(); ++i) {
     const uint64_t word = std::atomic_ref(entry.words[i]).load(std::memory_order_acquire);
-    if (word >> 32 != ((num_orders_ + 1) & 0xFFFFFFFF)) return false;
+    const auto ahead = static_cast<uint32_t>(word >> 32) - static_cast<uint32_t>(num_orders_ + 1);
+    if (ahead != 0) {
+      // The mailbox went round while the driver held this thread up; what it lost was read in
+      // place.
+      if (ahead < kFarAhead) num_orders_ += ahead;
+      return false;
+    }
     words[i] = static_cast<uint32_t>(word);
   }
   ++num_orders_;
-  if (!failed_) waiting_.push_back(std::bit_cast<CopyOrder>(words));
+  if (!failed_) Accept(std::bit_cast<CopyOrder>(words));
   return true;
+}
+
+void Mover::Accept(const CopyOrder& order) {
+  if (IsForCourier(order.dst)) {
+    courier_->Send(view_, order);
+  } else {
+    waiting_.push_back(order);
+  }
 }
 
 bool Mover::IsDone(const Copy& copy) const {
   return copy.dst < 0 ||
          std::atomic_ref(done_[copy.dst]).load(std::memory_order_acquire) >= copy.number;
+}
+
+void Mover::ReleaseLink() {
+  if (on_its_way_.dst >= 0) crossbar_->Release(on_its_way_.dst, on_its_way_.ticket);
 }
 
 bool Mover::FinishCopy() {
@@ -79,19 +102,22 @@ bool Mover::FinishCopy() {
   // While the copy before still runs, this one cannot have begun.
   if (!IsDone(before_)) copy.end = std::max(copy.end, now + copy.length);
   if (now + kLead < copy.end && !IsDone(copy)) return false;
-  crossbar_->Release(copy.dst);
+  ReleaseLink();
   before_ = std::exchange(copy, {});
   return true;
 }
 
 bool Mover::StartCopy() {
   if (on_its_way_.dst >= 0) return false;
-  if (waiting_.empty() || !crossbar_->TryTake(waiting_.front().dst)) return false;
+  if (waiting_.empty()) return false;
+  const Crossbar::Ticket ticket = crossbar_->TryTake(waiting_.front().dst);
+  if (ticket == 0) return false;
   const CopyOrder order = waiting_.front();
   waiting_.pop_front();
   const auto seconds = std::chrono::duration<double>(seconds_per_byte_[order.dst] *
                                                      static_cast<double>(order.end - order.begin));
   on_its_way_.dst = order.dst;
+  on_its_way_.ticket = ticket;
   on_its_way_.number = before_.number + 1;
   on_its_way_.length = kStartUp + std::chrono::duration_cast<Clock::duration>(seconds);
   on_its_way_.end = Clock::now() + on_its_way_.length;
@@ -104,7 +130,8 @@ cudaError_t Mover::Issue(const CopyOrder& order, uint64_t number) {
   const Config& config = view_.config;
   const RegionLayout& regions = view_.regions;
   const int64_t in = int64_t{order.slot} * config.ep_size + view_.rank;
-  const std::byte* source = view_.base[view_.rank] + StageOffset(view_, order.slot, order.dst);
+  const std::byte* source =
+      view_.base[view_.rank] + StageOffset(view_, order.slot, view_.rank, order.dst);
   std::byte* target = view_.base[order.dst] + regions.recv + in * regions.message_bytes;
   cudaStream_t stream = streams_[order.dst];
   if (order.begin < order.end) {
@@ -117,11 +144,12 @@ cudaError_t Mover::Issue(const CopyOrder& order, uint64_t number) {
   return WriteBehind(stream, {{{signal, order.signal}, {done_ + order.dst, number}}});
 }
 
-// Nothing more is sent: peers run into their timeout, and are not kept from each other's links.
+// Nothing more is copied: peers read what is posted in place, until a call or a check raises this.
 void Mover::Fail(cudaError_t status) {
   failed_ = true;
   waiting_.clear();
-  if (on_its_way_.dst >= 0) crossbar_->Release(std::exchange(on_its_way_, {}).dst);
+  ReleaseLink();
+  on_its_way_ = {};
   const std::lock_guard lock(mutex_);
   if (error_.empty()) error_ = cudaGetErrorString(status);
 }
@@ -133,6 +161,8 @@ cudaError_t Mover::MeasureLink(int32_t dst) {
   cudaEvent_t start = nullptr;
   cudaEvent_t stop = nullptr;
   float milliseconds = 0;
+  Crossbar::Ticket ticket = 0;
+  while ((ticket = crossbar_->TryTake(dst)) == 0) std::this_thread::yield();
   (void)cudaEventCreate(&start);
   (void)cudaEventCreate(&stop);
   for (int i = 0; i < 2; ++i) {  // the first one warms up
@@ -142,6 +172,7 @@ cudaError_t Mover::MeasureLink(int32_t dst) {
     (void)cudaEventRecord(stop, stream);
     (void)cudaEventSynchronize(stop);
   }
+  crossbar_->Release(dst, ticket);
   (void)cudaEventElapsedTime(&milliseconds, start, stop);
   (void)cudaEventDestroy(start);
   (void)cudaEventDestroy(stop);
@@ -152,7 +183,7 @@ cudaError_t Mover::MeasureLink(int32_t dst) {
 cudaError_t Mover::Prepare() {
   cudaError_t status = cudaSetDevice(device_);
   for (int32_t dst = 0; dst < view_.config.ep_size && status == cudaSuccess; ++dst) {
-    if (dst == view_.rank) continue;
+    if (dst == view_.rank || IsForCourier(dst)) continue;
     status = cudaStreamCreateWithFlags(&streams_[dst], cudaStreamNonBlocking);
     if (status == cudaSuccess) status = MeasureLink(dst);
   }
@@ -162,10 +193,11 @@ cudaError_t Mover::Prepare() {
 void Mover::Run() {
   (void)cudaSetDevice(device_);
   while (!stop_) {
-    const bool took = TakeOrder();
-    const bool finished = FinishCopy();
-    const bool started = StartCopy();
-    if (took || finished || started) last_active_ = Clock::now().time_since_epoch().count();
+    bool active = TakeOrder();
+    active |= FinishCopy();
+    active |= StartCopy();
+    if (courier_ != nullptr) active |= courier_->Forward(view_);
+    if (active) last_active_ = Clock::now().time_since_epoch().count();
     const bool busy = on_its_way_.dst >= 0 || !waiting_.empty();
     if (busy || Clock::now().time_since_epoch() - Clock::duration(last_active_) < kSpinTime) {
       continue;
@@ -173,7 +205,7 @@ void Mover::Run() {
     std::unique_lock lock(mutex_);
     woken_.wait_for(lock, kSleepTime);
   }
-  if (on_its_way_.dst >= 0) crossbar_->Release(on_its_way_.dst);
+  ReleaseLink();
   for (cudaStream_t stream : streams_) {
     if (stream == nullptr) continue;
     (void)cudaStreamSynchronize(stream);

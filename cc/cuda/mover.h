@@ -16,6 +16,7 @@
 #include <thread>
 #include <vector>
 
+#include "cc/cuda/courier.h"
 #include "cc/cuda/crossbar.h"
 #include "cc/cuda/device_state.h"
 
@@ -37,8 +38,10 @@ namespace jax_sm_free::cuda {
 class Mover {
  public:
   // `crossbar` is shared by the group. `done` u64 [ep_size] is pinned memory of this mover's alone,
-  // zeros. Measures the links to the peers, whose regions hold nothing yet.
-  Mover(int device, const RankView& view, std::shared_ptr<Crossbar> crossbar, uint64_t* done);
+  // zeros. Measures the links to the peers, whose regions are there and hold no messages yet.
+  // `courier`, if any, takes what is for ranks out of reach.
+  Mover(int device, const RankView& view, std::shared_ptr<Crossbar> crossbar,
+        std::shared_ptr<Courier> courier, uint64_t* done);
   ~Mover();
   Mover(const Mover&) = delete;
   Mover& operator=(const Mover&) = delete;
@@ -55,16 +58,20 @@ class Mover {
   // A copy that was enqueued: its number, and when it should have moved its bytes.
   struct Copy {
     int32_t dst = -1;
+    Crossbar::Ticket ticket = 0;
     uint64_t number = 0;
     Clock::duration length{};
     Clock::time_point end{};
   };
 
+  bool IsForCourier(int32_t dst) const { return courier_ != nullptr && courier_->Serves(dst); }
   cudaError_t Prepare();
   cudaError_t MeasureLink(int32_t dst);
+  void ReleaseLink();
   void Run();
   // Each says whether it found anything to do.
   bool TakeOrder();
+  void Accept(const CopyOrder& order);
   bool FinishCopy();
   bool StartCopy();
   bool IsDone(const Copy& copy) const;
@@ -74,6 +81,7 @@ class Mover {
   const int device_;
   const RankView view_;
   const std::shared_ptr<Crossbar> crossbar_;
+  const std::shared_ptr<Courier> courier_;
   uint64_t* const done_;                  // by destination: the last copy that has arrived
   std::vector<cudaStream_t> streams_;     // by destination
   std::vector<double> seconds_per_byte_;  // by destination

@@ -44,6 +44,9 @@ __device__ inline void PostBytes(const RankView& view, int32_t dst, int part, in
   MailboxEntry* entry = view.mailbox + before % kMailboxEntries;
   const uint64_t number = (before + 1) << 32;
   for (int i = 0; i < MailboxEntry::kWords; ++i) StoreRelaxed(entry->words + i, number | words[i]);
+  atomicMax_system(
+      reinterpret_cast<unsigned long long*>(Posted(view, dst, current.slot, view.rank)),
+      static_cast<unsigned long long>(signal));
 }
 
 // Hands over a message that is one part.

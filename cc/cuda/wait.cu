@@ -15,7 +15,7 @@ namespace {
 __device__ void Take(const RankView& view, const WaitArgs& args) {
   DeviceState* state = view.state;
   const float* token = args.token;
-  state->current = {0, 0, kNothing};
+  state->current = {0, 0, kNothing, 0};
   if (token[kMagicWord] != kTokenMagic) {
     Raise(view, args.op, {FaultCode::kToken, -1, 0, __float_as_int(token[kMagicWord])});
     return;
@@ -34,12 +34,12 @@ __device__ void Take(const RankView& view, const WaitArgs& args) {
   const auto slot = static_cast<int32_t>(word(kSlotWord));
   if (slot < 0 || slot >= view.config.num_slots || state->slot_sequence[slot] != sequence ||
       state->slot_phase[slot] != kSent) {
-    state->current = {sequence, slot, kNothing};
+    state->current = {sequence, slot, kNothing, 0};
     Raise(view, args.op, {FaultCode::kTokenUsed, -1, 0, static_cast<int64_t>(sequence)});
     return;
   }
   state->slot_phase[slot] = kReceiving;
-  state->current = {sequence, slot, kOk};
+  state->current = {sequence, slot, kOk, 0};
 }
 
 // Waits for one source's notice and looks at what it says.
@@ -48,8 +48,10 @@ __device__ void AwaitNotice(const RankView& view, const WaitArgs& args, int32_t 
   const Current current = state->current;
   state->num_rows[source] = 0;
   state->first_part[source] = 0;
-  const uint64_t* noticed = Noticed(view, view.rank, current.slot, 0);
-  if (!Await(view, args.op, noticed, current.sequence, source)) return;
+  const auto has_come = [&](int32_t from) {
+    return LoadAcquire(Noticed(view, view.rank, current.slot, from)) >= current.sequence;
+  };
+  if (!Await(view, args.op, source, has_come)) return;
   const MessageHeader& header = HeaderOf(Notice(view, view.rank, current.slot, source));
   const auto refuse = [&](const FaultNumbers& fault) {
     Raise(view, args.op, fault);

@@ -9,6 +9,13 @@ cc_library(
     includes = ["include"],
 )
 
+# What NVSHMEM's headers include.
+cc_library(
+    name = "cccl",
+    includes = ["include/cccl"],
+    deps = [":headers"],
+)
+
 # Static, so that the extension needs nothing but the driver, and that only when it runs.
 cc_library(
     name = "runtime",
