@@ -12,7 +12,7 @@ HEADERS := .venv/headers-$(VERSION)
 VENV_PYTHON := $(VENV)/bin/python
 
 BUILD_PACKAGES := bazel-bootstrap bazel-platforms bazel-rules-java bazel-rules-proto \
-  bazel-skylib g++ libgtest-dev
+  bazel-skylib g++ iproute2 libgtest-dev
 LINT_PACKAGES := clang-format clang-tidy
 # Other Pythons (pyenv, conda, ...) bring their headers and venv along.
 ifeq ($(shell $(PYTHON) -c 'import sys; print(sys.base_prefix)'),/usr)
@@ -35,7 +35,7 @@ PYTEST_FLAGS ?= -n 2 --dist worksteal
 # Without it, JAX complains that the CUDA compiler of the set-up finds no CUDA libraries.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help debian setup build demo bench bench-gpu test test-gpu sanitize-gpu test-cc test-python test-sanitizers test-wheel \
+.PHONY: help debian setup build demo bench bench-processes bench-gpu test test-gpu sanitize-gpu test-cc test-python test-sanitizers test-wheel \
   lint lint-py lint-cc docs wheel clean
 .DELETE_ON_ERROR:
 
@@ -48,6 +48,7 @@ help:
 	@echo "make test-sanitizers  C++ tests under address, thread and undefined-behaviour sanitizers"
 	@echo "make test-wheel       a wheel built for GPUs runs on a machine without CUDA"
 	@echo "make bench            benchmarks on this machine's CPU"
+	@echo "make bench-processes  benchmarks of two processes on this machine's CPU (as root)"
 	@echo "make bench-gpu        benchmarks on this machine's GPUs (with CUDA=1)"
 	@echo "make lint             ruff, mypy, clang-format, clang-tidy"
 	@echo "make docs             run what the documentation shows, write the API reference to out/docs"
@@ -100,6 +101,9 @@ demo: build
 
 bench: build
 	$(VENV_PYTHON) -m benchmarks.cpu
+
+bench-processes: build
+	$(VENV_PYTHON) -m benchmarks.processes
 
 bench-gpu: build
 	JAX_PLATFORMS=cuda $(VENV_PYTHON) -m benchmarks.gpu

@@ -3,6 +3,8 @@
 The experts are spread over the devices, which also share the batch. At the end one step is done
 again with `jax_sm_free.reference` in place of `jax_sm_free`: loss and gradients must agree. The
 exit status is not zero if they do not, or if the loss missed its target.
+
+Several processes train together if the environment says so (docs/multihost.md).
 """
 
 from __future__ import annotations
@@ -40,10 +42,21 @@ _REMAT = flags.DEFINE_boolean("remat", True, "Compute each block again in the ba
 _TARGET = flags.DEFINE_float("target", 0.6, "Final loss over unigram entropy, at most.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of parameters and batches.")
 _OUT = flags.DEFINE_string("out", "out", "Directory of the picture.")
+_CLUSTER = flags.DEFINE_boolean("cluster", False, "Processes of Slurm, Open MPI or Kubernetes.")
 
 # Backward passes sum in different orders; float32 has 24 bits, and gradients are sums of thousands.
 _ROUNDING = 1e-4
 _AVERAGED_STEPS = 10
+
+
+def _join_processes() -> None:
+    """Meets the other processes, if the environment or a cluster tells of them."""
+    if _CLUSTER.value:
+        jax.distributed.initialize()
+    elif "JAX_NUM_PROCESSES" in os.environ:
+        names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+        place = (int(os.environ[name]) for name in names)
+        jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], *place)
 
 
 def _model_config() -> ModelConfig:
@@ -126,6 +139,7 @@ def main(argv) -> int:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
+    _join_processes()
     mesh = Mesh(np.array(jax.devices()), ("ep",))
     if _BATCH.value % mesh.size:
         raise app.UsageError(f"--batch={_BATCH.value} is not divisible by {mesh.size} devices")

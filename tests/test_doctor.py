@@ -6,6 +6,7 @@ import json
 import os
 import pathlib
 import re
+import socket
 import subprocess
 import sys
 import types
@@ -64,6 +65,16 @@ def test_what_is_not_done_in_time():
     assert run.returncode == 1
     assert "not done within 0.01 s" in run.stdout
     assert "Thread 0x" in run.stderr
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_one_that_meets_nobody(process):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    address = f"--coordinator_address=127.0.0.1:{port}"
+    run = run_doctor(address, "--num_processes=2", f"--process_id={process}", "--timeout_s=2")
+    assert run.returncode == 1
+    assert "PROBLEM processes    not all of them met within 2 s" in run.stdout
 
 
 def test_half_a_place_is_refused():
@@ -215,11 +226,11 @@ def test_nics(tmp_path):
 
 
 def test_libraries_that_several_processes_need(monkeypatch):
-    def no_ucx():
-        raise ImportError("there is no libucx")
+    def is_not_there():
+        raise ImportError("there is no such package")
 
-    monkeypatch.setattr(libraries, "_find_nvshmem", lambda: None)
-    monkeypatch.setattr(transports, "ucx_library", no_ucx)
+    monkeypatch.setattr(transports, "nvshmem_library", is_not_there)
+    monkeypatch.setattr(transports, "ucx_library", is_not_there)
     checks = {"cpu": libraries.check_ucx, "gpu": libraries.check_nvshmem}
     for platform, check in checks.items():
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)

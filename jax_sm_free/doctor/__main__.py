@@ -57,6 +57,7 @@ _JSON = flags.DEFINE_string("json", None, "A file that process 0 writes the find
 
 # How long a process that is done waits for the others, beyond their time.
 _GATHER_S = 10.0
+_MEETING = "processes"
 _DEFAULT_PROBE_MIB = {"cpu": 32, "gpu": 512}
 
 
@@ -124,6 +125,11 @@ def _conclude(examination: Examination, deadline: float) -> int:
 
 def _give_up(examination: Examination) -> None:
     """Ends the process where a check hangs: that cannot be interrupted, only left."""
+    if examination.running == _MEETING:
+        told = f"not all of them met within {_TIMEOUT_S.value:g} s: was each one started, and does "
+        examination.add(_MEETING, problem(f"{told}\nprocess 0 listen where they look for it?"))
+        print(report([examination.findings]), flush=True)
+        os._exit(1)
     faulthandler.dump_traceback()
     late = problem(f"not done within {_TIMEOUT_S.value:g} s; the stacks are on stderr")
     examination.add(examination.running, late)
@@ -139,9 +145,10 @@ def main(argv: Sequence[str]) -> int:
     timer = threading.Timer(_TIMEOUT_S.value, _give_up, [examination])
     timer.daemon = True
     timer.start()
+    examination.running = _MEETING
     place = (_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value)
     try:
-        processes.connect(*place, _CLUSTER.value, _TIMEOUT_S.value)
+        processes.connect(*place, _CLUSTER.value, _TIMEOUT_S.value + _GATHER_S)
     except ValueError as error:
         raise app.UsageError(str(error)) from error
     _examine(examination)

@@ -77,7 +77,7 @@ def check_exchange(config: Config, num_bytes: int, timeout_s: float) -> Iterator
         egress = num_others * tokens * small.dispatched_row_bytes / seconds
         yield ok(
             f"dispatch by transport {buffer.transport!r}: {egress / 1e9:.2f} GB/s leave each of "
-            f"{ranks} ranks at once, packing included"
+            f"{ranks} ranks at once,\npacking included"
         )
 
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import ctypes.util
-import importlib.util
 import os
 import pathlib
 from collections.abc import Iterator
@@ -17,8 +15,9 @@ from jax_sm_free.doctor.findings import Finding, note, ok, problem
 
 def check_nvshmem() -> Iterator[Finding]:
     """GPUs of several processes need it."""
-    path = _find_nvshmem()
-    if path is None:
+    try:
+        path = transports.nvshmem_library()
+    except ImportError:
         needed = jax.default_backend() == "gpu" and jax.process_count() > 1
         yield _missing("NVSHMEM", "nvidia-nvshmem-cu13", needed)
         return
@@ -48,16 +47,3 @@ def check_ucx() -> Iterator[Finding]:
 def _missing(name: str, package: str, needed: bool) -> Finding:
     text = f"no {name} found; pip has it as {package}"
     return problem(f"{text}, and several processes need it") if needed else note(text)
-
-
-def _find_nvshmem() -> str | None:
-    """The library of the pip package, or else the system's."""
-    try:
-        spec = importlib.util.find_spec("nvidia.nvshmem")
-    except ModuleNotFoundError:  # no package of NVIDIA at all
-        spec = None
-    for folder in (spec and spec.submodule_search_locations) or ():
-        path = pathlib.Path(folder, "lib", "libnvshmem_host.so.3")
-        if path.exists():
-            return str(path)
-    return ctypes.util.find_library("nvshmem_host")

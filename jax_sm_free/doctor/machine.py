@@ -78,7 +78,7 @@ def check_memory(config: Config) -> Iterator[Finding]:
     outside = need.messages + need.stage
     yield note(
         f"a rank of {config.ep_size} needs {outside / _GIB:.2f} GiB for messages outside XLA's "
-        f"memory, and {need.recv / _GIB:.2f} GiB within for what one dispatch returns "
+        f"memory, and {need.recv / _GIB:.2f} GiB within\nfor what one dispatch returns "
         f"(recv_capacity {config.recv_capacity})"
     )
     if jax.default_backend() == "gpu":

@@ -36,7 +36,7 @@ def connect(
       num_processes: None for the environment's.
       process_id: None for the environment's.
       cluster: whether JAX shall ask Slurm, Open MPI or Kubernetes for all three.
-      timeout_s: seconds to wait for the others.
+      timeout_s: seconds to wait for the others; JAX ends the process then.
 
     Raises:
       ValueError: if some of the three are known, but not all.

@@ -1,0 +1,37 @@
+"""The benchmark of two processes, small: that it runs, and that every setting has its numbers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import launcher
+import pytest
+
+SMALL = ["--tokens=16", "--hidden=64", "--rounds=2", "--runs=1", "--gemms=1", "--megabits=2000"]
+
+
+@pytest.mark.cpu_only
+def test_command(hosts, tmp_path):
+    del hosts  # The benchmark makes its own, where that is possible.
+    path = tmp_path / "times.json"
+    run = subprocess.run(
+        [sys.executable, "-m", "benchmarks.processes", *SMALL, f"--out={path}"],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(launcher.ROOT), *sys.path])},
+        capture_output=True,
+        text=True,
+        timeout=250,
+    )
+    assert run.returncode == 0, run.stdout + run.stderr
+    found = json.loads(path.read_text())
+    settings = ["1 process x 8", "2 x 4, shared memory", "2 x 4, cable", "2 x 4, 2000 Mbit/s"]
+    for operation in ("dispatch", "combine"):
+        rows = [row for row in found["rows"] if row["operation"] == operation]
+        assert [row["setting"] for row in rows] == settings
+        assert all(len(row["times"]) == 2 and min(row["times"]) > 0 for row in rows)
+        assert [row["link"] is not None for row in rows] == [False, True, True, True]
+    # The yardstick sees how slow the cable is: 250 MB/s.
+    assert 100e6 < found["links"]["2 x 4, 2000 Mbit/s"] < 260e6
+    assert "are hidden" in found["summary"]
