@@ -124,6 +124,10 @@ Fault StepDiffers(int32_t peer, const std::string& here, const std::string& ther
   return Texts("all ranks to run the same programs in the same order, here " + here, there, peer);
 }
 
+Fault NamelessCall() {
+  return Texts("a program that was traced for this buffer", "one whose sends have no names");
+}
+
 Fault RunIsOver(int32_t peer, int64_t oldest_run, int64_t seen) {
   return Texts("all ranks to run the same programs in the same order, here run " +
                    std::to_string(oldest_run) + " of this buffer or a later one",

@@ -50,6 +50,8 @@ Fault SentTwice(int32_t peer);
 
 // What this rank and `peer` take for the same step of the same run.
 Fault StepDiffers(int32_t peer, const std::string& here, const std::string& there);
+// A program that was not lowered for several processes.
+Fault NamelessCall();
 Fault RunIsOver(int32_t peer, int64_t oldest_run, int64_t seen);
 
 // A message that is none of this buffer's.

@@ -21,6 +21,7 @@ from jax.extend import core
 from jax.interpreters import batching, mlir
 from jax.sharding import PartitionSpec
 
+from jax_sm_free import call_names
 from jax_sm_free.config import Config
 
 TOKEN_SIZE = 8
@@ -60,38 +61,6 @@ def _result_aval(operand: Any, shape: tuple[int, ...], dtype: Any) -> Any:
     return operand.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
 
 
-class _Count:
-    """Sends lowered so far in a module."""
-
-    def __init__(self) -> None:
-        self.value = -1
-
-    @classmethod
-    def next_in(cls, module: Any) -> int:
-        """The number of one more send; kept with what the module keeps alive."""
-        found = [kept for kept in module.keepalives if isinstance(kept, cls)]
-        if not found:
-            found = [cls()]
-            module.keepalives.append(found[0])
-        found[0].value += 1
-        return found[0].value
-
-
-def _name_of_call(name: str, ctx: Any) -> dict[str, Any]:
-    """What all processes call a send alike (cc/call_site.h): attributes of its lowering.
-
-    The same wherever the same program is lowered, so that caches of compiled programs still hit.
-    """
-    number = _Count.next_in(ctx.module_context)
-    program = ctx.module_context.module.operation.attributes["sym_name"].value
-    operands = ", ".join(f"{aval.dtype}{list(aval.shape)}" for aval in ctx.avals_in)
-    return {
-        "program": program,
-        "call_number": np.int64(number),
-        "call": f"{name} {number} ({operands})",
-    }
-
-
 def _define(name: str, spans_processes: bool) -> core.Primitive:
     """The primitive of one FFI target, bound with `results`: shapes and dtypes."""
     is_named = spans_processes and name.endswith("_send")
@@ -105,7 +74,7 @@ def _define(name: str, spans_processes: bool) -> core.Primitive:
     def lower(ctx: Any, *operands: Any, buffer_id: int, results: Any) -> Any:
         del results
         rule = jax.ffi.ffi_lowering(f"smf_{name}", has_side_effect=True)
-        names = _name_of_call(name, ctx) if is_named else {}
+        names = call_names.names_of(name, ctx) if is_named else {}
         return rule(ctx, *operands, buffer=np.int64(buffer_id), **names)
 
     def refuse_vmap(*_: Any, **__: Any) -> Any:

@@ -288,8 +288,8 @@ def make_inputs(
 #
 # On CPU the results of a run that met a fault raise it, and its buffer goes on, but for one over
 # several processes, which has come to its end. On GPUs the results are there, NaN where the fault
-# reached them; `check` and every later call raise it, and the buffer has come to its end. A call that
-# fails on one GPU while others go on may raise for all of them.
+# reached them; `check` and every later call raise it, and the buffer has come to its end. A call
+# that fails on one GPU while others go on may raise for all of them.
 
 
 def error_of(run: Callable[..., Any], *args: Any) -> str:

@@ -1,15 +1,12 @@
 #include "xla_ffi/cpu_handlers.h"
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <string>
-#include <string_view>
 #include <utility>
 
-#include "cc/call_site.h"
 #include "cc/cpu/host_buffer.h"
 #include "cc/cpu/ops.h"
 #include "cc/cpu/unpack.h"
@@ -17,43 +14,11 @@
 #include "cc/runtime.h"
 #include "xla/ffi/api/ffi.h"
 #include "xla_ffi/decode.h"
+#include "xla_ffi/send_site.h"
 #include "xla_ffi/signatures.h"
 
 namespace jax_sm_free {
 namespace {
-
-// One call of a send in a compiled program. XLA makes one for each call that is left after all
-// inlining, and all devices of the process share it: the same on every rank, as an exchange needs.
-// Ranks in other processes need `copy` as well, whose name for it they share.
-struct SendSite {
-  static ffi::TypeId id;
-  static int64_t Next() {
-    static std::atomic<int64_t> next{0};
-    return next++;
-  }
-  int64_t buffer = 0;
-  int64_t number = Next();
-  std::unique_ptr<CallCopy> copy;
-};
-ffi::TypeId SendSite::id = {};
-
-// Attributes: see `_define` in jax_sm_free/primitives.py.
-ffi::ErrorOr<std::unique_ptr<SendSite>> MakeSendSite(ffi::Dictionary attributes) {
-  const auto buffer = attributes.get<int64_t>("buffer");
-  if (buffer.has_error()) return ffi::Unexpected(buffer.error());
-  auto site = std::make_unique<SendSite>();
-  site->buffer = *buffer;
-  if (!attributes.contains("program")) return site;
-  const auto program = attributes.get<std::string_view>("program");
-  const auto call_number = attributes.get<int64_t>("call_number");
-  const auto call = attributes.get<std::string_view>("call");
-  if (program.has_error()) return ffi::Unexpected(program.error());
-  if (call_number.has_error()) return ffi::Unexpected(call_number.error());
-  if (call.has_error()) return ffi::Unexpected(call.error());
-  site->copy =
-      CallSites::Get().Add(*buffer, std::string(*program), *call_number, std::string(*call));
-  return site;
-}
 
 ffi::Error ToError(const std::optional<Fault>& fault) {
   return fault ? ffi::Error::Internal(fault->Describe()) : ffi::Error::Success();
@@ -370,8 +335,6 @@ auto BindSend() {
   return ffi::Ffi::Bind().Ctx<ffi::RunId>().Ctx<ffi::DeviceOrdinal>().Ctx<ffi::State<SendSite>>();
 }
 
-XLA_FFI_DEFINE_HANDLER(kMakeSendSite, MakeSendSite,
-                       ffi::Ffi::BindInstantiate().Attrs<ffi::Dictionary>());
 XLA_FFI_DEFINE_HANDLER(kDispatchSendHandler, DispatchSendImpl, BindDispatchSend(BindSend()));
 XLA_FFI_DEFINE_HANDLER(kDispatchRecvHandler, DispatchRecvImpl, BindDispatchRecv(BindRecv()));
 XLA_FFI_DEFINE_HANDLER(kDispatchRecvTokensHandler, DispatchRecvTokensImpl,
@@ -391,23 +354,16 @@ XLA_FFI_DEFINE_HANDLER(kCombineBackwardRecvHandler, CombineBackwardRecvImpl,
 
 std::vector<HandlerEntry> CpuHandlers() {
   return {
-      {"smf_dispatch_send", kMakeSendSite, kDispatchSendHandler},
+      {"smf_dispatch_send", MakeSendSiteHandler(), kDispatchSendHandler},
       {"smf_dispatch_recv", nullptr, kDispatchRecvHandler},
       {"smf_dispatch_recv_tokens", nullptr, kDispatchRecvTokensHandler},
-      {"smf_combine_send", kMakeSendSite, kCombineSendHandler},
+      {"smf_combine_send", MakeSendSiteHandler(), kCombineSendHandler},
       {"smf_combine_recv", nullptr, kCombineRecvHandler},
-      {"smf_combine_backward_send", kMakeSendSite, kCombineBackwardSendHandler},
+      {"smf_combine_backward_send", MakeSendSiteHandler(), kCombineBackwardSendHandler},
       {"smf_combine_backward_recv", nullptr, kCombineBackwardRecvHandler},
-      {"smf_dispatch_backward_send", kMakeSendSite, kDispatchBackwardSendHandler},
+      {"smf_dispatch_backward_send", MakeSendSiteHandler(), kDispatchBackwardSendHandler},
       {"smf_dispatch_backward_recv", nullptr, kDispatchBackwardRecvHandler},
   };
-}
-
-XLA_FFI_TypeId* CallSiteTypeId() { return &SendSite::id; }
-
-const XLA_FFI_TypeInfo* CallSiteTypeInfo() {
-  static const XLA_FFI_TypeInfo info = ffi::MakeTypeInfo<SendSite>();
-  return &info;
 }
 
 }  // namespace jax_sm_free

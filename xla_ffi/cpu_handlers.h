@@ -5,17 +5,12 @@
 
 #include <vector>
 
-#include "xla/ffi/api/c_api.h"
 #include "xla_ffi/handler_entry.h"
 
 namespace jax_sm_free {
 
 // Every target of this platform.
 std::vector<HandlerEntry> CpuHandlers();
-
-// The type of the per-call-site state; must be registered before the handlers.
-XLA_FFI_TypeId* CallSiteTypeId();
-const XLA_FFI_TypeInfo* CallSiteTypeInfo();
 
 }  // namespace jax_sm_free
 

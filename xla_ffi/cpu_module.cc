@@ -13,6 +13,7 @@
 #include "xla_ffi/cpu_handlers.h"
 #include "xla_ffi/cuda_stub.h"
 #include "xla_ffi/module.h"
+#include "xla_ffi/send_site.h"
 
 namespace jax_sm_free {
 namespace {
@@ -66,6 +67,7 @@ nb::bytes AddressOf(int64_t id) {
 
 void Connect(int64_t id, const std::vector<nb::bytes>& addresses) {
   std::vector<std::string> copied;
+  copied.reserve(addresses.size());
   for (const nb::bytes& address : addresses) copied.emplace_back(address.c_str(), address.size());
   FindSpanning(id)->Connect(std::move(copied));
 }

@@ -39,10 +39,13 @@ std::optional<Fault> BetweenProcesses::Begin(Op op, const Exchange& exchange, in
   {
     const std::lock_guard lock(mutex_);
     if (ended_) return ended_;
-    fault = in_step_.Check(exchange.key, {std::move(site), rank, exchange.host_run});
+    fault = site == nullptr
+                ? NamelessCall()
+                : in_step_.Check(exchange.key, {std::move(site), rank, exchange.host_run});
   }
   if (!fault) return std::nullopt;
   fault->op = OpName(op);
+  if (fault->rank < 0) fault->rank = rank;
   fault->exchange = exchange.Describe();
   End(*fault, /*tell=*/true);
   return fault;

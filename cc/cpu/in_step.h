@@ -57,7 +57,7 @@ class InStep {
   static constexpr size_t kMaxRuns = 128;
   // Starts of two processes that differ by less are counted from the same number: it is a digest of
   // the program, of 32 bits, and differs by chance or not at all.
-  static constexpr int64_t kMaxStarts = 1 << 16;
+  static constexpr int64_t kMaxStarts = 1 << 12;
 
   std::optional<Fault> CheckStart(const Statement& first, const Statement& said,
                                   const std::string& what);

@@ -186,7 +186,7 @@ class SpanningBufferTest : public ::testing::Test {
   void Round(int64_t run) {
     std::vector<std::future<Transport::Arrival>> arrivals;
     for (int32_t rank = 0; rank < kRanks; ++rank) {
-      const Result<Exchange> sent = Send(rank, 1000000 * (rank / kRanksOf) + run);
+      const Result<Exchange> sent = Send(rank, int64_t{1000000} * (rank / kRanksOf) + run);
       ASSERT_EQ(FaultOf(sent), nullptr);
       const auto& exchange = std::get<Exchange>(sent);
       EXPECT_EQ(exchange.key, (ExchangeKey{.run = run, .call_site = 5, .count = 0}));
@@ -262,6 +262,7 @@ TEST_F(SpanningBufferTest, AProcessThatIsGoneEndsWhoWaitsForIt) {
 TEST_F(SpanningBufferTest, WhatHasArrivedFromAProcessThatIsGoneIsGood) {
   Open();
   std::vector<Exchange> sent;
+  sent.reserve(kRanks);
   for (int32_t rank = 0; rank < kRanks; ++rank) sent.push_back(std::get<0>(Send(rank, 1)));
   cable_.ends[0]->Lose(2);  // behind its messages
   const Transport::Arrival arrival = Receive(0, sent[0]).get();

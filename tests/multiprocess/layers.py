@@ -262,3 +262,19 @@ def run_many(num_runs: int, in_flight: int) -> None:
             check(out, given)
         one.check()
         two.check()
+
+
+def run_shared() -> None:
+    """A program without callbacks, which JAX puts into its cache of compiled programs."""
+    mesh = mesh_of()
+    with open_buffer(mesh) as buffer:
+
+        def layer(x: Any, topk_idx: Any, weights: Any) -> Any:
+            recv = buffer.dispatch(x, topk_idx, weights)
+            return buffer.combine(recv.x, recv.layout, weights=recv.weights)
+
+        run = on_ranks(mesh, layer)
+        for number in range(20):
+            inputs = make_inputs(mesh, number)
+            check(run(*inputs), inputs)
+        buffer.check()

@@ -21,6 +21,18 @@ def test_many_runs_of_two_buffers(num_processes, num_devices):
     launcher.run(layers.run_many, 300, 16, timeout_s=120, **places)
 
 
+def test_programs_from_a_cache_of_one_process(tmp_path):
+    """The first process alone writes and reads JAX's cache: it runs what it has not compiled."""
+    env = {
+        "JAX_COMPILATION_CACHE_DIR": str(tmp_path),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
+    for _ in range(2):
+        launcher.run(layers.run_shared, num_processes=2, num_devices=2, env=env)
+        assert list(tmp_path.iterdir())
+
+
 # --------------------------------------------------------------------------- opening together
 
 
@@ -84,7 +96,7 @@ def test_a_process_that_raises_and_goes_on_is_named_at_once(place):
     """Its next run is not taken for the one that the others wait in."""
     *others, died = launcher.run(layers.fail_once, "raise, go on", place, None, num_processes=3)
     assert_matches(died[0], "this process died")
-    text = "started 1 times more often" if place == "before_send" else "has begun run 2"
+    text = "started 1 times (more|less) often" if place == "before_send" else "has begun run 2"
     assert_fails_in_time(others, "rank 2", text, seconds=layers.TIMEOUT_S)
 
 

@@ -1,0 +1,39 @@
+"""What sends are called, where ranks are in several processes: cc/call_site.h says why."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+
+class _Count:
+    """Sends lowered so far in a module."""
+
+    def __init__(self) -> None:
+        self.value = -1
+
+    @classmethod
+    def next_in(cls, module: Any) -> int:
+        """The number of one more send; kept with what the module keeps alive."""
+        found = [kept for kept in module.keepalives if isinstance(kept, cls)]
+        if not found:
+            found = [cls()]
+            module.keepalives.append(found[0])
+        found[0].value += 1
+        return found[0].value
+
+
+def names_of(name: str, ctx: Any) -> dict[str, Any]:
+    """The attributes by which all processes call a send alike, for its lowering in `ctx`.
+
+    The same wherever the same program is lowered, so that caches of compiled programs still hit.
+    """
+    number = _Count.next_in(ctx.module_context)
+    program = ctx.module_context.module.operation.attributes["sym_name"].value
+    operands = ", ".join(f"{aval.dtype}{list(aval.shape)}" for aval in ctx.avals_in)
+    return {
+        "program": program,
+        "call_number": np.int64(number),
+        "call": f"{name} {number} ({operands})",
+    }
