@@ -113,7 +113,8 @@ test-python: build
 	$(VENV_PYTHON) -m pytest $(PYTEST_FLAGS)
 
 test-gpu: build
-	JAX_PLATFORMS=cuda $(VENV_PYTHON) -m pytest -n 4
+	JAX_PLATFORMS=cuda $(VENV_PYTHON) -m pytest -n 4 -m "not alone"
+	JAX_PLATFORMS=cuda $(VENV_PYTHON) -m pytest -n 0 -m alone
 
 SANITIZE := JAX_PLATFORMS=cuda PYTHONPATH=.:tests compute-sanitizer --error-exitcode 1
 sanitize-gpu: build

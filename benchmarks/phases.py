@@ -70,27 +70,30 @@ def of_peer(events: list[Event], num_exchanges: int, num_sms: int) -> Phases | N
 def gemm_slowdown(alone: list[Event], beside: list[Event]) -> float | None:
     """By how much GEMMs slow down while bytes are in flight, 0.02 for 2 %.
 
+    GEMMs are compared with those of the same loop beside which nothing moves: a loop of GEMMs alone
+    runs at another clock. Where there are none, with those of `alone`.
+
     Args:
       alone: a loop of GEMMs.
       beside: the same GEMMs between send and recv, all of one shape.
 
     Returns:
       t / (t - lost) - 1, with t the time in which a GEMM and a copy or collective both ran, and
-      lost what those GEMMs took longer than the median of `alone`. None if nothing overlapped.
+      lost what those GEMMs took longer than the median of the others. None if nothing overlapped.
     """
-    base = _median(event.duration_us for event in alone if event.kind == "gemm")
-    if base is None:
-        return None
-    together = lost = 0.0
+    gemms: list[tuple[float, float]] = []  # Duration, and how much of it something moved.
     for mine in trace.by_gpu(beside).values():
         moving = trace.union(
             [*trace.peer_copies(mine), *(e for e in mine if e.kind == "collective")]
         )
         for gemm in (event for event in mine if event.kind == "gemm"):
-            shared = trace.common([gemm.interval], moving)
-            if shared > 0:
-                together += shared
-                lost += gemm.duration_us - base
+            gemms.append((gemm.duration_us, trace.common([gemm.interval], moving)))
+    undisturbed = [duration for duration, shared in gemms if shared == 0]
+    base = _median(undisturbed or (e.duration_us for e in alone if e.kind == "gemm"))
+    if base is None:
+        return None
+    together = sum(shared for _, shared in gemms)
+    lost = sum(duration - base for duration, shared in gemms if shared > 0)
     return together / (together - lost) - 1 if together > lost else None
 
 

@@ -35,6 +35,7 @@ if ON_GPUS:
 MARKERS = {
     "cpu_only": "shows something of the CPU platform alone",
     "gpu_only": "needs GPUs (JAX_PLATFORMS=cuda)",
+    "alone": "reads times off the GPUs, which no other process may use meanwhile",
 }
 
 

@@ -61,11 +61,9 @@ ffi::Error Enqueued(const Call& call) {
                               ": a kernel could not be enqueued: " + cudaGetErrorString(error));
 }
 
-// Begins an exchange from this rank.
-void Begin(const Call& call, Op op, Kind kind, const int32_t* position, float* token,
-           cudaStream_t stream) {
+// Orders for this rank's mover will come soon.
+void WakeMover(const Call& call) {
   if (call.rank->mover != nullptr) call.rank->mover->Wake();
-  LaunchBegin(call.view(), {op, kind, position, token}, stream);
 }
 
 // ------------------------------------------------------------------------------------------ sends
@@ -88,11 +86,13 @@ ffi::Error DispatchSendImpl(int64_t buffer_id, int32_t device, cudaStream_t stre
       error.failure()) {
     return error;
   }
-  Begin(call, Op::kDispatchSend, Kind::kDispatch, position.typed_data(), token->typed_data(),
-        stream);
+  WakeMover(call);
   LaunchRoute(call.view(),
-              {Op::kDispatchSend, true, Kind::kDispatch, WireBytes(quantized, rows.row_bytes()),
-               topk_idx.typed_data(), topk_weights.typed_data(), num_tokens},
+              {{Op::kDispatchSend, Kind::kDispatch, position.typed_data(), token->typed_data()},
+               WireBytes(quantized, rows.row_bytes()),
+               topk_idx.typed_data(),
+               topk_weights.typed_data(),
+               num_tokens},
               stream);
   if (quantized) {
     LaunchPackQuantized(call.view(), {*quantized, rows.values, num_tokens}, stream);
@@ -118,18 +118,20 @@ ffi::Error CombineBackwardSendImpl(int64_t buffer_id, int32_t device, cudaStream
       error.failure()) {
     return error;
   }
-  constexpr Op kOp = Op::kCombineBackwardSend;
-  Begin(call, kOp, Kind::kCombineBackward, nullptr, token->typed_data(), stream);
+  WakeMover(call);
   LaunchRoute(call.view(),
-              {kOp, true, Kind::kCombineBackward, rows.row_bytes(), topk_idx.typed_data(), nullptr,
+              {{Op::kCombineBackwardSend, Kind::kCombineBackward, nullptr, token->typed_data()},
+               rows.row_bytes(),
+               topk_idx.typed_data(),
+               nullptr,
                num_tokens},
               stream);
   LaunchPack(call.view(), {rows, num_tokens}, stream);
   return Enqueued(call);
 }
 
-ffi::Error SendSums(const Call& call, const PackSumsArgs& args, float* token, cudaStream_t stream) {
-  Begin(call, args.op, args.kind, nullptr, token, stream);
+ffi::Error SendSums(const Call& call, const PackSumsArgs& args, cudaStream_t stream) {
+  WakeMover(call);
   LaunchPackSums(call.view(), args, stream);
   return Enqueued(call);
 }
@@ -145,14 +147,13 @@ ffi::Error CombineSendImpl(int64_t buffer_id, int32_t device, cudaStream_t strea
   if (auto error = CheckLayout(call.name, call.config(), rows, RowBytes(y)); error.failure()) {
     return error;
   }
-  const PackSumsArgs args{Op::kCombineSend,
-                          Kind::kCombine,
+  const PackSumsArgs args{{Op::kCombineSend, Kind::kCombine, nullptr, token->typed_data()},
                           MatrixOf(y),
                           static_cast<const std::byte*>(y.untyped_data()),
                           DataOrNull(weights),
                           nullptr,
                           LayoutOf(rows, num_rows_from, y.dimensions()[0])};
-  return SendSums(call, args, token->typed_data(), stream);
+  return SendSums(call, args, stream);
 }
 
 ffi::Error DispatchBackwardSendImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
@@ -168,14 +169,14 @@ ffi::Error DispatchBackwardSendImpl(int64_t buffer_id, int32_t device, cudaStrea
   if (auto error = CheckLayout(call.name, call.config(), rows, RowBytes(x_grad)); error.failure()) {
     return error;
   }
-  const PackSumsArgs args{Op::kDispatchBackwardSend,
-                          Kind::kDispatchBackward,
-                          MatrixOf(x_grad),
-                          static_cast<const std::byte*>(x_grad.untyped_data()),
-                          nullptr,
-                          weight_grads.typed_data(),
-                          LayoutOf(rows, num_rows_from, x_grad.dimensions()[0])};
-  return SendSums(call, args, token->typed_data(), stream);
+  const PackSumsArgs args{
+      {Op::kDispatchBackwardSend, Kind::kDispatchBackward, nullptr, token->typed_data()},
+      MatrixOf(x_grad),
+      static_cast<const std::byte*>(x_grad.untyped_data()),
+      nullptr,
+      weight_grads.typed_data(),
+      LayoutOf(rows, num_rows_from, x_grad.dimensions()[0])};
+  return SendSums(call, args, stream);
 }
 
 // --------------------------------------------------------------------------------------- receives
@@ -183,14 +184,14 @@ ffi::Error DispatchBackwardSendImpl(int64_t buffer_id, int32_t device, cudaStrea
 // Takes the dispatch that the token names, of rows that have `row_bytes` in the result.
 ffi::Error WaitForRows(const Call& call, int64_t row_bytes,
                        const std::optional<Matrix>& dequantized, const F32& token,
-                       cudaStream_t stream) {
+                       bool for_messages, cudaStream_t stream) {
   if (auto error = CheckDispatched(call.name, call.config(), 0, row_bytes, dequantized);
       error.failure()) {
     return error;
   }
   LaunchWait(call.view(),
              {Op::kDispatchRecv, Kind::kDispatch, WireBytes(dequantized, row_bytes), nullptr,
-              token.typed_data()},
+              token.typed_data(), for_messages},
              stream);
   return ffi::Error::Success();
 }
@@ -219,7 +220,7 @@ ffi::Error DispatchRecvImpl(int64_t buffer_id, int32_t device, cudaStream_t stre
                        weights->typed_data(),      dropped->typed_data(),     rows->typed_data(),
                        num_rows_from->typed_data()};
   const std::optional<Matrix> dequantized = QuantizedOf(call.config(), *values);
-  if (auto error = WaitForRows(call, out.rows.row_bytes(), dequantized, token, stream);
+  if (auto error = WaitForRows(call, out.rows.row_bytes(), dequantized, token, false, stream);
       error.failure()) {
     return error;
   }
@@ -250,7 +251,7 @@ ffi::Error DispatchRecvTokensImpl(int64_t buffer_id, int32_t device, cudaStream_
                       num_tokens->typed_data(),   rows->typed_data(),
                       num_rows_from->typed_data()};
   const std::optional<Matrix> dequantized = QuantizedOf(call.config(), *values);
-  if (auto error = WaitForRows(call, out.rows.row_bytes(), dequantized, token, stream);
+  if (auto error = WaitForRows(call, out.rows.row_bytes(), dequantized, token, true, stream);
       error.failure()) {
     return error;
   }
@@ -273,9 +274,10 @@ ffi::Error ReceiveSums(const Call& call, Op op, Kind kind, const float* token, c
   }
   const int32_t* idx = topk_idx.typed_data();
   // The routing is found again while the messages are still on their way.
-  LaunchRoute(call.view(), {op, false, kind, matrix.row_bytes(), idx, nullptr, num_tokens}, stream);
-  LaunchWait(call.view(), {op, kind, matrix.row_bytes(), call.view().state->routed_rows, token},
-             stream);
+  LaunchRoute(call.view(),
+              {{op, kind, nullptr, nullptr}, matrix.row_bytes(), idx, nullptr, num_tokens}, stream);
+  LaunchWait(call.view(),
+             {op, kind, matrix.row_bytes(), call.view().state->routed_rows, token, true}, stream);
   LaunchSum(
       call.view(),
       {op, matrix, idx, num_tokens, static_cast<std::byte*>(out->untyped_data()), weight_grads},
@@ -332,7 +334,7 @@ ffi::Error CombineBackwardRecvImpl(int64_t buffer_id, int32_t device, cudaStream
                         weight_grads->typed_data()};
   LaunchWait(call.view(),
              {args.op, Kind::kCombineBackward, matrix.row_bytes(), args.layout.num_rows_from,
-              token.typed_data()},
+              token.typed_data(), true},
              stream);
   LaunchSpread(call.view(), args, stream);
   return Enqueued(call);

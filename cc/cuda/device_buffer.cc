@@ -16,7 +16,7 @@ namespace {
 
 cudaError_t LoadKernels() {
   for (const auto load :
-       {LoadBegin, LoadRoute, LoadPack, LoadPackQuantized, LoadWait, LoadPlan, LoadUnpackExperts,
+       {LoadRoute, LoadPack, LoadPackQuantized, LoadWait, LoadPlan, LoadUnpackExperts,
         LoadUnpackTokens, LoadUnpackDequantized, LoadPackSums, LoadSum, LoadSpread}) {
     if (const cudaError_t error = load(); error != cudaSuccess) return error;
   }

@@ -181,6 +181,7 @@ struct DeviceState {
   uint32_t blocks_done;            // of the running kernel
   uint32_t warps_done[kMaxRanks];  // of the running kernel, with each of its steps
   int32_t num_rows[kMaxRanks];     // of the messages being packed or unpacked, by peer
+  unsigned long long bad_entry;    // of the running route: see there
   int32_t routed_rows[kMaxRanks];  // tokens that the last route sent to each rank
   int32_t first_part[kMaxRanks];   // rows of the first part of the messages, by peer
   int32_t first_row[kMaxRanks + 1];

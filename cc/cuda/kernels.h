@@ -12,28 +12,23 @@
 
 namespace jax_sm_free::cuda {
 
-// begin.cu
-
-// Opens the next exchange and writes its token. One block.
+// What a send begins: the next exchange, and its token.
 struct BeginArgs {
   Op op;
   Kind kind;
   const int32_t* position_of_program;  // i32 [], or null where it is not checked
-  float* token;                        // [kTokenSize]
+  float* token;                        // [kTokenSize]; null where nothing begins: in a recv
 };
-void LaunchBegin(const RankView& view, const BeginArgs& args, cudaStream_t stream);
 
 // route.cu
 
-// The row of every token in the message to each rank, into scratch. `writes_headers`: the headers
-// of all messages too; with weights, also their routing.
+// The row of every token in the message to each rank, into scratch. In a send, which it begins, the
+// headers and notices of all messages too; with weights, also their routing.
 struct RouteArgs {
-  Op op;
-  bool writes_headers;
-  Kind kind;
+  BeginArgs begin;
   int64_t row_bytes;
   const int32_t* topk_idx;    // [num_tokens, top_k]
-  const float* topk_weights;  // null unless kind is kDispatch
+  const float* topk_weights;  // null unless a dispatch begins
   int64_t num_tokens;
 };
 void LaunchRoute(const RankView& view, const RouteArgs& args, cudaStream_t stream);
@@ -59,18 +54,17 @@ void LaunchPackQuantized(const RankView& view, const PackQuantizedArgs& args, cu
 
 // wait.cu
 
-// Takes the exchange that the token names and waits for the notices of its messages. One block.
+// Takes the exchange that the token names and waits for the notices of its messages, and for the
+// messages if told so. One block.
 struct WaitArgs {
   Op op;
   Kind kind;
   int64_t row_bytes;
   const int32_t* expected_rows;  // [ep_size], rows that each source must have sent; null for any
   const float* token;            // [kTokenSize]
+  bool for_messages;
 };
 void LaunchWait(const RankView& view, const WaitArgs& args, cudaStream_t stream);
-
-// Waits for the messages themselves. One block.
-void LaunchWaitMessages(const RankView& view, Op op, cudaStream_t stream);
 
 // unpack_experts.cu
 
@@ -115,8 +109,7 @@ void LaunchUnpackTokensDequantized(const RankView& view, const TokensOut& out, c
 
 // Sums of expert rows into messages, then posts them: PackSums of cc/cpu/reduce.h.
 struct PackSumsArgs {
-  Op op;
-  Kind kind;
+  BeginArgs begin;
   Matrix matrix;
   const std::byte* y;
   const float* weights;       // null for a plain sum
@@ -154,7 +147,6 @@ void LaunchSpread(const RankView& view, const SpreadArgs& args, cudaStream_t str
 
 // Each loads the kernels of its file on the current device: a kernel that is loaded behind one that
 // waits may deadlock.
-cudaError_t LoadBegin();
 cudaError_t LoadRoute();
 cudaError_t LoadPack();
 cudaError_t LoadPackQuantized();

@@ -2,6 +2,7 @@
 
 #include <cuda_runtime.h>
 
+#include "cc/cuda/begin.cuh"
 #include "cc/cuda/bulk_sum.cuh"
 #include "cc/cuda/kernels.h"
 #include "cc/cuda/launch.h"
@@ -11,14 +12,16 @@
 namespace jax_sm_free::cuda {
 namespace {
 
-// Headers, and the number of rows for each destination. One block of one thread for each rank.
-__global__ void PackSumsHeadersKernel(const RankView view, const PackSumsArgs args) {
+// Begins the exchange: headers, and the number of rows for each destination. One block of one
+// thread for each rank.
+__global__ void BeginPackSumsKernel(const RankView view, const PackSumsArgs args) {
   DeviceState* state = view.state;
+  Begin(view, args.begin);
   if (state->current.failed == kNothing) return;
   for (int32_t dst = threadIdx.x; dst < view.config.ep_size; dst += blockDim.x) {
     const int32_t num_rows = args.layout.num_rows_from[dst];
     if (num_rows < 0 || num_rows > view.config.max_tokens) {
-      Raise(view, args.op, {FaultCode::kLayoutCount, dst, 0, num_rows});
+      Raise(view, args.begin.op, {FaultCode::kLayoutCount, dst, 0, num_rows});
       state->current.failed = kEmpty;
     }
     state->num_rows[dst] = num_rows;
@@ -28,11 +31,10 @@ __global__ void PackSumsHeadersKernel(const RankView view, const PackSumsArgs ar
   for (int32_t dst = threadIdx.x; dst < view.config.ep_size; dst += blockDim.x) {
     const bool failed = current.failed != kOk;
     MessageHeader header;
-    header.kind = failed ? kPoisonedKind : static_cast<int32_t>(args.kind);
+    header.kind = failed ? kPoisonedKind : static_cast<int32_t>(args.begin.kind);
     header.num_rows = failed ? 0 : state->num_rows[dst];
     header.row_bytes = args.matrix.row_bytes();
     WriteHeader(view, dst, header);
-    SendNotice(view, dst);
   }
   if (threadIdx.x != 0) return;
   int32_t next = 0;
@@ -49,7 +51,7 @@ __device__ Terms TermsOf(const RankView& view, const PackSumsArgs& args, int64_t
   int32_t row = k < args.layout.fanout ? args.layout.rows[i * args.layout.fanout + k] : -1;
   const bool bad = row < -1 || row >= args.layout.num_rows;
   if (bad) {
-    Raise(view, args.op, {FaultCode::kLayout, -1, args.layout.num_rows, row});
+    Raise(view, args.begin.op, {FaultCode::kLayout, -1, args.layout.num_rows, row});
     row = -1;
   }
   Terms terms;
@@ -82,6 +84,9 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
   const DeviceState* state = view.state;
   const Current current = state->current;
   if (current.failed == kNothing) return;
+  if (blockIdx.x == 0 && static_cast<int32_t>(threadIdx.x) < view.config.ep_size) {
+    SendNotice(view, static_cast<int32_t>(threadIdx.x));
+  }
   const Warps warps = WarpsOfGrid();
   const int lane = threadIdx.x % kWarpSize;
   const int32_t ep_size = view.config.ep_size;
@@ -155,12 +160,12 @@ struct LoadAll {
 }  // namespace
 
 void LaunchPackSums(const RankView& view, const PackSumsArgs& args, cudaStream_t stream) {
-  PackSumsHeadersKernel<<<1, kMaxRanks, 0, stream>>>(view, args);
+  BeginPackSumsKernel<<<1, kMaxRanks, 0, stream>>>(view, args);
   Dispatch(args.matrix, Launch{view, args, stream});
 }
 
 cudaError_t LoadPackSums() {
-  cudaError_t error = Load(PackSumsHeadersKernel);
+  cudaError_t error = Load(BeginPackSumsKernel);
   ForEachElement(LoadAll{&error});
   return error;
 }

@@ -11,19 +11,29 @@ namespace {
 
 constexpr int kPlanThreads = 256;
 
+// All values of the block combined, in all threads. Atomics on 64 bits of shared memory are loops.
+template <typename Combine>
+__device__ int64_t BlockReduce(int64_t value, const Combine& combine) {
+  __shared__ int64_t of_warps[kPlanThreads / kWarpSize];
+  for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
+    value = combine(value, __shfl_xor_sync(kFullWarp, value, offset));
+  }
+  __syncthreads();  // what was there has been read
+  if (threadIdx.x % kWarpSize == 0) of_warps[threadIdx.x / kWarpSize] = value;
+  __syncthreads();
+  value = of_warps[0];
+  for (int warp = 1; warp < kPlanThreads / kWarpSize; ++warp)
+    value = combine(value, of_warps[warp]);
+  return value;
+}
+
 // Rows that groups take when each keeps its first `level`; all threads of the block get the sum.
 __device__ int64_t BlockRowsAtLevel(const Config& config, const int64_t* counts, int64_t level) {
-  __shared__ unsigned long long sum;
-  __syncthreads();
-  if (threadIdx.x == 0) sum = 0;
-  __syncthreads();
-  unsigned long long mine = 0;
+  int64_t mine = 0;
   for (int32_t e = threadIdx.x; e < config.num_local_experts(); e += blockDim.x) {
     mine += RowsAtLevel(counts + e, 1, level, config.expert_alignment);
   }
-  atomicAdd(&sum, mine);
-  __syncthreads();
-  return static_cast<int64_t>(sum);
+  return BlockReduce(mine, [](int64_t a, int64_t b) { return a + b; });
 }
 
 // CutLevel of cc/routing.h, by a block.
@@ -94,12 +104,10 @@ __device__ bool AllHere(const RankView& view) {
 // Places the groups: GroupPlan of cc/routing.h. One block.
 __global__ void PlanKernel(const RankView view, const ExpertsOut out) {
   extern __shared__ int64_t counts[];  // [num_local_experts]
-  __shared__ unsigned long long highest;
   const Config& config = view.config;
   const Current current = view.state->current;
   const int32_t num_local = config.num_local_experts();
-  if (threadIdx.x == 0) highest = 0;
-  __syncthreads();
+  int64_t highest = 0;
   for (int32_t e = threadIdx.x; e < num_local; e += blockDim.x) {
     int64_t count = 0;
     for (int32_t source = 0; source < config.ep_size; ++source) {
@@ -109,10 +117,10 @@ __global__ void PlanKernel(const RankView view, const ExpertsOut out) {
     }
     counts[e] = count;
     out.counts[e] = static_cast<int32_t>(count);
-    atomicMax(&highest, static_cast<unsigned long long>(count));
+    highest = highest > count ? highest : count;
   }
-  __syncthreads();
-  const int64_t level = BlockCutLevel(config, counts, static_cast<int64_t>(highest));
+  highest = BlockReduce(highest, [](int64_t a, int64_t b) { return a > b ? a : b; });
+  const int64_t level = BlockCutLevel(config, counts, highest);
   __syncthreads();
   if (threadIdx.x < kWarpSize) PlaceGroups(view, out, counts, level);
   __syncthreads();

@@ -11,15 +11,17 @@
 
 namespace jax_sm_free::cuda {
 
-// Writes the header of the message for `dst`, and the notice of it. By one thread; the notice
-// counts once SendNotice says so.
+// Writes the header of the message for `dst`. By one thread.
 __device__ inline void WriteHeader(const RankView& view, int32_t dst, const MessageHeader& header) {
-  const int32_t slot = view.state->current.slot;
-  *reinterpret_cast<MessageHeader*>(OutMessage(view, slot, dst)) = header;
-  *reinterpret_cast<MessageHeader*>(Notice(view, dst, slot, view.rank)) = header;
+  *reinterpret_cast<MessageHeader*>(OutMessage(view, view.state->current.slot, dst)) = header;
 }
+
+// Sends the notice of a message: its header, behind what else this block wrote into it. By one
+// thread.
 __device__ inline void SendNotice(const RankView& view, int32_t dst) {
   const Current current = view.state->current;
+  *reinterpret_cast<MessageHeader*>(Notice(view, dst, current.slot, view.rank)) =
+      HeaderOf(OutMessage(view, current.slot, dst));
   __threadfence_system();
   StoreRelease(Noticed(view, dst, current.slot, view.rank), current.sequence);
 }

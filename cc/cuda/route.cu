@@ -5,10 +5,14 @@
 // every tile over its keys (experts, then destinations; without weights nothing depends on experts,
 // and there are only destinations); its last block turns the histograms into
 // the first place of each key in each tile. `Place` ranks the entries of a tile: by tile, warp and
-// lane.
+// lane. In a send each has one more block, which does what takes a way to other ranks: opening the
+// exchange beside `Count`, sending the notices beside `Place`.
 
 #include <cuda_runtime.h>
 
+#include <algorithm>
+
+#include "cc/cuda/begin.cuh"
 #include "cc/cuda/device.cuh"
 #include "cc/cuda/kernels.h"
 #include "cc/cuda/launch.h"
@@ -21,6 +25,12 @@ struct Entry {
   int32_t expert = -1;  // -1: none
   int32_t dst = -1;     // its rank, if this is the token's first entry for that rank, else -1
 };
+
+__host__ __device__ bool IsSend(const RouteArgs& args) { return args.begin.token != nullptr; }
+
+__device__ int32_t NumTiles(const RouteArgs& args) {
+  return static_cast<int32_t>(gridDim.x) - (IsSend(args) ? 1 : 0);
+}
 
 __device__ int32_t FirstKey(const RankView& view, const RouteArgs& args) {
   return args.topk_weights == nullptr ? view.config.num_experts : 0;
@@ -45,9 +55,9 @@ class Tile {
     Entry entry;
     if (i >= size_ || experts[i] == -1) return entry;
     if (experts[i] < -1 || experts[i] >= num_experts_) {
-      const int64_t detail = first_token_ * top_k_ + i;
-      Raise(view, args.op, {FaultCode::kIndex, -1, 0, experts[i], detail});
-      atomicMax(&view.state->current.failed, int32_t{kEmpty});
+      // The complement, so that 0 is none and the first one is the largest.
+      atomicMax(&view.state->bad_entry,
+                ~static_cast<unsigned long long>(first_token_ * top_k_ + i));
       return entry;
     }
     const int32_t num_local = view.config.num_local_experts();
@@ -73,24 +83,42 @@ class Tile {
   int32_t size_;
 };
 
-// Headers and notices of all messages. By one block.
+// Raises the first index that is out of range, if one is.
+__device__ void RaiseBadEntry(const RankView& view, const RouteArgs& args) {
+  DeviceState* state = view.state;
+  const unsigned long long bad = state->bad_entry;
+  if (bad == 0) return;
+  const auto entry = static_cast<int64_t>(~bad);
+  Raise(view, args.begin.op, {FaultCode::kIndex, -1, 0, args.topk_idx[entry], entry});
+  if (state->current.failed == kOk) state->current.failed = kEmpty;
+  state->bad_entry = 0;
+}
+
+// Headers of all messages. By one block.
 __device__ void WriteHeaders(const RankView& view, const RouteArgs& args, const int32_t* totals) {
   const Config& config = view.config;
   const int64_t first_tile = FirstPartTokens(config, args.num_tokens) / TileTokens(config);
   const bool whole = FirstPartTokens(config, args.num_tokens) == args.num_tokens;
   const int32_t* first_places = view.tile_counts + first_tile * NumKeys(config);
-  const Current current = view.state->current;
-  const bool failed = current.failed != kOk;
-  const int32_t num_local = config.num_local_experts();
+  const bool failed = view.state->current.failed != kOk;
   for (int32_t dst = threadIdx.x; dst < config.ep_size; dst += blockDim.x) {
     MessageHeader header;
-    header.kind = failed ? kPoisonedKind : static_cast<int32_t>(args.kind);
+    header.kind = failed ? kPoisonedKind : static_cast<int32_t>(args.begin.kind);
     header.num_rows = failed ? 0 : totals[config.num_experts + dst];
     header.row_bytes = args.row_bytes;
     header.first_part = whole ? header.num_rows : first_places[config.num_experts + dst];
     if (failed) header.first_part = 0;
     WriteHeader(view, dst, header);
   }
+}
+
+// Notices of all messages, with the rows for each expert. By one block.
+__device__ void SendNotices(const RankView& view, const RouteArgs& args, const int32_t* totals) {
+  const Config& config = view.config;
+  const Current current = view.state->current;
+  if (current.failed == kNothing) return;
+  const bool failed = current.failed != kOk;
+  const int32_t num_local = config.num_local_experts();
   const int32_t num_counted = config.num_experts - FirstKey(view, args);
   for (int32_t expert = threadIdx.x; expert < num_counted; expert += blockDim.x) {
     const int32_t dst = OwnerRank(expert, num_local);
@@ -126,8 +154,8 @@ __device__ void ScanTiles(const RankView& view, int32_t first_key, int32_t num_t
   }
 }
 
-__global__ void __launch_bounds__(kTileEntries)
-    CountKernel(const RankView view, const RouteArgs args) {
+// The histogram of this block's tile.
+__device__ void CountTile(const RankView& view, const RouteArgs& args) {
   extern __shared__ int32_t histogram[];  // [num_keys]
   const int32_t num_keys = NumKeys(view.config);
   const int32_t num_experts = view.config.num_experts;
@@ -142,16 +170,36 @@ __global__ void __launch_bounds__(kTileEntries)
   for (int32_t key = first_key + threadIdx.x; key < num_keys; key += blockDim.x) {
     view.tile_counts[int64_t{blockIdx.x} * num_keys + key] = histogram[key];
   }
-  if (!IsLastBlock(view.state)) return;
-  ScanTiles(view, first_key, static_cast<int32_t>(gridDim.x));
+}
+
+// Behind the histograms of all tiles. One block.
+__device__ void EndCount(const RankView& view, const RouteArgs& args) {
+  const int32_t num_tiles = NumTiles(args);
+  if (threadIdx.x == 0) RaiseBadEntry(view, args);
+  ScanTiles(view, FirstKey(view, args), num_tiles);
   __syncthreads();
-  const int32_t* totals = view.tile_counts + int64_t{gridDim.x} * num_keys;
+  const int32_t* totals = view.tile_counts + int64_t{num_tiles} * NumKeys(view.config);
   for (int32_t dst = threadIdx.x; dst < view.config.ep_size; dst += blockDim.x) {
-    view.state->routed_rows[dst] = totals[num_experts + dst];
+    view.state->routed_rows[dst] = totals[view.config.num_experts + dst];
   }
-  if (args.writes_headers && view.state->current.failed != kNothing) {
-    WriteHeaders(view, args, totals);
+  if (IsSend(args) && view.state->current.failed != kNothing) WriteHeaders(view, args, totals);
+}
+
+__global__ void __launch_bounds__(kTileEntries)
+    CountKernel(const RankView view, const RouteArgs args) {
+  CountTile(view, args);
+  if (IsLastBlock(view.state)) EndCount(view, args);
+}
+
+// Profiles are cut where a kernel's name says that an exchange begins.
+__global__ void __launch_bounds__(kTileEntries)
+    BeginAndCountKernel(const RankView view, const RouteArgs args) {
+  if (static_cast<int32_t>(blockIdx.x) < NumTiles(args)) {
+    CountTile(view, args);
+  } else {
+    Begin(view, args.begin);
   }
+  if (IsLastBlock(view.state)) EndCount(view, args);
 }
 
 // The rank of this thread among the threads of its warp with the same key, and those threads.
@@ -190,6 +238,11 @@ __global__ void __launch_bounds__(kTileEntries)
   extern __shared__ int32_t histograms[];  // [warps, num_keys]
   const Config& config = view.config;
   const int32_t num_keys = NumKeys(config);
+  const int32_t num_tiles = NumTiles(args);
+  if (static_cast<int32_t>(blockIdx.x) == num_tiles) {
+    SendNotices(view, args, view.tile_counts + int64_t{num_tiles} * num_keys);
+    return;
+  }
   const auto num_warps = static_cast<int32_t>(blockDim.x / kWarpSize);
   const int32_t first_key = FirstKey(view, args);
   const int32_t num_used = num_keys - first_key;
@@ -237,20 +290,22 @@ int64_t PlaceSharedBytes(const Config& config) {
 void LaunchRoute(const RankView& view, const RouteArgs& args, cudaStream_t stream) {
   const int64_t tile_tokens = TileTokens(view.config);
   const auto tiles = static_cast<int>((args.num_tokens + tile_tokens - 1) / tile_tokens);
-  const int blocks =
-      tiles > 0 ? tiles : 1;  // without tokens there are headers to write all the same
+  // Without tokens there are headers to write all the same.
+  const int blocks = std::max(tiles, 1) + (IsSend(args) ? 1 : 0);
   const int threads = TileWarps(view.config) * kWarpSize;
   const auto count_bytes = NumKeys(view.config) * sizeof(int32_t);
-  CountKernel<<<blocks, threads, count_bytes, stream>>>(view, args);
+  const auto count = IsSend(args) ? BeginAndCountKernel : CountKernel;
+  count<<<blocks, threads, count_bytes, stream>>>(view, args);
   PlaceKernel<<<blocks, threads, PlaceSharedBytes(view.config), stream>>>(view, args);
 }
 
 cudaError_t LoadRoute() {
-  const cudaError_t error = cudaFuncSetAttribute(
-      CountKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
-  if (error != cudaSuccess) return error;
-  return cudaFuncSetAttribute(PlaceKernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                              kMaxSharedBytes);
+  for (const auto kernel : {CountKernel, BeginAndCountKernel, PlaceKernel}) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
 }
 
 }  // namespace jax_sm_free::cuda

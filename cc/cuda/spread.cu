@@ -125,7 +125,6 @@ struct LoadAll {
 }  // namespace
 
 void LaunchSpread(const RankView& view, const SpreadArgs& args, cudaStream_t stream) {
-  LaunchWaitMessages(view, args.op, stream);
   (void)cudaMemsetAsync(view.covered, 0, args.layout.num_rows, stream);
   static const int blocks = FullGrid(MarkKernel);
   MarkKernel<<<blocks, kRowThreads, 0, stream>>>(view, args);

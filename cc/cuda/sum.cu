@@ -109,7 +109,6 @@ struct LoadAll {
 }  // namespace
 
 void LaunchSum(const RankView& view, const SumArgs& args, cudaStream_t stream) {
-  LaunchWaitMessages(view, args.op, stream);
   Dispatch(args.matrix, Launch{view, args, stream});
 }
 

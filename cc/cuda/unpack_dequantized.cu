@@ -175,7 +175,6 @@ void LaunchUnpackExpertsDequantized(const RankView& view, const ExpertsOut& out,
 
 void LaunchUnpackTokensDequantized(const RankView& view, const TokensOut& out, const Matrix& matrix,
                                    cudaStream_t stream) {
-  LaunchWaitMessages(view, Op::kDispatchRecv, stream);
   Dispatch(matrix, LaunchTokens{view, out, matrix.hidden, stream});
 }
 

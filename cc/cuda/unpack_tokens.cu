@@ -19,7 +19,6 @@ __global__ void __launch_bounds__(kRowThreads)
 }  // namespace
 
 void LaunchUnpackTokens(const RankView& view, const TokensOut& out, cudaStream_t stream) {
-  LaunchWaitMessages(view, Op::kDispatchRecv, stream);
   static const int blocks = FullGrid(UnpackTokensKernel);
   UnpackTokensKernel<<<blocks, kRowThreads, 0, stream>>>(view, out);
 }

@@ -1,5 +1,6 @@
-// Takes the exchange that a token names, and waits: for the notices of its messages, then for the
-// messages. One block each, so that a wait holds one SM at most; it gives up after the timeout.
+// Takes the exchange that a token names, and waits: for the notices of its messages, and for the
+// messages where nothing can be done before all are there. One block, so that a wait holds one SM
+// at most; it gives up after the timeout.
 
 #include <cuda_runtime.h>
 
@@ -79,6 +80,9 @@ __global__ void WaitKernel(const RankView view, const WaitArgs args) {
     AwaitNotice(view, args, source);
   }
   __syncthreads();
+  if (args.for_messages && state->current.failed == kOk) {
+    AwaitMessages(view, args.op, {0, view.config.ep_size, kLastPart});
+  }
   if (threadIdx.x != 0) return;
   int32_t next = 0;
   for (int32_t source = 0; source < view.config.ep_size; ++source) {
@@ -88,24 +92,12 @@ __global__ void WaitKernel(const RankView view, const WaitArgs args) {
   state->first_row[view.config.ep_size] = next;
 }
 
-__global__ void WaitMessagesKernel(const RankView view, const Op op) {
-  if (view.state->current.failed == kOk)
-    AwaitMessages(view, op, {0, view.config.ep_size, kLastPart});
-}
-
 }  // namespace
-
-void LaunchWaitMessages(const RankView& view, Op op, cudaStream_t stream) {
-  WaitMessagesKernel<<<1, kMaxRanks, 0, stream>>>(view, op);
-}
 
 void LaunchWait(const RankView& view, const WaitArgs& args, cudaStream_t stream) {
   WaitKernel<<<1, kMaxRanks, 0, stream>>>(view, args);
 }
 
-cudaError_t LoadWait() {
-  const cudaError_t error = Load(WaitMessagesKernel);
-  return error == cudaSuccess ? Load(WaitKernel) : error;
-}
+cudaError_t LoadWait() { return Load(WaitKernel); }
 
 }  // namespace jax_sm_free::cuda

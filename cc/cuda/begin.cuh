@@ -1,15 +1,14 @@
 // Opens an exchange: takes the next sequence number and its slot, and writes the token.
 
-#include <cuda_runtime.h>
+#ifndef JAX_SM_FREE_CC_CUDA_BEGIN_CUH_
+#define JAX_SM_FREE_CC_CUDA_BEGIN_CUH_
 
 #include "cc/cuda/device.cuh"
 #include "cc/cuda/kernels.h"
-#include "cc/cuda/launch.h"
 
 namespace jax_sm_free::cuda {
-namespace {
 
-__device__ void WriteToken(const RankView& view, const BeginArgs& args, Kind kind) {
+__device__ inline void WriteToken(const RankView& view, const BeginArgs& args) {
   const Current& current = view.state->current;
   for (int i = 0; i < kTokenSize; ++i) args.token[i] = 0;
   if (current.failed == kNothing) return;  // no token: its recv finds that out
@@ -17,12 +16,13 @@ __device__ void WriteToken(const RankView& view, const BeginArgs& args, Kind kin
   args.token[kLowWord] = static_cast<float>(current.sequence % kTokenWordSize);
   args.token[kHighWord] = static_cast<float>(current.sequence / kTokenWordSize);
   args.token[kSlotWord] = static_cast<float>(current.slot);
-  args.token[kKindWord] = static_cast<float>(static_cast<int32_t>(kind));
+  args.token[kKindWord] = static_cast<float>(static_cast<int32_t>(args.kind));
   args.token[kRankWord] = static_cast<float>(view.rank);
   args.token[kBufferWord] = static_cast<float>(view.buffer_id % kTokenWordSize);
 }
 
-__global__ void BeginKernel(const RankView view, const BeginArgs args) {
+// By one block. It waits until all peers have read the exchange that had the slot before.
+__device__ inline void Begin(const RankView& view, const BeginArgs& args) {
   DeviceState* state = view.state;
   __shared__ uint64_t before;  // the exchange that used the slot last; 0 for none
   if (threadIdx.x == 0) {
@@ -47,7 +47,7 @@ __global__ void BeginKernel(const RankView view, const BeginArgs args) {
       }
       if (state->faulted != kSound) state->current.failed = kEmpty;
     }
-    WriteToken(view, args, args.kind);
+    WriteToken(view, args);
   }
   __syncthreads();
   const Current current = state->current;
@@ -60,14 +60,9 @@ __global__ void BeginKernel(const RankView view, const BeginArgs args) {
            static_cast<int64_t>(before), static_cast<int64_t>(LoadAcquire(ack))});
     state->current.failed = kNothing;
   }
+  __syncthreads();
 }
-
-}  // namespace
-
-void LaunchBegin(const RankView& view, const BeginArgs& args, cudaStream_t stream) {
-  BeginKernel<<<1, kMaxRanks, 0, stream>>>(view, args);
-}
-
-cudaError_t LoadBegin() { return Load(BeginKernel); }
 
 }  // namespace jax_sm_free::cuda
+
+#endif  // JAX_SM_FREE_CC_CUDA_BEGIN_CUH_
