@@ -267,6 +267,7 @@ class Native:
         process_of_rank: list[int],
         library: str,
         exchange: Callable[[bytes], list[bytes]],
+        warn: Callable[[str], None],
     ) -> None:
         """Makes this process's part of a buffer over several. Collective.
 
@@ -278,9 +279,10 @@ class Native:
           process_of_rank: for each rank of this process's group, the number of its process.
           library: the path of NVSHMEM's.
           exchange: gives bytes to all processes and returns those of all, by number.
+          warn: gets the text of what works, but slowly.
         """
         self._module.open_nvshmem_buffer(
-            buffer_id, config.sizes(), places, process, process_of_rank, library, exchange
+            buffer_id, config.sizes(), places, process, process_of_rank, library, exchange, warn
         )
 
     def address(self, buffer_id: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 import importlib.util
 import logging
 import pathlib
@@ -154,6 +155,7 @@ def _open_nvshmem(native: Native, mesh: Mesh, axes: tuple[str, ...], config: Con
                 next(group for group in groups if bootstrap.index in group),
                 library,
                 bootstrap.exchange,
+                functools.partial(_log.warning, "transport 'nvshmem': %s"),
             )
     except BaseException:
         if buffer_id is not None:

@@ -28,10 +28,11 @@ int64_t OpenBuffer(const nb::dict& sizes, const PythonPlaces& places) {
   return id;
 }
 
-// `exchange` takes and gives bytes: Processes::exchange.
+// `exchange` takes and gives bytes, `warn` takes a text: those of Processes.
 void OpenNvshmemBuffer(int64_t id, const nb::dict& sizes, const PythonPlaces& places,
                        int32_t process, const std::vector<int32_t>& process_of_rank,
-                       const std::string& library, const nb::callable& exchange) {
+                       const std::string& library, const nb::callable& exchange,
+                       const nb::callable& warn) {
   const Config config = ToConfig(sizes);
   const std::vector<std::optional<Place>> by_device = ToPlaces(places);
   const auto call = [&exchange](const std::string& text) {
@@ -43,7 +44,11 @@ void OpenNvshmemBuffer(int64_t id, const nb::dict& sizes, const PythonPlaces& pl
     }
     return heard;
   };
-  const cuda::Processes processes{process, process_of_rank, call};
+  const auto call_warn = [&warn](const std::string& text) {
+    const nb::gil_scoped_acquire acquire;
+    warn(text);
+  };
+  const cuda::Processes processes{process, process_of_rank, call, call_warn};
   // Python goes on meanwhile: the other processes may wait for a callback of a program.
   const nb::gil_scoped_release release;
   Register(cuda::OpenNvshmemBuffer(id, config, by_device, library, processes));
@@ -58,7 +63,7 @@ NB_MODULE(_cuda, module) {
   module.def("open_buffer", &OpenBuffer, nb::arg("sizes"), nb::arg("places").none());
   module.def("open_nvshmem_buffer", &OpenNvshmemBuffer, nb::arg("id"), nb::arg("sizes"),
              nb::arg("places").none(), nb::arg("process"), nb::arg("process_of_rank"),
-             nb::arg("library"), nb::arg("exchange"));
+             nb::arg("library"), nb::arg("exchange"), nb::arg("warn"));
 }
 
 }  // namespace jax_sm_free

@@ -14,6 +14,7 @@
 #include "cc/cuda/courier.h"
 #include "cc/cuda/crossbar.h"
 #include "cc/cuda/device_scope.h"
+#include "cc/cuda/gpu_id.h"
 #include "cc/cuda/nvshmem.h"
 #include "cc/cuda/shared_memory.h"
 #include "cc/cuda/symmetric_heap.h"
@@ -29,9 +30,9 @@ Fault Refuse(std::string expected, std::string seen) {
 
 // What a process tells the others first; its dropped blocks follow, i64 each.
 struct Hello {
-  char host[64];      // MemoryHost, 0-terminated
-  char links[32];     // a name that nobody else has
-  char gpu[16];       // UUID
+  char host[64];   // MemoryHost, 0-terminated
+  char links[32];  // a name that nobody else has
+  GpuId gpu;
   char make_id[128];  // of NVSHMEM, from the first process if it has not joined
   int32_t pe;         // -1: not joined
   int32_t num_pes;
@@ -80,6 +81,9 @@ class Opening {
   Result<Hello> OwnHello() const;
   // Refuses in all processes if one has too little: NVSHMEM would hang.
   std::optional<Fault> TakeMemory(size_t bytes);
+  // Where CUDA would not use copy engines.
+  void WarnOfHidden() const;
+  bool OnThisHost(const Hello& hello) const;
   // Null for memory out of reach.
   std::byte* PointerAt(std::byte* own, int pe) const;
   // The first process of this group on this host.
@@ -105,13 +109,9 @@ Result<Hello> Opening::OwnHello() const {
   Hello hello{};
   Put(MemoryHost(), hello.host, sizeof(hello.host) - 1);
   Put(RandomName(), hello.links, sizeof(hello.links) - 1);
-  cudaDeviceProp properties{};
-  if (const cudaError_t error = cudaGetDeviceProperties(&properties, device_);
-      error != cudaSuccess) {
-    return Refuse("cudaGetDeviceProperties of device " + std::to_string(device_) + " to succeed",
-                  cudaGetErrorString(error));
-  }
-  std::memcpy(hello.gpu, properties.uuid.bytes, sizeof(hello.gpu));
+  const std::optional<GpuId> gpu = GpuIdOf(device_);
+  if (!gpu) return Refuse("device " + std::to_string(device_) + " to have a name", "none");
+  hello.gpu = *gpu;
   hello.pe = nvshmem_->IsJoined() ? nvshmem_->Pe() : -1;
   hello.num_pes = hello.pe < 0 ? 0 : nvshmem_->NumPes();
   if (processes_.index == 0 && hello.pe < 0) {
@@ -145,7 +145,7 @@ std::optional<Fault> Opening::Meet() {
   }
   for (int32_t i = 0; i < NumProcesses(); ++i) {
     for (int32_t j = 0; j < i; ++j) {
-      if (std::memcmp(hellos_[i].gpu, hellos_[j].gpu, sizeof(Hello::gpu)) != 0) continue;
+      if (hellos_[i].gpu != hellos_[j].gpu) continue;
       return Refuse("a GPU for each process",
                     "processes " + std::to_string(j) + " and " + std::to_string(i) +
                         " of the mesh with the same one (CUDA_VISIBLE_DEVICES, or "
@@ -201,6 +201,7 @@ std::optional<Fault> Opening::FindRegions(const RegionLayout& regions) {
   if (auto fault = TakeMemory(static_cast<size_t>(regions.total))) return fault;
   auto* own = static_cast<std::byte*>(neighbours_.memory.get());
   std::vector<int32_t> out_of_reach;  // PE, or -1
+  WarnOfHidden();
   for (const int32_t process : processes_.of_rank) {
     std::byte* region = process == processes_.index ? own : PointerAt(own, pes_[process]);
     neighbours_.regions.push_back(region);
@@ -219,16 +220,33 @@ std::optional<Fault> Opening::FindRegions(const RegionLayout& regions) {
   return std::nullopt;
 }
 
+void Opening::WarnOfHidden() const {
+  std::string hidden;
+  for (const int32_t process : processes_.of_rank) {
+    const Hello& hello = hellos_[process];
+    if (IsVisible(hello.gpu) || !OnThisHost(hello)) continue;
+    hidden += (hidden.empty() ? "" : ", ") + std::to_string(process);
+  }
+  if (hidden.empty()) return;
+  processes_.warn("the GPUs of processes " + hidden +
+                  " of the mesh are hidden from this one, probably by CUDA_VISIBLE_DEVICES: CUDA "
+                  "then copies to them with SMs, not with copy engines, which slows what computes "
+                  "meanwhile. Let each process see all GPUs of its host, and choose its own with "
+                  "local_device_ids of jax.distributed.initialize.");
+}
+
+bool Opening::OnThisHost(const Hello& hello) const {
+  return std::memcmp(hello.host, hellos_[processes_.index].host, sizeof(hello.host)) == 0;
+}
+
 std::byte* Opening::PointerAt(std::byte* own, int pe) const {
   static const bool puts_alone = std::getenv("JAX_SM_FREE_NVSHMEM_PUTS") != nullptr;
   return puts_alone ? nullptr : nvshmem_->PointerAt(own, pe);
 }
 
 int32_t Opening::HostLeader() const {
-  const Hello& own = hellos_[processes_.index];
-  return *std::find_if(processes_.of_rank.begin(), processes_.of_rank.end(), [&](int32_t process) {
-    return std::memcmp(hellos_[process].host, own.host, sizeof(own.host)) == 0;
-  });
+  return *std::find_if(processes_.of_rank.begin(), processes_.of_rank.end(),
+                       [&](int32_t process) { return OnThisHost(hellos_[process]); });
 }
 
 std::optional<Fault> Opening::ShareLinks() {

@@ -24,6 +24,7 @@ struct Processes {
   // Gives a text to all, and returns those of all, in their order. Collective. Throws if a process
   // fails or does not come.
   std::function<std::vector<std::string>(const std::string&)> exchange;
+  std::function<void(const std::string&)> warn;
 };
 
 // Collective over all the processes: `places` has one device, that of this process, and `library`
