@@ -29,6 +29,7 @@ from benchmarks.deadline import deadline
 from benchmarks.layer import Widths
 from benchmarks.rows import OPS, Runs, Setting
 from benchmarks.table import CONTESTANTS, Table
+from jax_sm_free.doctor import bandwidth
 
 ROWS = (*OPS, "phases", "exposed", "layer")
 SWEEPS = ("tokens", "ep", "wire")
@@ -188,7 +189,7 @@ def main(argv: list[str]) -> None:
     about_all = {**about, "machine": report.machine(), "versions": report.versions()}
     for name, value in {**about_all, "command": " ".join(sys.orig_argv)}.items():
         print(f"{name}: {value}")
-    bandwidths = floors.measure(jax.devices()[: _EP.value or None], _PROBE_MIB.value * 2**20)
+    bandwidths = bandwidth.measure(jax.devices()[: _EP.value or None], _PROBE_MIB.value * 2**20)
     link = f"{bandwidths.link / 1e9:.0f}" if bandwidths.link else "-"
     print(f"measured: local copy {bandwidths.local / 1e9:.0f} GB/s, egress {link} GB/s")
     print(floors.FORMULAS, flush=True)

@@ -22,6 +22,7 @@ from benchmarks import contestants, floors, layer, phases, programs, timing, tra
 from benchmarks.cases import Case, make_inputs, measure_load
 from benchmarks.table import Table
 from benchmarks.variants import Variant
+from jax_sm_free.doctor.bandwidth import Bandwidths
 
 OPS = ("dispatch", "combine")
 _TRACED_GEMMS = 2.0
@@ -63,7 +64,7 @@ def _count(num_gemms: float) -> int:
 class Setting:
     """One case: mesh, inputs on the devices, and floors."""
 
-    def __init__(self, case: Case, plan: Plan, bandwidths: floors.Bandwidths) -> None:
+    def __init__(self, case: Case, plan: Plan, bandwidths: Bandwidths) -> None:
         self.case, self.plan = case, plan
         self.mesh: Mesh = contestants.make_mesh(case.ep_size)
         inputs = make_inputs(case)
@@ -259,7 +260,7 @@ class Runs:
         self._put(f"{op}: SM time", found.sm_us)
 
 
-def put_floors(setting: Setting, bandwidths: floors.Bandwidths, table: Table) -> None:
+def put_floors(setting: Setting, bandwidths: Bandwidths, table: Table) -> None:
     """The floors of the rows that do not depend on a contestant."""
     found = setting.floors
     phases_of = {

@@ -17,6 +17,7 @@ import support
 import benchmarks
 from benchmarks import contestants, floors, layer, variants
 from benchmarks.cases import Case, Load, make_inputs, measure_load
+from jax_sm_free.doctor import bandwidth
 
 CASE = Case(24, 16, support.SOME_RANKS, "float32", num_experts=16, top_k=3, slack=1.1)
 WIDTHS = layer.Widths(8, 12)
@@ -115,7 +116,7 @@ def test_floors():
     """By hand: 2 ranks, rows of 200 bytes, 1 GB/s in memory, 0.1 GB/s on the link."""
     case = Case(10, 100, 2)
     load = Load(np.array([[8, 6], [7, 9]]), np.array([20, 30]), 32, 9, 5)
-    found = floors.of_case(case, load, floors.Bandwidths(1e9, 1e8))
+    found = floors.of_case(case, load, bandwidth.Bandwidths(1e9, 1e8))
     assert found.route_pack == pytest.approx((10 + 16) * 0.2)
     assert found.dispatch_wire == pytest.approx(7 * 2)
     assert found.unpack == pytest.approx((15 + 32) * 0.2)
@@ -124,7 +125,7 @@ def test_floors():
     assert found.sum == pytest.approx((16 + 10) * 0.2)
     assert found.end_to_end("dispatch") == pytest.approx(14.6)
     assert found.exposed("combine", 4.0) == pytest.approx(9 + 5.2 + 10)
-    assert floors.of_case(case, load, floors.Bandwidths(1e9, None)).wire("combine") == 0
+    assert floors.of_case(case, load, bandwidth.Bandwidths(1e9, None)).wire("combine") == 0
 
 
 def test_options():

@@ -53,7 +53,7 @@ def test_command(tmp_path):
 
 
 def test_a_problem_is_the_exit_status():
-    run = run_doctor("--max_tokens=100000000")
+    run = run_doctor("--max_tokens=100000000", "--hidden=7168")
     assert run.returncode == 1
     assert "PROBLEM memory" in run.stdout
     assert "too little" in run.stdout
@@ -194,6 +194,7 @@ def test_peer_access(monkeypatch):
 
 
 def test_memory_of_gpus(monkeypatch):
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     with_gpus(monkeypatch, 0)
     sizes = {"num_experts": 8, "hidden": 1024, "top_k": 1, "recv_capacity": 0}
     assert not texts(machine.check_memory(support.make_config(4, **sizes)), "problem")

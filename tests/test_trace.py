@@ -238,7 +238,7 @@ def without(entries: list[dict], text: str) -> list[dict]:
         (without(dispatch(0), "Memcpy"), "expected copies while GEMMs run, got 0 copies"),
         ([*without(dispatch(0), "Memcpy"), copy(262, 50)], "got 1 copies, none beside a GEMM"),
         (dispatch(0, shift=30), "expected Wait after the last GEMM"),
-        (dispatch(0, shift=-20), "expected Pack before the first GEMM"),
+        (dispatch(0, shift=-52), "expected Pack before the first GEMM"),
         ([*dispatch(0), ours("PackKernel", 100, 5)], "expected Pack before the first GEMM"),
         ([*dispatch(0), ours("UnpackTokensKernel", 200, 5)], "expected UnpackTokens after the"),
         ([*dispatch(0), ours("NewKernel", 100, 5)], "expected New after the last GEMM"),
