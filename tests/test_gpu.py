@@ -223,6 +223,7 @@ def test_closed_with_runs_queued(inputs):
     buffer = support.open_buffer(CONFIG)
     run = compiled(buffer)
     jax.block_until_ready(run(*inputs))
+    jax.block_until_ready(hold(jax.devices()[LATE_RANK], 0.01))
     start = time.monotonic()
     hold(jax.devices()[LATE_RANK], 0.2)
     outs = [run(*inputs) for _ in range(20)]

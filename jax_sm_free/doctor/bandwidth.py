@@ -73,9 +73,7 @@ def _link(devices: list[Any], num_bytes: int) -> float | None:
         # Each device starts with its neighbour, so that no two start with the same one.
         return [
             jax.device_put(part, devices[(rank + step) % len(devices)])
-            for _ in range(
-                _ROUNDS
-            )  # Back to back: the cost of launching is hidden.
+            for _ in range(_ROUNDS)  # Back to back: the cost of launching is hidden.
             for step in steps
             for rank, part in enumerate(parts)
         ]
