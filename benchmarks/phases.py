@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from benchmarks import trace
 from benchmarks.trace import Event
 
+_NEARLY_ALL = 0.9
 _WARM_UP = 2  # Exchanges at the start of a loop, when the ranks are not in step yet.
 
 
@@ -70,31 +71,32 @@ def of_peer(events: list[Event], num_exchanges: int, num_sms: int) -> Phases | N
 def gemm_slowdown(alone: list[Event], beside: list[Event]) -> float | None:
     """By how much GEMMs slow down while bytes are in flight, 0.02 for 2 %.
 
-    GEMMs are compared with those of the same loop beside which nothing moves: a loop of GEMMs alone
-    runs at another clock. Where there are none, with those of `alone`.
+    Compared with GEMMs of the same loop: one of GEMMs alone runs at another clock.
 
     Args:
       alone: a loop of GEMMs.
       beside: the same GEMMs between send and recv, all of one shape.
 
     Returns:
-      t / (t - lost) - 1, with t the time in which a GEMM and a copy or collective both ran, and
-      lost what those GEMMs took longer than the median of the others. None if nothing overlapped.
+      The median of those beside which copies or collectives ran nearly all the time, over the
+      median of those beside which none did, less 1. Where there are none of these, those of `alone`
+      take their place; None where none of the others are.
     """
-    gemms: list[tuple[float, float]] = []  # Duration, and how much of it something moved.
+    moved: list[float] = []
+    undisturbed: list[float] = []
     for mine in trace.by_gpu(beside).values():
         moving = trace.union(
             [*trace.peer_copies(mine), *(e for e in mine if e.kind == "collective")]
         )
         for gemm in (event for event in mine if event.kind == "gemm"):
-            gemms.append((gemm.duration_us, trace.common([gemm.interval], moving)))
-    undisturbed = [duration for duration, shared in gemms if shared == 0]
+            shared = trace.common([gemm.interval], moving)
+            if shared > _NEARLY_ALL * gemm.duration_us:
+                moved.append(gemm.duration_us)
+            elif shared == 0:
+                undisturbed.append(gemm.duration_us)
+    slow = _median(moved)
     base = _median(undisturbed or (e.duration_us for e in alone if e.kind == "gemm"))
-    if base is None:
-        return None
-    together = sum(shared for _, shared in gemms)
-    lost = sum(duration - base for duration, shared in gemms if shared > 0)
-    return together / (together - lost) - 1 if together > lost else None
+    return slow / base - 1 if slow and base else None
 
 
 def _warm(exchanges: list[list[Event]]) -> list[list[Event]]:

@@ -25,7 +25,8 @@ from benchmarks.variants import Variant
 from jax_sm_free.doctor.bandwidth import Bandwidths
 
 OPS = ("dispatch", "combine")
-_TRACED_GEMMS = 2.0
+# GEMMs so short that some have a copy beside all of them, and some none.
+_SHORT_GEMMS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,16 +91,17 @@ class Setting:
     def alone(self, num_gemms: float) -> Callable[[], Any]:
         """Runs a loop of the GEMMs alone. The same for all contestants."""
         if num_gemms not in self._alone:
-            run = programs.loop(programs.gemms(_count(num_gemms)), self.plan.steps)
-            args = self.gemm_args(num_gemms)
-            self._alone[num_gemms] = programs.compile_one(
-                contestants.on_ranks(run, self.mesh), args
-            )
+            self._alone[num_gemms] = self._gemms(_count(num_gemms), self.gemm_args(num_gemms))
         return self._alone[num_gemms]
 
     @functools.cached_property
-    def traced_gemms(self) -> list[trace.Event]:
-        return trace.record(self.alone(_TRACED_GEMMS), self.plan.traces / "gemms")
+    def short_gemms(self) -> list[trace.Event]:
+        run = self._gemms(_SHORT_GEMMS, self.gemm_args(1 / _SHORT_GEMMS))
+        return trace.record(run, self.plan.traces / "gemms")
+
+    def _gemms(self, count: int, args: tuple[Array, Array]) -> Callable[[], Any]:
+        run = programs.loop(programs.gemms(count), self.plan.steps)
+        return programs.compile_one(contestants.on_ranks(run, self.mesh), args)
 
     def _random(self, rows: int, scale: float) -> Array:
         """[rows, hidden] on each rank."""
@@ -146,7 +148,9 @@ class Runs:
         """What communication adds to a step with GEMMs between send and recv."""
         setting = self.setting
         alone = {num: setting.alone(num) for num in self.plan.num_gemms}
-        beside = programs.compile_all({num: self._beside(op, num) for num in self.plan.num_gemms})
+        beside = programs.compile_all(
+            {num: self._beside(op, _count(num), num) for num in self.plan.num_gemms}
+        )
         for num in self.plan.num_gemms:
             name = f"{op} exposed, {num:g} GEMMs"
             with self.row(name):
@@ -155,12 +159,11 @@ class Runs:
                 if self.who == "ours":
                     floor = setting.floors.exposed(op, times["alone"])
                     self.table.put(self.case, name, "floor", floor)
-        if _TRACED_GEMMS in beside:
-            name = f"{op} slows GEMMs by"
-            with self.row(name):
-                events = self._trace(f"{op}_gemms", beside[_TRACED_GEMMS])
-                slowdown = phases.gemm_slowdown(setting.traced_gemms, events)
-                self._put(name, None if slowdown is None else 100 * slowdown, unit="%")
+        name = f"{op} slows GEMMs by"
+        with self.row(name):
+            run = programs.compile_one(*self._beside(op, _SHORT_GEMMS, 1 / _SHORT_GEMMS))
+            slowdown = phases.gemm_slowdown(setting.short_gemms, self._trace(f"{op}_gemms", run))
+            self._put(name, None if slowdown is None else 100 * slowdown, unit="%")
 
     # ------------------------------------------------------------------------------------ layer
 
@@ -212,13 +215,14 @@ class Runs:
             self._runs[op] = programs.compile_one(*self._loop(step, self._inputs(op)))
         return self._runs[op]
 
-    def _beside(self, op: str, num_gemms: float) -> tuple:
+    def _beside(self, op: str, count: int, size: float) -> tuple:
+        """A loop of exchanges with `count` GEMMs between send and recv, of `size` if below 1."""
         make = {
             "dispatch": programs.dispatch_beside_gemms,
             "combine": programs.combine_beside_gemms,
         }[op]
-        args = (*self.setting.gemm_args(num_gemms), *self._inputs(op))
-        return self._loop(make(self.one, _count(num_gemms)), args)
+        args = (*self.setting.gemm_args(size), *self._inputs(op))
+        return self._loop(make(self.one, count), args)
 
     def _race(self, runs: dict[str, Any], steps: int | None = None) -> dict[str, float]:
         """Median microseconds of a step."""

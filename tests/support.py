@@ -363,9 +363,9 @@ def _error_of_rank(out: Any, rank: int) -> str | None:
     errors = []
     for shard in _shards_of_rank(out, rank):
         try:
-            np.asarray(
-                shard
-            )  # On GPUs it raises what block_until_ready lets pass: a callback's error.
+            shard.block_until_ready()
+            # On GPUs it raises what block_until_ready lets pass: a callback's error.
+            np.asarray(shard)
         except RUN_ERROR as error:
             errors.append(str(error))
     assert len(errors) in (0, len(jax.tree.leaves(out))), f"rank {rank}: {errors}"

@@ -201,12 +201,18 @@ def test_no_phases_without_gpus(tmp_path):
 def test_gemm_slowdown(tmp_path):
     alone = profile(tmp_path / "alone", [gemm(300.0 * i, 190) for i in range(5)])
     beside = profile(tmp_path / "beside", dispatch(0))
-    # A GEMM of 200 instead of 190 us, beside copies for 110 and for 70 of them.
-    assert phases.gemm_slowdown(alone, beside) == pytest.approx(180 / 170 - 1)
+    # A GEMM of 200 us, beside copies for 110 and for 70 of them: neither one nor the other.
+    assert phases.gemm_slowdown(alone, beside) is None
     assert phases.gemm_slowdown(alone, alone) is None
-    # Another that nothing moves beside took 195 us.
-    beside = profile(tmp_path / "both", [*dispatch(0), gemm(420, 195)])
-    assert phases.gemm_slowdown(alone, beside) == pytest.approx(180 / 175 - 1)
+    beside = [*dispatch(0), gemm(500, 192), copy(490, 220)]
+    assert phases.gemm_slowdown(alone, profile(tmp_path / "1", beside)) == pytest.approx(
+        192 / 190 - 1
+    )
+    # The third has nothing beside it.
+    beside += [gemm(800, 180)]
+    assert phases.gemm_slowdown(alone, profile(tmp_path / "2", beside)) == pytest.approx(
+        192 / 180 - 1
+    )
 
 
 # --------------------------------------------------------------------------------------- overlap
