@@ -68,7 +68,8 @@ def pause(what: str) -> None:
 
 def main() -> None:
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    # Where the launcher reads it, also while pytest has the output of its tests.
+    faulthandler.register(signal.SIGUSR1, os.dup(2), all_threads=True)
     spec_path, result_path = map(pathlib.Path, sys.argv[1:])
     spec: Spec = pickle.loads(spec_path.read_bytes())
     _die_with(spec.launcher)
