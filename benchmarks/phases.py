@@ -104,7 +104,7 @@ def _warm(exchanges: list[list[Event]]) -> list[list[Event]]:
 
 
 def _of_exchange(events: list[Event], num_sms: int) -> Phases:
-    kernels = [event for event in events if event.kind == "ours"]
+    kernels = _one_by_one([event for event in events if event.kind == "ours"])
     times: dict[str, float] = {}
     for kernel in kernels:
         times[kernel.phase] = times.get(kernel.phase, 0.0) + kernel.duration_us
@@ -119,6 +119,19 @@ def _of_exchange(events: list[Event], num_sms: int) -> Phases:
         egress=num_bytes / busy / 1e3 if num_bytes and busy else None,
         sm_us=_sm_us(kernels, num_sms),
     )
+
+
+def _one_by_one(kernels: list[Event]) -> list[Event]:
+    """The kernels of one stream, each from the end of the one before.
+
+    One whose blocks are there before that waits for it first.
+    """
+    clipped, end = [], 0.0
+    for kernel in kernels:
+        start = max(kernel.start_us, end)
+        end = max(kernel.end_us, end)
+        clipped.append(dataclasses.replace(kernel, start_us=start, duration_us=end - start))
+    return clipped
 
 
 def _beside_gemms(events: Iterable[Event]) -> list[Event]:

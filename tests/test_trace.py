@@ -174,6 +174,19 @@ def test_phases_of_an_exchange(tmp_path):
     assert found.sm_us == pytest.approx(6 + 4 + 50 + 140 + (5 + 5) / 132)
 
 
+def test_phases_of_kernels_that_come_early(tmp_path):
+    # Place and Pack are there before the kernel ahead of them has ended, and end as they did.
+    early = {"Place": 5, "Pack": 9}
+    entries = dispatch(0)
+    for entry in entries:
+        for name, ahead in early.items():
+            if f"::{name}" in entry["name"]:
+                entry |= {"ts": entry["ts"] - ahead, "dur": entry["dur"] + ahead}
+    found = phases.of_ours(profile(tmp_path, entries), num_sms=132)
+    assert found.kernels_us == {"route": 10, "pack": 50, "wait": 5, "unpack": 145}
+    assert found.sm_us == pytest.approx(6 + 4 + 50 + 140 + (5 + 5) / 132)
+
+
 def test_phases_leave_out_the_start_of_a_loop(tmp_path):
     slow = [{**entry, "dur": 10 * entry["dur"]} for entry in combine(0)]
     entries = slow + [entry for i in range(1, 5) for entry in combine(1000.0 * i)]

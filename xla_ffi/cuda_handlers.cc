@@ -191,7 +191,7 @@ ffi::Error WaitForRows(const Call& call, int64_t row_bytes,
   }
   LaunchWait(call.view(),
              {Op::kDispatchRecv, Kind::kDispatch, WireBytes(dequantized, row_bytes), nullptr,
-              token.typed_data(), for_messages},
+              token.typed_data(), for_messages, true},
              stream);
   return ffi::Error::Success();
 }
@@ -277,7 +277,8 @@ ffi::Error ReceiveSums(const Call& call, Op op, Kind kind, const float* token, c
   LaunchRoute(call.view(),
               {{op, kind, nullptr, nullptr}, matrix.row_bytes(), idx, nullptr, num_tokens}, stream);
   LaunchWait(call.view(),
-             {op, kind, matrix.row_bytes(), call.view().state->routed_rows, token, true}, stream);
+             {op, kind, matrix.row_bytes(), call.view().state->routed_rows, token, true, false},
+             stream);
   LaunchSum(
       call.view(),
       {op, matrix, idx, num_tokens, static_cast<std::byte*>(out->untyped_data()), weight_grads},
@@ -334,7 +335,7 @@ ffi::Error CombineBackwardRecvImpl(int64_t buffer_id, int32_t device, cudaStream
                         weight_grads->typed_data()};
   LaunchWait(call.view(),
              {args.op, Kind::kCombineBackward, matrix.row_bytes(), args.layout.num_rows_from,
-              token.typed_data(), true},
+              token.typed_data(), true, true},
              stream);
   LaunchSpread(call.view(), args, stream);
   return Enqueued(call);

@@ -165,7 +165,7 @@ inline constexpr int kSumBlocks = kBulk ? 1 : 4;
 // Rows for which it pays, on a device that can.
 inline bool GoesInBulk(const Matrix& matrix) {
   constexpr int64_t kLeastBytes = 1024;
-  static const bool has_bulk_copies = HasBulkCopies();
+  static const bool has_bulk_copies = IsHopperOrNewer();
   return has_bulk_copies && matrix.row_bytes() % 16 == 0 && matrix.row_bytes() >= kLeastBytes;
 }
 

@@ -63,6 +63,7 @@ struct WaitArgs {
   const int32_t* expected_rows;  // [ep_size], rows that each source must have sent; null for any
   const float* token;            // [kTokenSize]
   bool for_messages;
+  bool is_first;  // of its call: no other kernel is launched before it
 };
 void LaunchWait(const RankView& view, const WaitArgs& args, cudaStream_t stream);
 

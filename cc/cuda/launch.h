@@ -1,12 +1,27 @@
-// Grid sizes, and loading kernels ahead of their first launch.
+// Launching kernels: grid sizes, chains of kernels, and loading ahead of the first launch.
+//
+// The kernels of one call run one behind the other, and each is short beside the time that a launch
+// takes. So the first is launched as usual, and the others behind it (EnqueueBehind) so that, on
+// Hopper, their blocks may be there before the kernel before has ended:
+//
+//   count  ---------| admits place           what place reads of the operands alone
+//   place       ....----------| admits pack
+//   pack                  ....-------------  . in AwaitPrevious
+//
+// A kernel launched behind another calls AwaitPrevious in all threads, before it reads what other
+// kernels of the call write and before it writes what they read. It so ends after all kernels
+// before it, which is what the next one relies on. What was enqueued before the call has ended when
+// its first kernel begins: operands may be read at once.
 
 #ifndef JAX_SM_FREE_CC_CUDA_LAUNCH_H_
 #define JAX_SM_FREE_CC_CUDA_LAUNCH_H_
 
-#include <cuda_runtime_api.h>
+#include <cuda_runtime.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 namespace jax_sm_free::cuda {
 
@@ -24,13 +39,60 @@ int FullGrid(Kernel kernel, int threads = kRowThreads) {
   return num_sms * std::max(per_sm, 1);
 }
 
-// Whether the device has bulk copies (cp.async.bulk).
-inline bool HasBulkCopies() {
+// Whether the device has what came with Hopper: bulk copies, and launches behind another kernel.
+inline bool IsHopperOrNewer() {
   int device = 0;
   int major = 0;
   (void)cudaGetDevice(&device);
   (void)cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device);
   return major >= 9;
+}
+
+struct Grid {
+  int blocks;
+  int threads;
+  size_t shared_bytes = 0;
+};
+
+// Enqueues a kernel that begins when all before it has ended. An error is cudaGetLastError's.
+template <typename... Params>
+void Enqueue(void (*kernel)(Params...), const Grid& grid, cudaStream_t stream,
+             const std::type_identity_t<Params>&... args) {
+  kernel<<<grid.blocks, grid.threads, grid.shared_bytes, stream>>>(args...);
+}
+
+// The same right behind another kernel of the same call, for one that calls AwaitPrevious.
+template <typename... Params>
+void EnqueueBehind(void (*kernel)(Params...), const Grid& grid, cudaStream_t stream,
+                   const std::type_identity_t<Params>&... args) {
+  static const bool may_begin_early = IsHopperOrNewer();
+  cudaLaunchAttribute attribute = {};
+  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  attribute.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid.blocks);
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = stream;
+  config.attrs = &attribute;
+  config.numAttrs = may_begin_early ? 1 : 0;
+  (void)cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+// Waits until the kernel before has ended, and all that it wrote is there.
+__device__ inline void AwaitPrevious() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// Lets the next kernel's blocks in, where this one leaves room, once all blocks have called it or
+// ended. Not before this block has waited for peers: no more than one block may hold an SM for
+// them.
+__device__ inline void AdmitNext() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 template <typename Kernel>

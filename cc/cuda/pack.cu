@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kRowThreads)
 
 void LaunchPack(const RankView& view, const PackArgs& args, cudaStream_t stream) {
   static const int blocks = FullGrid(PackKernel);
-  PackKernel<<<blocks, kRowThreads, 0, stream>>>(view, args);
+  EnqueueBehind(PackKernel, {blocks, kRowThreads}, stream, view, args);
 }
 
 cudaError_t LoadPack() { return Load(PackKernel); }

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cc/cuda/device.cuh"
+#include "cc/cuda/launch.h"
 #include "cc/cuda/post.cuh"
 
 namespace jax_sm_free::cuda {
@@ -42,10 +43,12 @@ __device__ inline void PostPart(const RankView& view, int part) {
 }
 
 // Calls pack(outs, first, end) for the tokens of one part after the other, in all threads of the
-// grid, and posts each when all warps have packed it, while others go on with the next.
+// grid, and posts each when all warps have packed it, while others go on with the next. Behind the
+// route.
 template <typename Pack>
 __device__ void PackParts(const RankView& view, int64_t num_tokens, const Pack& pack) {
   __shared__ OutRows outs[kMaxRanks];
+  AwaitPrevious();
   const Current current = view.state->current;
   if (current.failed == kNothing) return;
   const bool ok = current.failed == kOk;

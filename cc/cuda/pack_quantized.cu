@@ -119,8 +119,9 @@ struct Launch {
 
   template <typename T, int kWidth>
   void operator()() const {
-    static const int blocks = FullGrid(PackQuantizedKernel<T, kWidth>);
-    PackQuantizedKernel<T, kWidth><<<blocks, kRowThreads, 0, stream>>>(view, args);
+    const auto kernel = PackQuantizedKernel<T, kWidth>;
+    static const int blocks = FullGrid(kernel);
+    EnqueueBehind(kernel, {blocks, kRowThreads}, stream, view, args);
   }
 };
 

@@ -17,6 +17,7 @@ namespace {
 __global__ void BeginPackSumsKernel(const RankView view, const PackSumsArgs args) {
   DeviceState* state = view.state;
   Begin(view, args.begin);
+  AdmitNext();
   if (state->current.failed == kNothing) return;
   for (int32_t dst = threadIdx.x; dst < view.config.ep_size; dst += blockDim.x) {
     const int32_t num_rows = args.layout.num_rows_from[dst];
@@ -81,6 +82,7 @@ struct RingOrder {
 template <typename T, int kWidth, bool kWeighted, bool kBulk>
 __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
     PackSumsKernel(const RankView view, const PackSumsArgs args) {
+  AwaitPrevious();
   const DeviceState* state = view.state;
   const Current current = state->current;
   if (current.failed == kNothing) return;
@@ -127,7 +129,7 @@ struct Launch {
     constexpr int kThreads = kSumThreads<kBulk>;
     const auto kernel = PackSumsKernel<T, kWidth, kWeighted, kBulk>;
     static const int blocks = FullGrid(kernel, kThreads);
-    kernel<<<blocks, kThreads, 0, stream>>>(view, args);
+    EnqueueBehind(kernel, {blocks, kThreads}, stream, view, args);
   }
   template <typename T, int kWidth, bool kWeighted>
   void Run() const {
@@ -160,7 +162,7 @@ struct LoadAll {
 }  // namespace
 
 void LaunchPackSums(const RankView& view, const PackSumsArgs& args, cudaStream_t stream) {
-  BeginPackSumsKernel<<<1, kMaxRanks, 0, stream>>>(view, args);
+  Enqueue(BeginPackSumsKernel, {1, kMaxRanks}, stream, view, args);
   Dispatch(args.matrix, Launch{view, args, stream});
 }
 

@@ -104,6 +104,8 @@ __device__ bool AllHere(const RankView& view) {
 // Places the groups: GroupPlan of cc/routing.h. One block.
 __global__ void PlanKernel(const RankView view, const ExpertsOut out) {
   extern __shared__ int64_t counts[];  // [num_local_experts]
+  AwaitPrevious();
+  AdmitNext();
   const Config& config = view.config;
   const Current current = view.state->current;
   const int32_t num_local = config.num_local_experts();
@@ -141,7 +143,7 @@ __global__ void PlanKernel(const RankView view, const ExpertsOut out) {
 
 void LaunchPlan(const RankView& view, const ExpertsOut& out, cudaStream_t stream) {
   const auto shared = view.config.num_local_experts() * sizeof(int64_t);
-  PlanKernel<<<1, kPlanThreads, shared, stream>>>(view, out);
+  EnqueueBehind(PlanKernel, {1, kPlanThreads, shared}, stream, view, out);
 }
 
 cudaError_t LoadPlan() { return Load(PlanKernel); }

@@ -6,7 +6,8 @@
 // and there are only destinations); its last block turns the histograms into
 // the first place of each key in each tile. `Place` ranks the entries of a tile: by tile, warp and
 // lane. In a send each has one more block, which does what takes a way to other ranks: opening the
-// exchange beside `Count`, sending the notices beside `Place`.
+// exchange beside `Count`, sending the notices beside `Place`. All that `Place` does before it
+// needs the first places runs beside `Count`, too.
 
 #include <cuda_runtime.h>
 
@@ -24,6 +25,7 @@ namespace {
 struct Entry {
   int32_t expert = -1;  // -1: none
   int32_t dst = -1;     // its rank, if this is the token's first entry for that rank, else -1
+  bool bad = false;     // names an expert that there is not
 };
 
 __host__ __device__ bool IsSend(const RouteArgs& args) { return args.begin.token != nullptr; }
@@ -54,12 +56,8 @@ class Tile {
     __syncthreads();
     Entry entry;
     if (i >= size_ || experts[i] == -1) return entry;
-    if (experts[i] < -1 || experts[i] >= num_experts_) {
-      // The complement, so that 0 is none and the first one is the largest.
-      atomicMax(&view.state->bad_entry,
-                ~static_cast<unsigned long long>(first_token_ * top_k_ + i));
-      return entry;
-    }
+    entry.bad = experts[i] < -1 || experts[i] >= num_experts_;
+    if (entry.bad) return entry;
     const int32_t num_local = view.config.num_local_experts();
     entry.expert = experts[i];
     entry.dst = OwnerRank(entry.expert, num_local);
@@ -72,6 +70,7 @@ class Tile {
     return entry;
   }
 
+  __device__ unsigned long long entry() const { return first_token_ * top_k_ + threadIdx.x; }
   __device__ int64_t token() const { return first_token_ + threadIdx.x / top_k_; }
   __device__ int64_t first_token() const { return first_token_; }
   __device__ int32_t num_tokens() const { return size_ / top_k_; }
@@ -164,6 +163,8 @@ __device__ void CountTile(const RankView& view, const RouteArgs& args) {
   __syncthreads();
   const Tile tile(view, args);
   const Entry entry = tile.Read(view, args);
+  // The complement, so that 0 is none and the first one is the largest.
+  if (entry.bad) atomicMax(&view.state->bad_entry, ~tile.entry());
   if (entry.expert >= first_key) atomicAdd(&histogram[entry.expert], 1);
   if (entry.dst >= 0) atomicAdd(&histogram[num_experts + entry.dst], 1);
   __syncthreads();
@@ -187,6 +188,7 @@ __device__ void EndCount(const RankView& view, const RouteArgs& args) {
 
 __global__ void __launch_bounds__(kTileEntries)
     CountKernel(const RankView view, const RouteArgs args) {
+  AdmitNext();
   CountTile(view, args);
   if (IsLastBlock(view.state)) EndCount(view, args);
 }
@@ -195,9 +197,11 @@ __global__ void __launch_bounds__(kTileEntries)
 __global__ void __launch_bounds__(kTileEntries)
     BeginAndCountKernel(const RankView view, const RouteArgs args) {
   if (static_cast<int32_t>(blockIdx.x) < NumTiles(args)) {
+    AdmitNext();
     CountTile(view, args);
   } else {
     Begin(view, args.begin);
+    AdmitNext();
   }
   if (IsLastBlock(view.state)) EndCount(view, args);
 }
@@ -239,7 +243,9 @@ __global__ void __launch_bounds__(kTileEntries)
   const Config& config = view.config;
   const int32_t num_keys = NumKeys(config);
   const int32_t num_tiles = NumTiles(args);
+  AdmitNext();
   if (static_cast<int32_t>(blockIdx.x) == num_tiles) {
+    AwaitPrevious();
     SendNotices(view, args, view.tile_counts + int64_t{num_tiles} * num_keys);
     return;
   }
@@ -258,6 +264,7 @@ __global__ void __launch_bounds__(kTileEntries)
   const Rank dst_rank = RankInWarp(dst_key);
   if (entry.expert >= first_key && expert_rank.rank == 0) own[entry.expert] = expert_rank.count;
   if (dst_key >= 0 && dst_rank.rank == 0) own[dst_key] = dst_rank.count;
+  AwaitPrevious();  // The count neither writes what was read here nor reads what was written.
   __syncthreads();
   for (int32_t i = threadIdx.x; i < num_used; i += blockDim.x) {
     int32_t place = view.tile_counts[int64_t{blockIdx.x} * num_keys + first_key + i];
@@ -294,9 +301,10 @@ void LaunchRoute(const RankView& view, const RouteArgs& args, cudaStream_t strea
   const int blocks = std::max(tiles, 1) + (IsSend(args) ? 1 : 0);
   const int threads = TileWarps(view.config) * kWarpSize;
   const auto count_bytes = NumKeys(view.config) * sizeof(int32_t);
+  const auto place_bytes = static_cast<size_t>(PlaceSharedBytes(view.config));
   const auto count = IsSend(args) ? BeginAndCountKernel : CountKernel;
-  count<<<blocks, threads, count_bytes, stream>>>(view, args);
-  PlaceKernel<<<blocks, threads, PlaceSharedBytes(view.config), stream>>>(view, args);
+  Enqueue(count, {blocks, threads, count_bytes}, stream, view, args);
+  EnqueueBehind(PlaceKernel, {blocks, threads, place_bytes}, stream, view, args);
 }
 
 cudaError_t LoadRoute() {

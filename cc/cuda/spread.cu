@@ -41,6 +41,7 @@ __device__ float ScaleAndDot(const std::byte* grad, const std::byte* y, float we
 __global__ void MarkKernel(const RankView view, const SpreadArgs args) {
   const int64_t stride = int64_t{gridDim.x} * blockDim.x;
   const int64_t first = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  AdmitNext();
   if (view.state->current.failed != kOk) return;
   const int64_t used = int64_t{view.state->first_row[view.config.ep_size]} * args.layout.fanout;
   for (int64_t i = first; i < used; i += stride) {
@@ -82,6 +83,7 @@ __device__ void SpreadTokenRow(const RankView& view, const SpreadArgs& args, int
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kRowThreads)
     SpreadKernel(const RankView view, const SpreadArgs args) {
+  AwaitPrevious();
   const DeviceState* state = view.state;
   const Current current = state->current;
   const Warps warps = WarpsOfGrid();
@@ -109,8 +111,9 @@ struct Launch {
   cudaStream_t stream;
   template <typename T, int kWidth>
   void operator()() const {
-    static const int blocks = FullGrid(SpreadKernel<T, kWidth>);
-    SpreadKernel<T, kWidth><<<blocks, kRowThreads, 0, stream>>>(view, args);
+    const auto kernel = SpreadKernel<T, kWidth>;
+    static const int blocks = FullGrid(kernel);
+    EnqueueBehind(kernel, {blocks, kRowThreads}, stream, view, args);
   }
 };
 
@@ -127,7 +130,7 @@ struct LoadAll {
 void LaunchSpread(const RankView& view, const SpreadArgs& args, cudaStream_t stream) {
   (void)cudaMemsetAsync(view.covered, 0, args.layout.num_rows, stream);
   static const int blocks = FullGrid(MarkKernel);
-  MarkKernel<<<blocks, kRowThreads, 0, stream>>>(view, args);
+  Enqueue(MarkKernel, {blocks, kRowThreads}, stream, view, args);  // behind a memset
   Dispatch(args.matrix, Launch{view, args, stream});
 }
 

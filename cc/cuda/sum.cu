@@ -54,6 +54,7 @@ __device__ void PoisonRow(const RankView& view, const SumArgs& args, int64_t tok
 template <typename T, int kWidth, bool kBulk>
 __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
     SumKernel(const RankView view, const SumArgs args) {
+  AwaitPrevious();
   const Current current = view.state->current;
   const Warps warps = WarpsOfGrid();
   if (current.failed == kOk) {
@@ -84,7 +85,7 @@ struct Launch {
     constexpr int kThreads = kSumThreads<kBulk>;
     const auto kernel = SumKernel<T, kWidth, kBulk>;
     static const int blocks = FullGrid(kernel, kThreads);
-    kernel<<<blocks, kThreads, 0, stream>>>(view, args);
+    EnqueueBehind(kernel, {blocks, kThreads}, stream, view, args);
   }
   template <typename T, int kWidth>
   void operator()() const {

@@ -135,7 +135,7 @@ struct LaunchExpertsTurn {
   void operator()() const {
     const auto kernel = UnpackExpertsDequantizedKernel<T, kWidth>;
     static const int blocks = FullGrid(kernel);
-    kernel<<<blocks, kRowThreads, 0, stream>>>(view, out, hidden, turn, next);
+    EnqueueBehind(kernel, {blocks, kRowThreads}, stream, view, out, hidden, turn, next);
   }
 };
 
@@ -149,7 +149,7 @@ struct LaunchTokens {
   void operator()() const {
     const auto kernel = UnpackTokensDequantizedKernel<T, kWidth>;
     static const int blocks = FullGrid(kernel);
-    kernel<<<blocks, kRowThreads, 0, stream>>>(view, out, hidden);
+    EnqueueBehind(kernel, {blocks, kRowThreads}, stream, view, out, hidden);
   }
 };
 

@@ -47,7 +47,7 @@ void LaunchUnpackExperts(const RankView& view, const ExpertsOut& out, cudaStream
   static const int blocks = FullGrid(UnpackExpertsKernel);
   LaunchPlan(view, out, stream);
   ForEachTurn(view.config.ep_size, [&](const Turn& turn, const Turn& next) {
-    UnpackExpertsKernel<<<blocks, kRowThreads, 0, stream>>>(view, out, turn, next);
+    EnqueueBehind(UnpackExpertsKernel, {blocks, kRowThreads}, stream, view, out, turn, next);
   });
 }
 

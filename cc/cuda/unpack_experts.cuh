@@ -10,6 +10,7 @@
 #include "cc/cuda/await.cuh"
 #include "cc/cuda/device.cuh"
 #include "cc/cuda/kernels.h"
+#include "cc/cuda/launch.h"
 #include "cc/cuda/unpack.cuh"
 
 namespace jax_sm_free::cuda {
@@ -157,6 +158,7 @@ template <typename Write>
 __device__ void TakeTurn(const RankView& view, const ExpertsOut& out, const Turn& planned,
                          const Turn& next, const Write& write) {
   __shared__ TurnRows rows;
+  AwaitPrevious();
   const Warps warps = WarpsOfGrid();
   const Current current = view.state->current;
   const bool at_once = view.state->all_here != 0;

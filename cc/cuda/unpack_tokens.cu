@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kRowThreads)
 
 void LaunchUnpackTokens(const RankView& view, const TokensOut& out, cudaStream_t stream) {
   static const int blocks = FullGrid(UnpackTokensKernel);
-  UnpackTokensKernel<<<blocks, kRowThreads, 0, stream>>>(view, out);
+  EnqueueBehind(UnpackTokensKernel, {blocks, kRowThreads}, stream, view, out);
 }
 
 cudaError_t LoadUnpackTokens() { return Load(UnpackTokensKernel); }

@@ -8,6 +8,7 @@
 
 #include "cc/cuda/device.cuh"
 #include "cc/cuda/kernels.h"
+#include "cc/cuda/launch.h"
 #include "cc/cuda/unpack.cuh"
 
 namespace jax_sm_free::cuda {
@@ -58,6 +59,7 @@ __device__ inline void CountTokens(const RankView& view, const TokensOut& out) {
 // of it is NaN after a fault. The last block acknowledges.
 template <typename Write>
 __device__ void UnpackTokens(const RankView& view, const TokensOut& out, const Write& write) {
+  AwaitPrevious();
   const Warps warps = WarpsOfGrid();
   const Current current = view.state->current;
   const bool ok = current.failed == kOk;

@@ -73,6 +73,7 @@ __device__ void AwaitNotice(const RankView& view, const WaitArgs& args, int32_t 
 
 __global__ void WaitKernel(const RankView view, const WaitArgs args) {
   DeviceState* state = view.state;
+  AwaitPrevious();
   if (threadIdx.x == 0) Take(view, args);
   __syncthreads();
   if (state->current.failed == kNothing) return;
@@ -83,6 +84,8 @@ __global__ void WaitKernel(const RankView view, const WaitArgs args) {
   if (args.for_messages && state->current.failed == kOk) {
     AwaitMessages(view, args.op, {0, view.config.ep_size, kLastPart});
   }
+  __syncthreads();
+  AdmitNext();
   if (threadIdx.x != 0) return;
   int32_t next = 0;
   for (int32_t source = 0; source < view.config.ep_size; ++source) {
@@ -95,7 +98,9 @@ __global__ void WaitKernel(const RankView view, const WaitArgs args) {
 }  // namespace
 
 void LaunchWait(const RankView& view, const WaitArgs& args, cudaStream_t stream) {
-  WaitKernel<<<1, kMaxRanks, 0, stream>>>(view, args);
+  const Grid grid{1, kMaxRanks};
+  args.is_first ? Enqueue(WaitKernel, grid, stream, view, args)
+                : EnqueueBehind(WaitKernel, grid, stream, view, args);
 }
 
 cudaError_t LoadWait() { return Load(WaitKernel); }
