@@ -190,7 +190,6 @@ __device__ inline bool IsLastWarp(DeviceState* state, int step) {
 __device__ inline void Acknowledge(const RankView& view) {
   const Current current = view.state->current;
   for (int32_t peer = threadIdx.x; peer < view.config.ep_size; peer += blockDim.x) {
-    __threadfence_system();
     StoreRelease(Ack(view, peer, current.slot, view.rank), current.sequence);
   }
   if (threadIdx.x == 0) view.state->slot_phase[current.slot] = kFree;

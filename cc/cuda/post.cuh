@@ -16,13 +16,12 @@ __device__ inline void WriteHeader(const RankView& view, int32_t dst, const Mess
   *reinterpret_cast<MessageHeader*>(OutMessage(view, view.state->current.slot, dst)) = header;
 }
 
-// Sends the notice of a message: its header, behind what else this block wrote into it. By one
-// thread.
+// Sends the notice of a message: its header, behind what else was written into it, by this block
+// before a barrier. By one thread. What it releases is also what the others wrote.
 __device__ inline void SendNotice(const RankView& view, int32_t dst) {
   const Current current = view.state->current;
   *reinterpret_cast<MessageHeader*>(Notice(view, dst, current.slot, view.rank)) =
       HeaderOf(OutMessage(view, current.slot, dst));
-  __threadfence_system();
   StoreRelease(Noticed(view, dst, current.slot, view.rank), current.sequence);
 }
 

@@ -124,7 +124,6 @@ __device__ void SendNotices(const RankView& view, const RouteArgs& args, const i
     std::byte* notice = Notice(view, dst, current.slot, view.rank);
     RowsPerExpert(notice)[LocalExpert(expert, num_local)] = failed ? 0 : totals[expert];
   }
-  __threadfence_system();
   __syncthreads();
   for (int32_t dst = threadIdx.x; dst < config.ep_size; dst += blockDim.x) SendNotice(view, dst);
 }
