@@ -12,18 +12,35 @@ namespace {
 
 static_assert(kMaxRanks <= kWarpSize, "a lane for each rank");
 
-__device__ Terms TermsOf(const RankView& view, int64_t token) {
-  const int rank = threadIdx.x % kWarpSize;
-  const int32_t ep_size = view.config.ep_size;
-  const int32_t row = rank < ep_size ? view.row_of[token * ep_size + rank] : -1;
-  Terms terms;
-  terms.present = __ballot_sync(kFullWarp, row >= 0);
-  if (row < 0) return terms;
-  const std::byte* message = InMessage(view, view.state->current.slot, rank);
-  const MessageLayout layout = LayoutOf(view.config, HeaderOf(message));
-  terms.row = message + layout.rows + row * layout.row_stride;
-  return terms;
-}
+// The rows of a token in the messages, a lane for each rank. Where the message begins is found
+// once: beside the sum of a row's segment, to look it up for each would be half of all
+// instructions.
+class TokenRows {
+ public:
+  __device__ explicit TokenRows(const RankView& view) : ep_size_(view.config.ep_size) {
+    const int rank = threadIdx.x % kWarpSize;
+    if (rank >= ep_size_) return;
+    const std::byte* message = InMessage(view, view.state->current.slot, rank);
+    const MessageLayout layout = LayoutOf(view.config, HeaderOf(message));
+    row_of_ = view.row_of + rank;
+    rows_ = message + layout.rows;
+    row_stride_ = layout.row_stride;
+  }
+
+  __device__ Terms operator()(int64_t token) const {
+    const int32_t row = row_of_ != nullptr ? row_of_[token * ep_size_] : -1;
+    Terms terms;
+    terms.present = __ballot_sync(kFullWarp, row >= 0);
+    if (row >= 0) terms.row = rows_ + row * row_stride_;
+    return terms;
+  }
+
+ private:
+  int32_t ep_size_;
+  const int32_t* row_of_ = nullptr;  // null in lanes without a rank
+  const std::byte* rows_ = nullptr;
+  int64_t row_stride_ = 0;
+};
 
 // Each weight's gradient lies in the message of the rank that owns its expert.
 __device__ void TakeWeightGrads(const RankView& view, const SumArgs& args, int64_t token) {
@@ -58,8 +75,8 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
   const Current current = view.state->current;
   const Warps warps = WarpsOfGrid();
   if (current.failed == kOk) {
-    const auto terms_of = [&](int64_t token) { return TermsOf(view, token); };
-    SumOf<T, kWidth, false, kBulk, decltype(terms_of)> sum(args.matrix, args.num_tokens, terms_of);
+    const TokenRows terms_of(view);
+    SumOf<T, kWidth, false, kBulk, TokenRows> sum(args.matrix, args.num_tokens, terms_of);
     for (int64_t item = warps.index; item < sum.num_items(); item += warps.count) {
       const int64_t token = sum.segments().row_of(item);
       sum.Sum(item, args.out + token * args.matrix.row_bytes());
