@@ -72,8 +72,10 @@ class BulkSum {
   }
 
  private:
-  static constexpr int kStages = 8;
-  static constexpr int kPerLane = 2;
+  // As many bytes as shared memory has room for, in few large pieces: what a piece costs in
+  // instructions does not depend on its size.
+  static constexpr int kStages = 4;
+  static constexpr int kPerLane = 4;
   static constexpr int32_t kWords = kPerLane * kWarpSize;
   static constexpr int kWidth = sizeof(uint4) / sizeof(T);
   using V = Vector<T, kWidth>;
