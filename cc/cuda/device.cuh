@@ -172,7 +172,7 @@ __device__ inline bool IsLastBlock(DeviceState* state) {
 }
 
 // True in all lanes of the warp of the grid that is the last to finish a step of the kernel, of
-// which there are at most kMaxRanks. Everything the other warps wrote before is visible to it.
+// which there are at most kMaxSteps. Everything the other warps wrote before is visible to it.
 // Nobody waits: other warps go on with the next step.
 __device__ inline bool IsLastWarp(DeviceState* state, int step) {
   __threadfence();

@@ -26,22 +26,6 @@ __device__ inline std::byte* PackTarget(const RankView& view, const OutRows* out
   return row >= 0 ? outs[dst].rows + row * outs[dst].row_stride : nullptr;
 }
 
-// Posts a part of all messages; what lies before the rows goes with the first. By one thread.
-__device__ inline void PostPart(const RankView& view, int part) {
-  const Current current = view.state->current;
-  for (int32_t i = 1; i <= view.config.ep_size; ++i) {
-    const int32_t dst = (view.rank + i) % view.config.ep_size;  // ranks start at different peers
-    if (current.failed != kOk) {
-      if (part == kLastPart) Post(view, dst);
-      continue;
-    }
-    const MessageHeader& header = HeaderOf(OutMessage(view, current.slot, dst));
-    const MessageLayout layout = LayoutOf(view.config, header);
-    const int64_t middle = layout.rows + header.first_part * layout.row_stride;
-    PostBytes(view, dst, part, part == 0 ? 0 : middle, part == 0 ? middle : layout.total);
-  }
-}
-
 // Calls pack(outs, first, end) for the tokens of one part after the other, in all threads of the
 // grid, and posts each when all warps have packed it, while others go on with the next. Behind the
 // route.
@@ -62,7 +46,11 @@ __device__ void PackParts(const RankView& view, int64_t num_tokens, const Pack& 
   for (int part = 0; part < kNumParts; ++part) {
     const int64_t end = part == kLastPart ? num_tokens : FirstPartTokens(view.config, num_tokens);
     if (ok) pack(outs, first, end);
-    if (IsLastWarp(view.state, part) && threadIdx.x % kWarpSize == 0) PostPart(view, part);
+    if (IsLastWarp(view.state, part) && threadIdx.x % kWarpSize == 0) {
+      for (int32_t i = 1; i <= view.config.ep_size; ++i) {  // ranks start at different peers
+        PostPart(view, (view.rank + i) % view.config.ep_size, part);
+      }
+    }
     first = end;
   }
 }

@@ -12,6 +12,12 @@
 namespace jax_sm_free::cuda {
 namespace {
 
+// Whether the message for the `i`-th rank down the ring leaves in two parts. The first one does, so
+// that the wire need not wait for all of it; but gradients of weights lie ahead of all rows.
+__device__ bool IsInParts(const PackSumsArgs& args, int32_t i) {
+  return i == 1 && args.weight_grads == nullptr;
+}
+
 // Begins the exchange: headers, and the number of rows for each destination. One block of one
 // thread for each rank.
 __global__ void BeginPackSumsKernel(const RankView view, const PackSumsArgs args) {
@@ -35,6 +41,8 @@ __global__ void BeginPackSumsKernel(const RankView view, const PackSumsArgs args
     header.kind = failed ? kPoisonedKind : static_cast<int32_t>(args.begin.kind);
     header.num_rows = failed ? 0 : state->num_rows[dst];
     header.row_bytes = args.matrix.row_bytes();
+    const int32_t i = (dst - view.rank + view.config.ep_size) % view.config.ep_size;
+    if (IsInParts(args, i)) header.first_part = FirstPartRows(header.num_rows);
     WriteHeader(view, dst, header);
   }
   if (threadIdx.x != 0) return;
@@ -78,7 +86,8 @@ struct RingOrder {
   }
 };
 
-// The message for one rank after the other, so that the first leaves while the next is summed.
+// The message for one rank after the other, and of the first a part ahead of the rest, so that the
+// first leaves while the next is summed.
 template <typename T, int kWidth, bool kWeighted, bool kBulk>
 __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
     PackSumsKernel(const RankView view, const PackSumsArgs args) {
@@ -97,15 +106,18 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
   const auto terms_of = [&](int64_t i) { return TermsOf(view, args, order.row(i)); };
   SumOf<T, kWidth, kWeighted, kBulk, decltype(terms_of)> sum(args.matrix, order.count, terms_of);
   int64_t item = warps.index;
-  int64_t end = 0;
+  int64_t before = 0;  // rows of the messages before
   for (int32_t i = 1; i <= ep_size; ++i) {
     const int32_t dst = (view.rank + i) % ep_size;
-    if (current.failed == kOk) {
-      std::byte* message = OutMessage(view, current.slot, dst);
-      const MessageLayout layout = LayoutOf(view.config, HeaderOf(message));
-      const int64_t first = state->first_row[dst];
-      end += (state->first_row[dst + 1] - first) * sum.segments().per_row;
-      for (; item < end; item += warps.count) {
+    const bool in_parts = IsInParts(args, i);
+    std::byte* message = OutMessage(view, current.slot, dst);
+    const MessageHeader& header = HeaderOf(message);
+    const MessageLayout layout = LayoutOf(view.config, header);
+    const int64_t first = state->first_row[dst];
+    for (int part = in_parts ? 0 : kLastPart; part < kNumParts; ++part) {
+      const int64_t rows = part == kLastPart ? header.num_rows : header.first_part;
+      const int64_t end = (before + rows) * sum.segments().per_row;
+      for (; current.failed == kOk && item < end; item += warps.count) {
         const int64_t token_row = order.row(sum.segments().row_of(item));
         const int64_t row = token_row - first;
         sum.Sum(item, message + layout.rows + row * layout.row_stride);
@@ -114,8 +126,10 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
               args.weight_grads[token_row * top_k + lane];
         }
       }
+      if (!IsLastWarp(view.state, i - 1 + part) || lane != 0) continue;
+      in_parts ? PostPart(view, dst, part) : Post(view, dst);
     }
-    if (IsLastWarp(view.state, dst) && lane == 0) Post(view, dst);
+    before += header.num_rows;
   }
 }
 

@@ -56,6 +56,19 @@ __device__ inline void Post(const RankView& view, int32_t dst) {
   PostBytes(view, dst, kLastPart, 0, end);
 }
 
+// Hands over a part of a message; what lies before the rows goes with the first. By one thread.
+__device__ inline void PostPart(const RankView& view, int32_t dst, int part) {
+  const Current current = view.state->current;
+  if (current.failed != kOk) {
+    if (part == kLastPart) Post(view, dst);
+    return;
+  }
+  const MessageHeader& header = HeaderOf(OutMessage(view, current.slot, dst));
+  const MessageLayout layout = LayoutOf(view.config, header);
+  const int64_t middle = layout.rows + header.first_part * layout.row_stride;
+  PostBytes(view, dst, part, part == 0 ? 0 : middle, part == 0 ? middle : layout.total);
+}
+
 }  // namespace jax_sm_free::cuda
 
 #endif  // JAX_SM_FREE_CC_CUDA_POST_CUH_
