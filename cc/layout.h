@@ -43,7 +43,8 @@ struct MessageHeader {
   int32_t num_rows = 0;    // token rows
   int64_t row_bytes = 0;   // bytes of each
   int64_t first_part = 0;  // rows that come ahead of the others, where messages come in parts
-  int64_t unused[5] = {};
+  int64_t num_tokens = 0;  // of which the sender chose these rows, where it keeps its own
+  int64_t unused[4] = {};
 };
 static_assert(sizeof(MessageHeader) == kPartAlignment);
 

@@ -10,7 +10,8 @@ The token carries the cotangent, so that the backward pass is split like the for
     combine_recv   <-  token     combine_backward_send   ->  token
 
 No residual of a send comes out of the send itself, so that dead code elimination drops a send and
-its recv together or not at all.
+its recv together or not at all. A recv of a dispatch also takes the rows that were sent, of which
+this rank's own need not travel; all of the gradient goes through the token.
 """
 
 from __future__ import annotations
@@ -78,12 +79,14 @@ def _gradient_rows(target: Target, row_type: RowType) -> tuple[int, Any]:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def dispatch_recv(target: Target, row_type: RowType, token: Array) -> tuple[Array, ...]:
-    return primitives.dispatch_recv(target, row_type, token)
+def dispatch_recv(
+    target: Target, row_type: RowType, token: Array, own_values: Array, own_scales: Array
+) -> tuple[Array, ...]:
+    return primitives.dispatch_recv(target, row_type, token, own_values, own_scales)
 
 
-def _dispatch_recv_fwd(target: Target, row_type: RowType, token: Array) -> Any:
-    results = primitives.dispatch_recv(target, row_type, token)
+def _dispatch_recv_fwd(target: Target, row_type: RowType, *operands: Array) -> Any:
+    results = primitives.dispatch_recv(target, row_type, *operands)
     return results, results[-2:]
 
 
@@ -94,26 +97,28 @@ def _dispatch_recv_bwd(target: Target, row_type: RowType, layout: Any, cts: Any)
     hidden, dtype = _gradient_rows(target, row_type)
     x_grad = cts[0][:, :hidden].astype(dtype)
     token = primitives.dispatch_backward_send(target, x_grad, weight_grads, rows, num_rows_from)
-    return (token,)
+    return token, None, None
 
 
 dispatch_recv.defvjp(_dispatch_recv_fwd, _dispatch_recv_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def dispatch_recv_tokens(target: Target, row_type: RowType, token: Array) -> tuple[Array, ...]:
-    return primitives.dispatch_recv_tokens(target, row_type, token)
+def dispatch_recv_tokens(
+    target: Target, row_type: RowType, token: Array, own_values: Array, own_scales: Array
+) -> tuple[Array, ...]:
+    return primitives.dispatch_recv_tokens(target, row_type, token, own_values, own_scales)
 
 
-def _dispatch_recv_tokens_fwd(target: Target, row_type: RowType, token: Array) -> Any:
-    results = primitives.dispatch_recv_tokens(target, row_type, token)
+def _dispatch_recv_tokens_fwd(target: Target, row_type: RowType, *operands: Array) -> Any:
+    results = primitives.dispatch_recv_tokens(target, row_type, *operands)
     return results, results[-2:]
 
 
 def _dispatch_recv_tokens_bwd(target: Target, row_type: RowType, layout: Any, cts: Any) -> Any:
     hidden, dtype = _gradient_rows(target, row_type)
     x_grad = cts[0][:, :hidden].astype(dtype)
-    return (primitives.dispatch_backward_send(target, x_grad, cts[3], *layout),)
+    return primitives.dispatch_backward_send(target, x_grad, cts[3], *layout), None, None
 
 
 dispatch_recv_tokens.defvjp(_dispatch_recv_tokens_fwd, _dispatch_recv_tokens_bwd)

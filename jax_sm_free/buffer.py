@@ -158,7 +158,12 @@ class Buffer:
         token = autodiff.dispatch_send(
             self._target, row_type, values, scales, topk_idx, topk_weights, position
         )
-        return Sent(token, topk_idx, "dispatch", row_type)
+        # What is quantised on its way has to be so on all ranks, this one's own rows too.
+        own_rows = tuple(
+            jax.lax.stop_gradient(part if self.config.wire_dtype is None else part[:0])
+            for part in (values, scales)
+        )
+        return Sent(token, topk_idx, own_rows, "dispatch", row_type)
 
     @overload
     def dispatch_recv(self, sent: Sent, output: Literal["experts"] = "experts") -> Received: ...
@@ -218,7 +223,7 @@ class Buffer:
         )
         weights = present[0] if present else None
         token = autodiff.combine_send(self._target, y, weights, rows, num_rows_from)
-        return Sent(token, topk_idx, "combine", RowType(config.hidden, config.dtype))
+        return Sent(token, topk_idx, (), "combine", RowType(config.hidden, config.dtype))
 
     def combine_recv(self, sent: Sent) -> Array:
         """Waits for the sums of a `combine_send` and adds them up. Collective.
@@ -353,7 +358,7 @@ class Buffer:
 
     def _recv_experts(self, sent: Sent) -> Received:
         values, scales, group_sizes, counts, weights, dropped, rows, num_rows_from = (
-            autodiff.dispatch_recv(self._target, sent.row_type, sent.token)
+            autodiff.dispatch_recv(self._target, sent.row_type, sent.token, *sent.own_rows)
         )
         return Received(
             x=(values, scales) if sent.row_type.has_scales else values,
@@ -366,7 +371,7 @@ class Buffer:
 
     def _recv_tokens(self, sent: Sent) -> ReceivedTokens:
         values, scales, topk_idx, topk_weights, counts, num_tokens, rows, num_rows_from = (
-            autodiff.dispatch_recv_tokens(self._target, sent.row_type, sent.token)
+            autodiff.dispatch_recv_tokens(self._target, sent.row_type, sent.token, *sent.own_rows)
         )
         return ReceivedTokens(
             x=(values, scales) if sent.row_type.has_scales else values,

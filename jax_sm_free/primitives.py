@@ -130,13 +130,19 @@ def dispatch_send(
     return _bind("dispatch_send", target, operands, _TOKEN)[0]
 
 
-def dispatch_recv(target: Target, rows: RowType, token: Array) -> tuple[Array, ...]:
+def dispatch_recv(
+    target: Target,
+    rows: RowType,
+    token: Array,
+    own_values: Array,  # [T, columns], what was sent; T is 0 where the wire quantises
+    own_scales: Array,  # [T, scale_columns]
+) -> tuple[Array, ...]:
     """values, scales, group_sizes, counts, weights, dropped, layout rows, layout num_rows_from."""
     c = target.config
     return _bind(
         "dispatch_recv",
         target,
-        (token,),
+        (token, own_values, own_scales),
         ((c.recv_capacity, rows.columns), rows.dtype),
         ((c.recv_capacity, rows.scale_columns), rows.scale_dtype),
         ((c.num_local_experts,), jnp.int32),
@@ -148,13 +154,19 @@ def dispatch_recv(target: Target, rows: RowType, token: Array) -> tuple[Array, .
     )
 
 
-def dispatch_recv_tokens(target: Target, rows: RowType, token: Array) -> tuple[Array, ...]:
+def dispatch_recv_tokens(
+    target: Target,
+    rows: RowType,
+    token: Array,
+    own_values: Array,  # as for dispatch_recv
+    own_scales: Array,
+) -> tuple[Array, ...]:
     """values, scales, topk_idx, topk_weights, counts, num_tokens, layout rows, num_rows_from."""
     c = target.config
     return _bind(
         "dispatch_recv_tokens",
         target,
-        (token,),
+        (token, own_values, own_scales),
         ((c.max_recv_tokens, rows.columns), rows.dtype),
         ((c.max_recv_tokens, rows.scale_columns), rows.scale_dtype),
         ((c.max_recv_tokens, c.top_k), jnp.int32),

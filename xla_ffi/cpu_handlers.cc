@@ -178,7 +178,8 @@ ffi::Future ReceiveAsync(const HostCall& call, const F32& token, Unpack unpack) 
 }
 
 ffi::Future DispatchRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
-                             F32 token,                   // [kTokenSize]
+                             F32 token,  // [kTokenSize]
+                             ffi::AnyBuffer /*own_values*/, ffi::AnyBuffer /*own_scales*/,
                              Out<ffi::AnyBuffer> values,  // [recv_capacity, values columns]
                              Out<ffi::AnyBuffer> scales,  // [recv_capacity, scales columns]
                              Out<S32> group_sizes,        // [num_local_experts]
@@ -220,7 +221,8 @@ ffi::Future DispatchRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
 }
 
 ffi::Future DispatchRecvTokensImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
-                                   F32 token,                   // [kTokenSize]
+                                   F32 token,  // [kTokenSize]
+                                   ffi::AnyBuffer /*own_values*/, ffi::AnyBuffer /*own_scales*/,
                                    Out<ffi::AnyBuffer> values,  // [R, values columns],
                                    Out<ffi::AnyBuffer> scales,  // [R, scales columns],
                                    Out<S32> topk_idx,           // [R, top_k]; R is

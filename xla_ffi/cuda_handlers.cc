@@ -97,7 +97,7 @@ ffi::Error DispatchSendImpl(int64_t buffer_id, int32_t device, cudaStream_t stre
   if (quantized) {
     LaunchPackQuantized(call.view(), {*quantized, rows.values, num_tokens}, stream);
   } else {
-    LaunchPack(call.view(), {rows, num_tokens}, stream);
+    LaunchPack(call.view(), {rows, num_tokens, true}, stream);
   }
   return Enqueued(call);
 }
@@ -126,7 +126,7 @@ ffi::Error CombineBackwardSendImpl(int64_t buffer_id, int32_t device, cudaStream
                nullptr,
                num_tokens},
               stream);
-  LaunchPack(call.view(), {rows, num_tokens}, stream);
+  LaunchPack(call.view(), {rows, num_tokens, false}, stream);
   return Enqueued(call);
 }
 
@@ -181,23 +181,35 @@ ffi::Error DispatchBackwardSendImpl(int64_t buffer_id, int32_t device, cudaStrea
 
 // --------------------------------------------------------------------------------------- receives
 
-// Takes the dispatch that the token names, of rows that have `row_bytes` in the result.
-ffi::Error WaitForRows(const Call& call, int64_t row_bytes,
+// Takes the dispatch that the token names, whose rows are like these. `own_rows`, of `num_tokens`,
+// are null where the wire quantises.
+ffi::Error WaitForRows(const Call& call, const MutableRows& rows,
                        const std::optional<Matrix>& dequantized, const F32& token,
-                       bool for_messages, cudaStream_t stream) {
-  if (auto error = CheckDispatched(call.name, call.config(), 0, row_bytes, dequantized);
+                       const ConstRows& own_rows, int64_t num_tokens, bool for_messages,
+                       cudaStream_t stream) {
+  const int64_t row_bytes = rows.row_bytes();
+  if (auto error = CheckDispatched(call.name, call.config(), num_tokens, row_bytes, dequantized);
+      error.failure()) {
+    return error;
+  }
+  const bool sizes_match = dequantized || (own_rows.values_bytes == rows.values_bytes &&
+                                           own_rows.scales_bytes == rows.scales_bytes);
+  if (auto error =
+          CheckSizes(call.name, "bytes of own rows", sizes_match, row_bytes, own_rows.row_bytes());
       error.failure()) {
     return error;
   }
   LaunchWait(call.view(),
              {Op::kDispatchRecv, Kind::kDispatch, WireBytes(dequantized, row_bytes), nullptr,
-              token.typed_data(), for_messages, true},
+              token.typed_data(), for_messages, true, dequantized ? -1 : num_tokens},
              stream);
   return ffi::Error::Success();
 }
 
 ffi::Error DispatchRecvImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
-                            F32 token,                   // [kTokenSize]
+                            F32 token,                  // [kTokenSize]
+                            ffi::AnyBuffer own_values,  // [T, values columns], what was sent; T is
+                            ffi::AnyBuffer own_scales,  // [T, scales columns]  0 for quantised rows
                             Out<ffi::AnyBuffer> values,  // [recv_capacity, values columns]
                             Out<ffi::AnyBuffer> scales,  // [recv_capacity, scales columns]
                             Out<S32> group_sizes,        // [num_local_experts]
@@ -216,11 +228,18 @@ ffi::Error DispatchRecvImpl(int64_t buffer_id, int32_t device, cudaStream_t stre
       error.failure()) {
     return error;
   }
-  const ExpertsOut out{RowsOf(values, scales),     group_sizes->typed_data(), counts->typed_data(),
-                       weights->typed_data(),      dropped->typed_data(),     rows->typed_data(),
-                       num_rows_from->typed_data()};
   const std::optional<Matrix> dequantized = QuantizedOf(call.config(), *values);
-  if (auto error = WaitForRows(call, out.rows.row_bytes(), dequantized, token, false, stream);
+  const ConstRows own_rows = dequantized ? ConstRows{} : RowsOf(own_values, own_scales);
+  const ExpertsOut out{own_rows,
+                       RowsOf(values, scales),
+                       group_sizes->typed_data(),
+                       counts->typed_data(),
+                       weights->typed_data(),
+                       dropped->typed_data(),
+                       rows->typed_data(),
+                       num_rows_from->typed_data()};
+  if (auto error = WaitForRows(call, out.rows, dequantized, token, out.own_rows,
+                               own_values.dimensions()[0], false, stream);
       error.failure()) {
     return error;
   }
@@ -234,6 +253,8 @@ ffi::Error DispatchRecvImpl(int64_t buffer_id, int32_t device, cudaStream_t stre
 
 ffi::Error DispatchRecvTokensImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
                                   F32 token,                   // [kTokenSize]
+                                  ffi::AnyBuffer own_values,   // [T, values columns], as above
+                                  ffi::AnyBuffer own_scales,   // [T, scales columns]
                                   Out<ffi::AnyBuffer> values,  // [R, values columns]
                                   Out<ffi::AnyBuffer> scales,  // [R, scales columns]
                                   Out<S32> topk_idx,           // [R, top_k]; R is
@@ -246,12 +267,18 @@ ffi::Error DispatchRecvTokensImpl(int64_t buffer_id, int32_t device, cudaStream_
   if (auto error = Locate(Op::kDispatchRecv, buffer_id, device, call); error.failure())
     return error;
   if (auto error = CheckLayout(call.name, call.config(), *rows, 0); error.failure()) return error;
-  const TokensOut out{RowsOf(values, scales),     topk_idx->typed_data(),
-                      topk_weights->typed_data(), counts->typed_data(),
-                      num_tokens->typed_data(),   rows->typed_data(),
-                      num_rows_from->typed_data()};
   const std::optional<Matrix> dequantized = QuantizedOf(call.config(), *values);
-  if (auto error = WaitForRows(call, out.rows.row_bytes(), dequantized, token, true, stream);
+  const ConstRows own_rows = dequantized ? ConstRows{} : RowsOf(own_values, own_scales);
+  const TokensOut out{own_rows,
+                      RowsOf(values, scales),
+                      topk_idx->typed_data(),
+                      topk_weights->typed_data(),
+                      counts->typed_data(),
+                      num_tokens->typed_data(),
+                      rows->typed_data(),
+                      num_rows_from->typed_data()};
+  if (auto error = WaitForRows(call, out.rows, dequantized, token, out.own_rows,
+                               own_values.dimensions()[0], true, stream);
       error.failure()) {
     return error;
   }
@@ -277,7 +304,7 @@ ffi::Error ReceiveSums(const Call& call, Op op, Kind kind, const float* token, c
   LaunchRoute(call.view(),
               {{op, kind, nullptr, nullptr}, matrix.row_bytes(), idx, nullptr, num_tokens}, stream);
   LaunchWait(call.view(),
-             {op, kind, matrix.row_bytes(), call.view().state->routed_rows, token, true, false},
+             {op, kind, matrix.row_bytes(), call.view().state->routed_rows, token, true, false, -1},
              stream);
   LaunchSum(
       call.view(),
@@ -335,7 +362,7 @@ ffi::Error CombineBackwardRecvImpl(int64_t buffer_id, int32_t device, cudaStream
                         weight_grads->typed_data()};
   LaunchWait(call.view(),
              {args.op, Kind::kCombineBackward, matrix.row_bytes(), args.layout.num_rows_from,
-              token.typed_data(), true, true},
+              token.typed_data(), true, true, -1},
              stream);
   LaunchSpread(call.view(), args, stream);
   return Enqueued(call);

@@ -28,6 +28,8 @@ template <typename Binding>
 auto BindDispatchRecv(Binding&& binding) {
   return std::forward<Binding>(binding)
       .template Arg<F32>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
       .template Ret<ffi::AnyBuffer>()
       .template Ret<ffi::AnyBuffer>()
       .template Ret<S32>()
@@ -42,6 +44,8 @@ template <typename Binding>
 auto BindDispatchRecvTokens(Binding&& binding) {
   return std::forward<Binding>(binding)
       .template Arg<F32>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<ffi::AnyBuffer>()
       .template Ret<ffi::AnyBuffer>()
       .template Ret<ffi::AnyBuffer>()
       .template Ret<S32>()

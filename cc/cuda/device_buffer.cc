@@ -126,6 +126,7 @@ std::string DeviceBuffer::Allocate(int32_t device, const Place& place, std::byte
   take(view.mailbox, true, kMailboxEntries);
   take(view.status, true, 1);
   take(rank->copies_done, true, config.ep_size);
+  take(view.own_token, false, int64_t{config.num_slots} * config.max_tokens);
   take(view.row_of, false, int64_t{config.max_tokens} * config.ep_size);
   take(view.tile_counts, false, (MaxTiles(config) + 1) * NumKeys(config));
   take(view.group_row, false, num_runs);

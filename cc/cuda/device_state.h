@@ -219,6 +219,9 @@ struct RankView {
   MailboxEntry* mailbox;
   Status* status;
 
+  // For each slot, from a dispatch's send to its recv: our own rows are not packed.
+  int32_t* own_token;  // [num_slots, max_tokens]: token of each row in the message to ourselves
+
   // Scratch, valid within one op.
   int32_t* row_of;       // [max_tokens, ep_size]: row of a token in the message to a rank, or -1
   int32_t* tile_counts;  // [tiles + 1, keys]: first place of each key in each tile; totals

@@ -39,6 +39,7 @@ void LaunchRoute(const RankView& view, const RouteArgs& args, cudaStream_t strea
 struct PackArgs {
   ConstRows rows;
   int64_t num_tokens;
+  bool leaves_own;  // the recv reads our own rows where they are
 };
 void LaunchPack(const RankView& view, const PackArgs& args, cudaStream_t stream);
 
@@ -63,13 +64,17 @@ struct WaitArgs {
   const int32_t* expected_rows;  // [ep_size], rows that each source must have sent; null for any
   const float* token;            // [kTokenSize]
   bool for_messages;
-  bool is_first;  // of its call: no other kernel is launched before it
+  bool is_first;       // of its call: no other kernel is launched before it
+  int64_t num_tokens;  // rows that this rank must have sent from; -1 for any number
 };
 void LaunchWait(const RankView& view, const WaitArgs& args, cudaStream_t stream);
 
 // unpack_experts.cu
 
+// Of both: `own_rows` is the array that this rank sent from, [tokens]; null where its own rows were
+// packed, too.
 struct ExpertsOut {
+  ConstRows own_rows;
   MutableRows rows;        // [recv_capacity]
   int32_t* group_sizes;    // [num_local_experts]
   int32_t* counts;         // [num_local_experts]
@@ -88,6 +93,7 @@ void LaunchUnpackExperts(const RankView& view, const ExpertsOut& out, cudaStream
 // unpack_tokens.cu
 
 struct TokensOut {
+  ConstRows own_rows;
   MutableRows rows;        // [max_recv_tokens]
   int32_t* topk_idx;       // [max_recv_tokens, top_k]
   float* topk_weights;     // [max_recv_tokens, top_k]

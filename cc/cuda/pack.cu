@@ -1,4 +1,5 @@
-// Token rows into messages: each row of x is read once, however many ranks it goes to.
+// Token rows into messages: each row of x is read once, however many ranks it goes to. A dispatch's
+// own rows need not be copied at all, for its recv has x.
 
 #include <cuda_runtime.h>
 
@@ -29,14 +30,15 @@ __global__ void __launch_bounds__(kRowThreads)
     PackKernel(const RankView view, const PackArgs args) {
   const Warps warps = WarpsOfGrid();
   const Segments segments(args.rows.scales_bytes == 0 ? args.rows.values_bytes : 1, kCopyWords);
-  PackParts(view, args.num_tokens, [&](const OutRows* outs, int64_t first, int64_t end) {
+  const auto pack = [&](const OutRows* outs, int64_t first, int64_t end) {
     const int64_t num_items = (end - first) * segments.per_row;
     for (int64_t item = warps.index; item < num_items; item += warps.count) {
       const int64_t token = first + segments.row_of(item);
       PackSegment(args.rows, PackTarget(view, outs, token), segments, token,
                   segments.segment_of(item));
     }
-  });
+  };
+  PackParts(view, args.num_tokens, args.leaves_own, pack);
 }
 
 }  // namespace

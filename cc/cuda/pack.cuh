@@ -12,7 +12,7 @@
 
 namespace jax_sm_free::cuda {
 
-// Where the rows of the messages being packed lie.
+// Where the rows of the messages being packed lie; null for a message without.
 struct OutRows {
   std::byte* rows;
   int64_t row_stride;
@@ -23,14 +23,16 @@ __device__ inline std::byte* PackTarget(const RankView& view, const OutRows* out
   const int dst = threadIdx.x % kWarpSize;
   const int32_t ep_size = view.config.ep_size;
   const int32_t row = dst < ep_size ? view.row_of[token * ep_size + dst] : -1;
-  return row >= 0 ? outs[dst].rows + row * outs[dst].row_stride : nullptr;
+  if (row < 0 || outs[dst].rows == nullptr) return nullptr;
+  return outs[dst].rows + row * outs[dst].row_stride;
 }
 
 // Calls pack(outs, first, end) for the tokens of one part after the other, in all threads of the
-// grid, and posts each when all warps have packed it, while others go on with the next. Behind the
-// route.
+// grid, and posts each when all warps have packed it, while others go on with the next. With
+// `leaves_own`, our own rows have no place. Behind the route.
 template <typename Pack>
-__device__ void PackParts(const RankView& view, int64_t num_tokens, const Pack& pack) {
+__device__ void PackParts(const RankView& view, int64_t num_tokens, bool leaves_own,
+                          const Pack& pack) {
   __shared__ OutRows outs[kMaxRanks];
   AwaitPrevious();
   const Current current = view.state->current;
@@ -39,7 +41,8 @@ __device__ void PackParts(const RankView& view, int64_t num_tokens, const Pack& 
   for (int32_t dst = threadIdx.x; ok && dst < view.config.ep_size; dst += blockDim.x) {
     std::byte* message = OutMessage(view, current.slot, dst);
     const MessageLayout layout = LayoutOf(view.config, HeaderOf(message));
-    outs[dst] = {message + layout.rows, layout.row_stride};
+    const bool packs = dst != view.rank || !leaves_own;
+    outs[dst] = {packs ? message + layout.rows : nullptr, layout.row_stride};
   }
   __syncthreads();
   int64_t first = 0;

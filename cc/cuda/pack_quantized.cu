@@ -94,7 +94,7 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
   const Warps warps = WarpsOfGrid();
   const int64_t hidden = args.matrix.hidden;
   const Segments segments = GroupSegments(hidden, kUnroll * kWarpGroups<T>);
-  PackParts(view, args.num_tokens, [&](const OutRows* outs, int64_t first, int64_t end) {
+  const auto pack = [&](const OutRows* outs, int64_t first, int64_t end) {
     // Items number the segments of all parts, so that no warp gets one more than others in each.
     const int64_t begin = first * segments.per_row;
     int64_t item = begin + (warps.index + warps.count - begin % warps.count) % warps.count;
@@ -109,7 +109,8 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
         PackColumns<T>(target, x, hidden, segments.begin(segment), segments.end(segment));
       }
     }
-  });
+  };
+  PackParts(view, args.num_tokens, false, pack);  // our own rows are quantised like others
 }
 
 struct Launch {

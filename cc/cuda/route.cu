@@ -105,6 +105,7 @@ __device__ void WriteHeaders(const RankView& view, const RouteArgs& args, const 
     header.kind = failed ? kPoisonedKind : static_cast<int32_t>(args.begin.kind);
     header.num_rows = failed ? 0 : totals[config.num_experts + dst];
     header.row_bytes = args.row_bytes;
+    header.num_tokens = args.num_tokens;
     header.first_part = whole ? header.num_rows : first_places[config.num_experts + dst];
     if (failed) header.first_part = 0;
     WriteHeader(view, dst, header);
@@ -274,10 +275,17 @@ __global__ void __launch_bounds__(kTileEntries)
     }
   }
   __syncthreads();
+  const Current current = view.state->current;
+  const bool routed = args.topk_weights != nullptr && current.failed == kOk;
   if (dst_key >= 0) {
-    view.row_of[tile.token() * config.ep_size + entry.dst] = own[dst_key] + dst_rank.rank;
+    const int32_t row = own[dst_key] + dst_rank.rank;
+    view.row_of[tile.token() * config.ep_size + entry.dst] = row;
+    if (routed && entry.dst == view.rank) {
+      view.own_token[int64_t{current.slot} * config.max_tokens + row] =
+          static_cast<int32_t>(tile.token());
+    }
   }
-  if (args.topk_weights == nullptr || view.state->current.failed != kOk) return;
+  if (!routed) return;
   __syncthreads();
   const auto in_tile = static_cast<int32_t>(threadIdx.x);
   if (in_tile >= tile.num_tokens() * config.top_k) return;

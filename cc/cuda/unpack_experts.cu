@@ -13,7 +13,7 @@ namespace jax_sm_free::cuda {
 namespace {
 
 // All of a token row whose parts are not whole words.
-__device__ void SpreadParts(const TokenRow& from, const MutableRows& out, int32_t expert_row) {
+__device__ void SpreadParts(const RowBytes& from, const MutableRows& out, int32_t expert_row) {
   for (unsigned left = __ballot_sync(kFullWarp, expert_row >= 0); left != 0; left &= left - 1) {
     SplitRow(from, out, __shfl_sync(kFullWarp, expert_row, __ffs(static_cast<int>(left)) - 1));
   }
@@ -30,12 +30,13 @@ __global__ void __launch_bounds__(kRowThreads)
     for (int64_t item = warps.index; item < num_items; item += warps.count) {
       const TokenRow from = rows.at(static_cast<int32_t>(segments.row_of(item)));
       const int32_t segment = segments.segment_of(item);
+      const RowBytes bytes = BytesOf(from, out.own_rows, out.rows.values_bytes);
       const int32_t expert_row = ExpertRow(view, from, out, segment == 0);
       if (wide) {
-        WarpCopyToAll(ExpertTarget(out, expert_row), from.bytes(), segments.begin(segment),
+        WarpCopyToAll(ExpertTarget(out, expert_row), bytes.values, segments.begin(segment),
                       segments.end(segment));
       } else {
-        SpreadParts(from, out.rows, expert_row);
+        SpreadParts(bytes, out.rows, expert_row);
       }
     }
   });

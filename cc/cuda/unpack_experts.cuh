@@ -43,18 +43,15 @@ void ForEachTurn(int32_t ep_size, const Launch& launch) {
 // The token rows of a turn. In shared memory; `Find` is called by all threads of a block.
 class TurnRows {
  public:
-  __device__ void Find(const RankView& view, const Turn& turn) {
+  __device__ void Find(const RankView& view, const ConstRows& own_rows, const Turn& turn) {
     const DeviceState* state = view.state;
     for (int32_t i = threadIdx.x; i < turn.count; i += blockDim.x) {
       const int32_t source = Messages{turn.first, turn.count, 0}.source(view, i);
       const int32_t begin = turn.first_part == 0 ? 0 : state->first_part[source];
       const int32_t end =
           turn.last_part == kLastPart ? state->num_rows[source] : state->first_part[source];
-      TokenRow& first = runs_[i].first;
-      first.source = source;
-      first.row = begin;
-      first.message = InMessage(view, state->current.slot, source);
-      first.layout = LayoutOf(view.config, HeaderOf(first.message));
+      runs_[i].first = FirstRow(view, own_rows, source);
+      runs_[i].first.row = begin;
       runs_[i].size = end - begin;
     }
     __syncthreads();
@@ -167,7 +164,7 @@ __device__ void TakeTurn(const RankView& view, const ExpertsOut& out, const Turn
   if (at_once && !first) return;
   const Turn turn = at_once ? Turn{0, view.config.ep_size, 0, kLastPart} : planned;
   if (current.failed == kOk) {
-    rows.Find(view, turn);
+    rows.Find(view, out.own_rows, turn);
     write(rows);
     if (first) ZeroTheRest(view, out, warps);
   } else if (last) {

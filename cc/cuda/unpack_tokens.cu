@@ -13,7 +13,9 @@ namespace {
 
 __global__ void __launch_bounds__(kRowThreads)
     UnpackTokensKernel(const RankView view, const TokensOut out) {
-  UnpackTokens(view, out, [&](const TokenRow& from, int64_t i) { SplitRow(from, out.rows, i); });
+  UnpackTokens(view, out, [&](const TokenRow& from, int64_t i) {
+    SplitRow(BytesOf(from, out.own_rows, out.rows.values_bytes), out.rows, i);
+  });
 }
 
 }  // namespace

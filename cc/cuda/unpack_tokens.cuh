@@ -13,14 +13,12 @@
 
 namespace jax_sm_free::cuda {
 
-__device__ inline TokenRow FindRow(const RankView& view, int64_t i) {
+__device__ inline TokenRow FindRow(const RankView& view, const ConstRows& own_rows, int64_t i) {
   const DeviceState* state = view.state;
-  TokenRow found;
-  found.source = 0;
-  while (i >= state->first_row[found.source + 1]) ++found.source;
-  found.row = static_cast<int32_t>(i - state->first_row[found.source]);
-  found.message = InMessage(view, state->current.slot, found.source);
-  found.layout = LayoutOf(view.config, HeaderOf(found.message));
+  int32_t source = 0;
+  while (i >= state->first_row[source + 1]) ++source;
+  TokenRow found = FirstRow(view, own_rows, source);
+  found.row = static_cast<int32_t>(i - state->first_row[source]);
   return found;
 }
 
@@ -68,7 +66,7 @@ __device__ void UnpackTokens(const RankView& view, const TokensOut& out, const W
   const int64_t num_rows = ok ? view.state->first_row[view.config.ep_size] : 0;
   for (int64_t i = warps.index; i < view.config.max_recv_tokens(); i += warps.count) {
     if (i < num_rows) {
-      const TokenRow from = FindRow(view, i);
+      const TokenRow from = FindRow(view, out.own_rows, i);
       UnpackRouting(view, out, from, i);
       write(from, i);
       continue;

@@ -63,6 +63,10 @@ __device__ void AwaitNotice(const RankView& view, const WaitArgs& args, int32_t 
   if (header.kind != kind) return refuse({FaultCode::kMessageKind, source, kind, header.kind});
   const int32_t num_rows =
       args.expected_rows != nullptr ? args.expected_rows[source] : header.num_rows;
+  if (source == view.rank && args.num_tokens >= 0 && header.num_tokens != args.num_tokens) {
+    return refuse({FaultCode::kOutOfStep, source, args.row_bytes, header.row_bytes,
+                   args.num_tokens << 32 | header.num_tokens});
+  }
   if (header.row_bytes != args.row_bytes || header.num_rows != num_rows) {
     return refuse({FaultCode::kOutOfStep, source, args.row_bytes, header.row_bytes,
                    int64_t{num_rows} << 32 | header.num_rows});

@@ -63,6 +63,7 @@ __device__ inline void WarpCopyToAll(std::byte* target, const std::byte* row, in
   constexpr int kUnroll = kCopyUnroll;
   const int lane = threadIdx.x % kWarpSize;
   const unsigned present = __ballot_sync(kFullWarp, target != nullptr);
+  if (present == 0) return;
   const auto* source = reinterpret_cast<const uint4*>(row) + lane;
   for (; first < end; first += kUnroll * kWarpSize) {
     uint4 words[kUnroll];
