@@ -78,6 +78,7 @@ class BulkSum {
   static constexpr int kPerLane = 4;
   static constexpr int32_t kWords = kPerLane * kWarpSize;
   static constexpr int kWidth = sizeof(uint4) / sizeof(T);
+  static constexpr int32_t kWordBytes = sizeof(uint4);
   using V = Vector<T, kWidth>;
 
   __device__ static uint32_t Shared(const void* pointer) {
@@ -85,11 +86,16 @@ class BulkSum {
   }
   __device__ uint32_t Barrier(int stage) const { return Shared(barriers_ + stage); }
 
-  // The terms of the next item that has any.
+  // The terms of the next item that has any, and which bytes of their rows.
   __device__ void FindTerms() {
     for (; to_load_ < num_items_; to_load_ += gridDim.x) {
       loading_ = terms_of_(segments_.row_of(to_load_));
-      if (loading_.present != 0) return;
+      if (loading_.present == 0) continue;
+      const int32_t segment = segments_.segment_of(to_load_);
+      const int32_t begin = segments_.begin(segment);
+      if (loading_.row != nullptr) loading_.row += begin * kWordBytes;
+      load_bytes_ = (segments_.end(segment) - begin) * kWordBytes;
+      return;
     }
   }
 
@@ -99,17 +105,14 @@ class BulkSum {
     const std::byte* row =
         ShufflePointer(loading_.row, __ffs(static_cast<int>(loading_.present)) - 1);
     if (threadIdx.x == 0) {
-      const int32_t segment = segments_.segment_of(to_load_);
-      const int32_t begin = segments_.begin(segment);
-      const auto bytes = static_cast<uint32_t>(segments_.end(segment) - begin) * 16;
       asm volatile(
           "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(Barrier(load_stage_)),
-          "r"(bytes)
+          "r"(load_bytes_)
           : "memory");
       asm volatile(
           "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
           "[%3];" ::"r"(Shared(stages_[load_stage_])),
-          "l"(row + int64_t{begin} * 16), "r"(bytes), "r"(Barrier(load_stage_))
+          "l"(row), "r"(load_bytes_), "r"(Barrier(load_stage_))
           : "memory");
     }
     load_stage_ = (load_stage_ + 1) % kStages;
@@ -145,6 +148,7 @@ class BulkSum {
   int add_stage_ = 0;
   int64_t to_load_;  // item
   Terms loading_;    // those of its terms that are still to be sent for
+  int32_t load_bytes_;
 };
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
