@@ -117,6 +117,20 @@ def test_combine_sums_in_rank_order_in_float32(dtype):
     assert all(np.isfinite(np.asarray(out).astype(np.float32)).all() for out in got)
 
 
+def test_combine_of_a_message_that_leaves_in_parts():
+    """On GPUs that is the one to the next rank, if it has 4 MiB; here all rows go into it."""
+    config = make_config(hidden=8192, dtype=jnp.float32, max_tokens=136, top_k=2)
+    num_local = config.num_local_experts
+    before = (np.arange(config.ep_size) - 1) % config.ep_size
+    first_two = (before * num_local)[:, None, None] + np.arange(2)
+    shape = (config.ep_size, config.max_tokens, config.top_k)
+    topk_idx = np.broadcast_to(first_two, shape).astype(np.int32)
+    y = make_rows(config, config.recv_capacity, 22)
+    weights = np.random.default_rng(23).random(y.shape[:2], np.float32)
+    x, _, topk_weights = make_inputs(config, seed=24)
+    support.check_same(config, combine_both_ways, x, topk_idx, topk_weights, y, weights)
+
+
 def combine_tokens_weighted(api, x, topk_idx, topk_weights, y, weights):
     recv = api.buffer.dispatch(x, topk_idx, topk_weights, output="tokens")
     y = support.poison_unused(y, recv.layout)

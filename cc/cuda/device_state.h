@@ -49,8 +49,8 @@ inline constexpr int kMailboxEntries =
     8192;  // more than can be on their way: slots x ranks x parts
 
 // A dispatch's messages leave in parts, so that the first is on its way while the second is packed,
-// and is unpacked while the second is on its way. So does the first message of a combine, and of a
-// combine's gradient all of them. Other messages are one part, the last.
+// and is unpacked while the second is on its way. So do those of a combine's gradient, and the
+// first one of a combine. Other messages are one part, the last.
 inline constexpr int kNumParts = 2;
 inline constexpr int kLastPart = kNumParts - 1;
 
@@ -166,12 +166,14 @@ constexpr int64_t FirstPartTokens(const Config& config, int64_t num_tokens) {
   return half < num_tokens ? half : num_tokens;
 }
 
-// Rows of the first part of a combine's first message. With a part f of them, the wire begins after
-// f of the time that the message takes to sum, S, and is never idle if that part travels until the
-// rest is summed: f S + f W >= S, where W is the time of the message on the wire. W was 1.6 S on 2
-// H200s and 2.5 S on 4, so that f is 0.38 and 0.29.
-constexpr int32_t FirstPartRows(int32_t num_rows) {
-  return static_cast<int32_t>(int64_t{num_rows} * 3 / 8);
+// Rows of the first part of a combine's first message; 0 if it leaves whole. With a part f of them,
+// the wire begins after f of the time that the message takes to sum, S, and is never idle if that
+// part travels until the rest is summed: f S + f W >= S, where W is the time of the message on the
+// wire. W was 1.6 S on 2 H200s and 2.5 S on 4, so that f is 0.38 and 0.29. A copy more costs some
+// 5 us, what S is for 3 MB.
+constexpr int32_t FirstPartRows(int32_t num_rows, int64_t row_bytes) {
+  constexpr int64_t kLeastBytes = int64_t{4} << 20;
+  return num_rows * row_bytes < kLeastBytes ? 0 : static_cast<int32_t>(int64_t{num_rows} * 3 / 8);
 }
 
 // One exchange while the kernels of one op pass it on.

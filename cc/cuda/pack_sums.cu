@@ -12,12 +12,6 @@
 namespace jax_sm_free::cuda {
 namespace {
 
-// Whether the message for the `i`-th rank down the ring leaves in two parts. The first one does, so
-// that the wire need not wait for all of it; but gradients of weights lie ahead of all rows.
-__device__ bool IsInParts(const PackSumsArgs& args, int32_t i) {
-  return i == 1 && args.weight_grads == nullptr;
-}
-
 // Begins the exchange: headers, and the number of rows for each destination. One block of one
 // thread for each rank.
 __global__ void BeginPackSumsKernel(const RankView view, const PackSumsArgs args) {
@@ -41,8 +35,11 @@ __global__ void BeginPackSumsKernel(const RankView view, const PackSumsArgs args
     header.kind = failed ? kPoisonedKind : static_cast<int32_t>(args.begin.kind);
     header.num_rows = failed ? 0 : state->num_rows[dst];
     header.row_bytes = args.matrix.row_bytes();
-    const int32_t i = (dst - view.rank + view.config.ep_size) % view.config.ep_size;
-    if (IsInParts(args, i)) header.first_part = FirstPartRows(header.num_rows);
+    // The first message of the ring, so that the wire need not wait for all of it; but gradients of
+    // weights lie ahead of all rows.
+    if (dst == (view.rank + 1) % view.config.ep_size && args.weight_grads == nullptr) {
+      header.first_part = FirstPartRows(header.num_rows, header.row_bytes);
+    }
     WriteHeader(view, dst, header);
   }
   if (threadIdx.x != 0) return;
@@ -109,10 +106,10 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
   int64_t before = 0;  // rows of the messages before
   for (int32_t i = 1; i <= ep_size; ++i) {
     const int32_t dst = (view.rank + i) % ep_size;
-    const bool in_parts = IsInParts(args, i);
     std::byte* message = OutMessage(view, current.slot, dst);
     const MessageHeader& header = HeaderOf(message);
     const MessageLayout layout = LayoutOf(view.config, header);
+    const bool in_parts = header.first_part > 0;
     const int64_t first = state->first_row[dst];
     for (int part = in_parts ? 0 : kLastPart; part < kNumParts; ++part) {
       const int64_t rows = part == kLastPart ? header.num_rows : header.first_part;
