@@ -152,17 +152,14 @@ class Buffer:
             position, values, topk_idx, topk_weights, *parts
         )
         if parts:
-            values, scales = autodiff.no_gradient(values, *parts)
-        else:
-            scales = values[:, :0].astype(row_type.scale_dtype)
+            values, *parts = autodiff.no_gradient(values, *parts)
+        scales = parts[0] if parts else _no_scales(values, row_type)
         token = autodiff.dispatch_send(
             self._target, row_type, values, scales, topk_idx, topk_weights, position
         )
-        # What is quantised on its way has to be so on all ranks, this one's own rows too.
-        own_rows = tuple(
-            jax.lax.stop_gradient(part if self.config.wire_dtype is None else part[:0])
-            for part in (values, scales)
-        )
+        # What the wire quantises has to be so on all ranks, this one's own rows too.
+        stays = self.config.wire_dtype is None
+        own_rows = tuple(jax.lax.stop_gradient(part) for part in (values, *parts)) if stays else ()
         return Sent(token, topk_idx, own_rows, "dispatch", row_type)
 
     @overload
@@ -358,7 +355,7 @@ class Buffer:
 
     def _recv_experts(self, sent: Sent) -> Received:
         values, scales, group_sizes, counts, weights, dropped, rows, num_rows_from = (
-            autodiff.dispatch_recv(self._target, sent.row_type, sent.token, *sent.own_rows)
+            autodiff.dispatch_recv(self._target, sent.row_type, sent.token, *_own_rows(sent))
         )
         return Received(
             x=(values, scales) if sent.row_type.has_scales else values,
@@ -371,7 +368,7 @@ class Buffer:
 
     def _recv_tokens(self, sent: Sent) -> ReceivedTokens:
         values, scales, topk_idx, topk_weights, counts, num_tokens, rows, num_rows_from = (
-            autodiff.dispatch_recv_tokens(self._target, sent.row_type, sent.token, *sent.own_rows)
+            autodiff.dispatch_recv_tokens(self._target, sent.row_type, sent.token, *_own_rows(sent))
         )
         return ReceivedTokens(
             x=(values, scales) if sent.row_type.has_scales else values,
@@ -386,6 +383,20 @@ class Buffer:
 def _close(native: Native | None, buffer_id: int) -> None:
     if native is not None:
         native.close_buffer(buffer_id)
+
+
+def _no_scales(values: Array, row_type: RowType) -> Array:
+    return values[:, :0].astype(row_type.scale_dtype)
+
+
+def _own_rows(sent: Sent) -> tuple[Array, Array]:
+    """Values and scales of a dispatch; both without rows where its recv needs none."""
+    values, *scales = sent.own_rows or (
+        jnp.broadcast_to(sent.topk_idx[:0, :1], (0, sent.row_type.columns)).astype(
+            sent.row_type.dtype
+        ),
+    )
+    return values, scales[0] if scales else _no_scales(values, sent.row_type)
 
 
 def _check_sent(op: str, sent: Any, kind: str) -> None:

@@ -82,8 +82,8 @@ class Sent:
     Attributes:
       token: f32 [8], names the exchange.
       topk_idx: i32 [T, top_k], what this rank dispatched by.
-      own_rows: values [T, columns] and scales [T, scale columns] of a dispatch, of which its recv
-        takes this rank's own rows; without rows where the wire quantises. () of a combine.
+      own_rows: (x,) or (values, scales) of a dispatch, from which its recv takes this rank's own
+        rows; () where the wire quantises, and of a combine.
       kind: "dispatch" or "combine" (static).
       row_type: of the rows that travel (static).
     """
