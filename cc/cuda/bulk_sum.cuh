@@ -4,6 +4,7 @@
 #ifndef JAX_SM_FREE_CC_CUDA_BULK_SUM_CUH_
 #define JAX_SM_FREE_CC_CUDA_BULK_SUM_CUH_
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
@@ -54,11 +55,13 @@ class BulkSum {
       const int source = __ffs(static_cast<int>(left)) - 1;
       const float weight = kWeighted ? __shfl_sync(kFullWarp, terms.weight, source) : 1.0F;
       Await(add_stage_);
-      const auto* row = reinterpret_cast<const V*>(stages_[add_stage_]);
+      const uint4* words = stages_[add_stage_];
 #pragma unroll
       for (int u = 0; u < kPerLane; ++u) {
         const int32_t i = u * kWarpSize + lane;
-        if (i < size) Add<kWeighted>(total[u], row[i], weight);
+        // Whole words, which the compiler would else load element by element, in four-fold
+        // conflict.
+        if (i < size) Add<kWeighted>(total[u], std::bit_cast<V>(words[i]), weight);
       }
       __syncwarp();  // all have read the stage that is loaded next
       Load();
