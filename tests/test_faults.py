@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import threading
@@ -161,6 +162,19 @@ def test_a_rank_that_stalls_for_less_than_the_timeout_is_waited_for(buffer, inpu
     out = compiled(buffer)(*inputs, actions_of("dispatch_send", TIMEOUT_S / 3))
     support.assert_same_bits(out, expected_output())
     buffer.check()
+
+
+@pytest.mark.cpu_only
+def test_who_waits_for_long_says_for_whom(inputs, capfd):
+    with support.open_buffer(dataclasses.replace(CONFIG, timeout_s=60.0)) as buffer:
+        out = compiled(buffer)(*inputs, actions_of("dispatch_send", 11.0))
+        support.assert_same_bits(out, expected_output())
+        buffer.check()
+    support.assert_matches(
+        capfd.readouterr().err,
+        rf"dispatch_recv on rank \d, peer rank {BAD_RANK}: .* within 60 s, "
+        rf"seen {CONFIG.ep_size - 1} after 10 s, none from rank {BAD_RANK} .*\(still waiting\)",
+    )
 
 
 def test_a_new_buffer_works_beside_one_that_failed(buffer, inputs):
