@@ -9,7 +9,7 @@ import sys
 import launcher
 import pytest
 
-pytestmark = [pytest.mark.cpu_only, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.cpu_only, pytest.mark.timeout(600), pytest.mark.long]
 
 TESTS = pathlib.Path(__file__).parents[1]
 SUITE = [
