@@ -9,7 +9,7 @@ import sys
 import launcher
 import pytest
 
-pytestmark = [pytest.mark.cpu_only, pytest.mark.timeout(600), pytest.mark.long]
+pytestmark = [pytest.mark.cpu_only, pytest.mark.timeout(1000), pytest.mark.long]
 
 TESTS = pathlib.Path(__file__).parents[1]
 SUITE = [
@@ -31,7 +31,7 @@ def test_over_processes(num_processes, num_devices, names):
         *(TESTS / f"test_{name}.py" for name in names),
         num_processes=num_processes,
         num_devices=num_devices,
-        timeout_s=500,
+        timeout_s=900,
         # Every process has to draw the same random examples.
         env={"CI": "1", "PYTHONPATH": os.pathsep.join([str(launcher.ROOT), *folders])},
     ) as group:
