@@ -120,6 +120,11 @@ def unjitted_on_ranks(fn: Callable[..., Any], mesh: Any, **kwargs: Any) -> Calla
     return jax.shard_map(per_rank, mesh=mesh, in_specs=spec, out_specs=spec, **kwargs)
 
 
+def whole(results: Any) -> Any:
+    """Results of a jitted function: where each process has a part of them, all parts."""
+    return results
+
+
 @functools.cache
 def apis(config: Config) -> tuple[Api, Api]:
     """The library and the reference, each with one buffer of this configuration for all tests."""

@@ -19,6 +19,8 @@ from benchmarks import contestants, floors, layer, variants
 from benchmarks.cases import Case, Load, make_inputs, measure_load
 from jax_sm_free.doctor import bandwidth
 
+pytestmark = pytest.mark.long
+
 CASE = Case(24, 16, support.SOME_RANKS, "float32", num_experts=16, top_k=3, slack=1.1)
 WIDTHS = layer.Widths(8, 12)
 SMALL = (

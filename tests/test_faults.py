@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import gc
 import threading
@@ -163,6 +164,19 @@ def test_a_rank_that_stalls_for_less_than_the_timeout_is_waited_for(buffer, inpu
     buffer.check()
 
 
+@pytest.mark.cpu_only
+def test_who_waits_for_long_says_for_whom(inputs, capfd):
+    with support.open_buffer(dataclasses.replace(CONFIG, timeout_s=60.0)) as buffer:
+        out = compiled(buffer)(*inputs, actions_of("dispatch_send", 11.0))
+        support.assert_same_bits(out, expected_output())
+        buffer.check()
+    support.assert_matches(
+        capfd.readouterr().err,
+        rf"dispatch_recv on rank \d, peer rank {BAD_RANK}: .* within 60 s, "
+        rf"seen {CONFIG.ep_size - 1} after 10 s, none from rank {BAD_RANK} .*\(still waiting\)",
+    )
+
+
 def test_a_new_buffer_works_beside_one_that_failed(buffer, inputs):
     run = compiled(buffer)
     assert all(support.errors_by_rank(buffer, run, *inputs, actions_of("dispatch_send", RAISE)))
@@ -185,7 +199,7 @@ def test_faults_in_a_row_are_each_reported(buffer, inputs):
     assert_works(run, inputs)
 
 
-@pytest.mark.cpu_only
+@pytest.mark.skipif(not support.BUFFERS_GO_ON, reason="takes a buffer that goes on after faults")
 def test_other_runs_in_flight_are_not_ended(buffer, inputs):
     """A fault ends its own run: those before and behind it give their results.
 

@@ -16,6 +16,8 @@ import pytest
 import support
 from support import make_config, make_inputs, make_rows
 
+pytestmark = pytest.mark.long
+
 FULL = make_config(num_experts=2 * support.SOME_RANKS)
 
 

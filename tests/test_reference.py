@@ -15,6 +15,8 @@ import pytest
 from jax_sm_free import reference
 from jax_sm_free.config import Config
 
+pytestmark = pytest.mark.long
+
 P = jax.sharding.PartitionSpec
 
 

@@ -14,6 +14,8 @@ from support import make_config, make_inputs, make_rows
 
 from jax_sm_free.config import Config
 
+pytestmark = pytest.mark.long
+
 PROGRAMS = {"experts": support.round_trip, "tokens": support.round_trip_tokens}
 
 

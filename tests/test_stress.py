@@ -6,10 +6,13 @@ import functools
 
 import jax
 import numpy as np
+import pytest
 import support
 
 import jax_sm_free as smf
 from jax_sm_free import reference
+
+pytestmark = pytest.mark.long
 
 CONFIG = support.make_config(
     support.MAX_RANKS,

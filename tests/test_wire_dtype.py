@@ -19,6 +19,8 @@ from support import P, make_config, make_inputs, make_rows
 import jax_sm_free as smf
 from jax_sm_free import float8_wire, reference
 
+pytestmark = pytest.mark.long
+
 FLOAT8 = jnp.float8_e4m3fn
 DTYPES = [jnp.bfloat16, jnp.float16, jnp.float32]
 CONFIG = make_config(

@@ -98,8 +98,8 @@ class Group(Sequence[Rank]):
         self._end()
         return [Ended(r.status or 0, self.log.of(r.number), self._result(r)) for r in self.ranks]
 
-    def results(self) -> list[Any]:
-        """What the ranks return.
+    def results(self, shutdown: bool = True) -> list[Any]:
+        """What the ranks return; `shutdown` as in `wait`.
 
         Raises:
           LaunchError: if one failed, or did not end in time.
@@ -108,7 +108,7 @@ class Group(Sequence[Rank]):
         self._wait(lambda: failed() or all(self._is_done(r) for r in self.ranks))
         if failed():
             self._deadline = min(self._deadline, time.monotonic() + GRACE_S)
-        ended = self.wait()
+        ended = self.wait(shutdown)
         if any(end.status for end in ended):
             self._is_shown = True
             raise LaunchError(f"a rank failed\n{self.output()}")

@@ -10,6 +10,8 @@ import sys
 import launcher
 import pytest
 
+pytestmark = pytest.mark.long
+
 SMALL = ["--tokens=16", "--hidden=64", "--rounds=2", "--runs=1", "--gemms=1", "--megabits=2000"]
 
 

@@ -19,7 +19,7 @@ MEGABITS = 50
 # A step of 2 MB takes a third of a second at 50 Mbit/s, so a cut falls into one.
 TOKENS, HIDDEN = 512, 1024
 
-pytestmark = pytest.mark.cpu_only
+pytestmark = [pytest.mark.cpu_only, pytest.mark.long]
 
 
 def start_transfer(hosts, num_bytes, **options):
