@@ -8,6 +8,9 @@
 
 namespace jax_sm_free {
 
+// A receive that has waited for so long says for whom, once.
+inline constexpr double kSlowWaitSeconds = 10.0;
+
 struct Config {
   int32_t ep_size = 1;           // ranks in the group
   int32_t num_experts = 1;       // of the whole group; a multiple of ep_size

@@ -56,6 +56,10 @@ Fault MissingMessages(const std::vector<bool>& arrived, double timeout_s, double
                first);
 }
 
+void TellSlowWait(const Fault& fault) {
+  (void)std::fprintf(stderr, "%s (still waiting)\n", fault.Describe().c_str());
+}
+
 Fault TooManySends(int32_t num_slots, const std::string& what) {
   return Texts("at most " + std::to_string(num_slots) + " " + what + " in flight (num_slots)",
                "one send more without a recv");

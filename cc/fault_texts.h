@@ -23,6 +23,9 @@ std::string DescribeSeconds(double seconds);
 // `arrived`: by source; one at least has not.
 Fault MissingMessages(const std::vector<bool>& arrived, double timeout_s, double waited_s);
 
+// Tells on stderr that a wait goes on, though slowly.
+void TellSlowWait(const Fault& fault);
+
 // `what`: the exchanges that share the slots.
 Fault TooManySends(int32_t num_slots, const std::string& what);
 

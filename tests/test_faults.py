@@ -164,7 +164,6 @@ def test_a_rank_that_stalls_for_less_than_the_timeout_is_waited_for(buffer, inpu
     buffer.check()
 
 
-@pytest.mark.cpu_only
 def test_who_waits_for_long_says_for_whom(inputs, capfd):
     with support.open_buffer(dataclasses.replace(CONFIG, timeout_s=60.0)) as buffer:
         out = compiled(buffer)(*inputs, actions_of("dispatch_send", 11.0))

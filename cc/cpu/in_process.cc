@@ -2,9 +2,9 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <cstdio>
 #include <utility>
 
+#include "cc/config.h"
 #include "cc/cpu/worker_pool.h"
 #include "cc/fault_texts.h"
 
@@ -12,9 +12,6 @@ namespace jax_sm_free {
 namespace {
 
 constexpr size_t kMaxFailedRuns = 1024;
-
-// A wait as long as this is worth a line in the log.
-constexpr double kSlowWaitSeconds = 10.0;
 
 Fault Of(Op op, const Exchange& exchange, int32_t rank, Fault fault) {
   fault.op = OpName(op);
@@ -141,7 +138,7 @@ void InProcess::OnTimer(const ExchangeKey& key, int32_t dst, double waited) {
     Inbox& inbox = found->second.inboxes[dst];
     fault = Of(inbox.op, inbox.exchange, dst, MissingMessages(inbox.arrived, timeout_s_, waited));
     if (waited < timeout_s_) {
-      (void)std::fprintf(stderr, "%s (still waiting)\n", fault.Describe().c_str());
+      TellSlowWait(fault);
       ArmTimer(inbox, dst, waited);
       return;
     }

@@ -15,16 +15,19 @@ constexpr uint64_t kPatienceNanoseconds = 20'000'000;
 // Waits until has_come(source). If it never has, the fault names all sources of which that is true.
 template <typename HasCome>
 __device__ bool Await(const RankView& view, Op op, int32_t source, const HasCome& has_come) {
-  if (WaitUntil(view, [&] { return has_come(source); })) return true;
-  int64_t missing = int64_t{1} << source;
-  for (int32_t other = 0; other < view.config.ep_size; ++other) {
-    if (!has_come(other)) missing |= int64_t{1} << other;
-  }
-  const int32_t first = __ffsll(missing) - 1;
-  const uint64_t last = LoadAcquire(Noticed(view, view.rank, view.state->current.slot, first));
-  Raise(view, op,
-        {IsStopped(view) ? FaultCode::kStopped : FaultCode::kTimeout, first,
-         static_cast<int64_t>(view.state->current.sequence), static_cast<int64_t>(last), missing});
+  const Current& current = view.state->current;
+  const auto missing = [&]() -> FaultNumbers {
+    int64_t sources = int64_t{1} << source;
+    for (int32_t other = 0; other < view.config.ep_size; ++other) {
+      if (!has_come(other)) sources |= int64_t{1} << other;
+    }
+    const int32_t first = __ffsll(sources) - 1;
+    const uint64_t last = LoadAcquire(Noticed(view, view.rank, current.slot, first));
+    return {FaultCode::kTimeout, first, static_cast<int64_t>(current.sequence),
+            static_cast<int64_t>(last), sources};
+  };
+  const auto is_here = [&] { return has_come(source); };
+  if (WaitOrRaise(view, op, is_here, missing)) return true;
   view.state->current.failed = kEmpty;
   return false;
 }

@@ -54,11 +54,12 @@ __device__ inline void Begin(const RankView& view, const BeginArgs& args) {
   if (current.failed == kNothing) return;
   for (int32_t peer = threadIdx.x; peer < view.config.ep_size; peer += blockDim.x) {
     const uint64_t* ack = Ack(view, view.rank, current.slot, peer);
-    if (WaitFor(view, ack, before)) continue;
-    Raise(view, args.op,
-          {IsStopped(view) ? FaultCode::kStopped : FaultCode::kAckTimeout, peer,
-           static_cast<int64_t>(before), static_cast<int64_t>(LoadAcquire(ack))});
-    state->current.failed = kNothing;
+    const auto has_read = [&] { return LoadAcquire(ack) >= before; };
+    const auto numbers = [&]() -> FaultNumbers {
+      return {FaultCode::kAckTimeout, peer, static_cast<int64_t>(before),
+              static_cast<int64_t>(LoadAcquire(ack))};
+    };
+    if (!WaitOrRaise(view, args.op, has_read, numbers)) state->current.failed = kNothing;
   }
   __syncthreads();
 }

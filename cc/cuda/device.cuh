@@ -105,18 +105,24 @@ __device__ inline bool IsStopped(const RankView& view) {
 }
 
 // Waits until is_true(). False after the timeout, or soon after the host said stop: what is on its
-// way still arrives. At once if an earlier wait took that long. Called by any number of threads of
-// one block; blocks nothing but this block.
-template <typename Condition>
-__device__ bool WaitUntil(const RankView& view, const Condition& is_true) {
+// way still arrives. At once if an earlier wait took that long. tell() is called once if it lasts.
+// Called by any number of threads of one block; blocks nothing but this block.
+template <typename Condition, typename Tell>
+__device__ bool WaitUntil(const RankView& view, const Condition& is_true, const Tell& tell) {
   constexpr uint64_t kStopNanoseconds = 500'000'000;
   constexpr uint32_t kLooksPerStop = 1024;  // the host's memory is far
   if (view.state->faulted == kTimedOut) return is_true();
-  uint64_t end = Nanoseconds() + static_cast<uint64_t>(view.config.timeout_s * 1e9);
+  const uint64_t start = Nanoseconds();
+  uint64_t slow = start + static_cast<uint64_t>(kSlowWaitSeconds * 1e9);
+  uint64_t end = start + static_cast<uint64_t>(view.config.timeout_s * 1e9);
   bool stopped = false;
   for (uint32_t looks = 1; !is_true(); ++looks) {
     const uint64_t now = Nanoseconds();
     if (now > end) return false;
+    if (now > slow) {
+      tell();
+      slow = end;
+    }
     if (!stopped && looks % kLooksPerStop == 0 && IsStopped(view)) {
       stopped = true;
       end = end < now + kStopNanoseconds ? end : now + kStopNanoseconds;
@@ -124,10 +130,6 @@ __device__ bool WaitUntil(const RankView& view, const Condition& is_true) {
     __nanosleep(100);
   }
   return true;
-}
-
-__device__ inline bool WaitFor(const RankView& view, const uint64_t* address, uint64_t value) {
-  return WaitUntil(view, [&] { return LoadAcquire(address) >= value; });
 }
 
 struct FaultNumbers {
@@ -138,22 +140,39 @@ struct FaultNumbers {
   int64_t detail = 0;
 };
 
-// Writes the first fault into pinned memory, where the host finds it.
+// Writes a fault into pinned memory, where the host finds it, unless one stands there.
+__device__ inline void Write(FaultRecord& record, const Current& current, Op op,
+                             const FaultNumbers& fault) {
+  if (atomicCAS_system(&record.claimed, 0, 1) != 0) return;
+  record.op = static_cast<int32_t>(op);
+  record.peer = fault.peer;
+  record.slot = current.slot;
+  record.sequence = static_cast<int64_t>(current.sequence);
+  record.expected = fault.expected;
+  record.seen = fault.seen;
+  record.detail = fault.detail;
+  __threadfence_system();
+  *const_cast<volatile int32_t*>(&record.code) = static_cast<int32_t>(fault.code);
+  __threadfence_system();
+}
+
 __device__ inline void Raise(const RankView& view, Op op, const FaultNumbers& fault) {
-  Status* status = view.status;
   const bool waited = fault.code == FaultCode::kTimeout || fault.code == FaultCode::kAckTimeout;
   atomicMax(&view.state->faulted, static_cast<int32_t>(waited ? kTimedOut : kPoisoned));
-  if (atomicCAS_system(&status->claimed, 0, 1) != 0) return;
-  status->op = static_cast<int32_t>(op);
-  status->peer = fault.peer;
-  status->slot = view.state->current.slot;
-  status->sequence = static_cast<int64_t>(view.state->current.sequence);
-  status->expected = fault.expected;
-  status->seen = fault.seen;
-  status->detail = fault.detail;
-  __threadfence_system();
-  *const_cast<volatile int32_t*>(&status->code) = static_cast<int32_t>(fault.code);
-  __threadfence_system();
+  Write(view.status->fault, view.state->current, op, fault);
+}
+
+// Waits as WaitUntil does. If it is in vain, that is a fault, numbers() or, where the host has
+// ended the wait, kStopped. While it goes on for long, the host tells numbers() on stderr.
+template <typename Condition, typename Numbers>
+__device__ bool WaitOrRaise(const RankView& view, Op op, const Condition& is_true,
+                            const Numbers& numbers) {
+  const auto tell = [&] { Write(view.status->slow_wait, view.state->current, op, numbers()); };
+  if (WaitUntil(view, is_true, tell)) return true;
+  FaultNumbers fault = numbers();
+  if (IsStopped(view)) fault.code = FaultCode::kStopped;
+  Raise(view, op, fault);
+  return false;
 }
 
 // True in all threads of the block that finishes last. Everything the other blocks wrote is

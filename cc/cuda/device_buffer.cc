@@ -56,7 +56,7 @@ std::optional<Fault> DeviceRank::SeenFault() const {
           .op = "copy", .rank = view.rank, .expected = "success", .seen = error, .exchange = {}};
     }
   }
-  return FaultIn(*view.status, view);
+  return FaultIn(view.status->fault, view, view.config.timeout_s);
 }
 
 std::optional<Fault> DeviceBuffer::SeenFault() const {
@@ -65,7 +65,7 @@ std::optional<Fault> DeviceBuffer::SeenFault() const {
     if (rank == nullptr) continue;
     std::optional<Fault> fault = rank->SeenFault();
     if (!fault) continue;
-    const bool echo = IsEcho(*rank->view.status);
+    const bool echo = IsEcho(rank->view.status->fault);
     if (!first || !echo) first = std::move(fault);
     if (!echo) break;
   }

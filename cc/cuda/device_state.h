@@ -126,11 +126,9 @@ enum class FaultCode : int32_t {
   kStopped,      // the host ended the wait
 };
 
-// In pinned host memory. The first fault stays.
-struct Status {
-  int32_t stopped;  // the host's only word: waits end soon
-  int32_t code;     // FaultCode, written last
-  int32_t op;       // Op
+struct FaultRecord {
+  int32_t code;  // FaultCode, written last
+  int32_t op;    // Op
   int32_t peer;
   int32_t slot;
   int32_t claimed;
@@ -138,6 +136,13 @@ struct Status {
   int64_t expected;
   int64_t seen;
   int64_t detail;
+};
+
+// In pinned host memory.
+struct Status {
+  int32_t stopped;        // the host's only word: waits end soon
+  FaultRecord fault;      // the first; it stays
+  FaultRecord slow_wait;  // one that goes on after kSlowWaitSeconds, until the host has told it
 };
 
 // A copy to issue: bytes [begin, end) of the message for `dst` in `slot`, and the signal behind it.

@@ -4,9 +4,12 @@
 #include <array>
 #include <atomic>
 #include <bit>
+#include <optional>
 #include <utility>
 
 #include "cc/cuda/driver.h"
+#include "cc/cuda/status_fault.h"
+#include "cc/fault_texts.h"
 
 namespace jax_sm_free::cuda {
 namespace {
@@ -190,9 +193,20 @@ cudaError_t Mover::Prepare() {
   return status;
 }
 
+// Who waits for whom on this GPU, if a kernel has said so.
+void Mover::TellSlowWait() {
+  FaultRecord& record = view_.status->slow_wait;
+  const std::optional<Fault> fault = FaultIn(record, view_, kSlowWaitSeconds);
+  if (!fault) return;
+  jax_sm_free::TellSlowWait(*fault);
+  record.code = 0;
+  std::atomic_ref(record.claimed).store(0, std::memory_order_release);
+}
+
 void Mover::Run() {
   (void)cudaSetDevice(device_);
   while (!stop_) {
+    TellSlowWait();
     bool active = TakeOrder();
     active |= FinishCopy();
     active |= StartCopy();

@@ -75,6 +75,7 @@ class Mover {
   bool FinishCopy();
   bool StartCopy();
   bool IsDone(const Copy& copy) const;
+  void TellSlowWait();
   cudaError_t Issue(const CopyOrder& order, uint64_t number);
   void Fail(cudaError_t status);
 

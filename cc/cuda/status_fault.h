@@ -10,11 +10,11 @@
 
 namespace jax_sm_free::cuda {
 
-// None until a kernel has written all of it.
-std::optional<Fault> FaultIn(Status& status, const RankView& view);
+// None until a kernel has written all of it. `waited_s`: how long, if it is about a wait.
+std::optional<Fault> FaultIn(FaultRecord& record, const RankView& view, double waited_s);
 
 // Whether the fault only follows from another rank's, or from the buffer's end.
-bool IsEcho(const Status& status);
+bool IsEcho(const FaultRecord& record);
 
 }  // namespace jax_sm_free::cuda
 

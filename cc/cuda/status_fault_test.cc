@@ -17,18 +17,18 @@ RankView View() {
   return view;
 }
 
-Status Of(FaultCode code, Op op) {
-  Status status{};
-  status.code = static_cast<int32_t>(code);
-  status.op = static_cast<int32_t>(op);
-  status.peer = -1;
-  status.slot = 1;
-  status.sequence = 12;
-  return status;
+FaultRecord Of(FaultCode code, Op op) {
+  FaultRecord record{};
+  record.code = static_cast<int32_t>(code);
+  record.op = static_cast<int32_t>(op);
+  record.peer = -1;
+  record.slot = 1;
+  record.sequence = 12;
+  return record;
 }
 
-std::string Text(Status status) {
-  const std::optional<Fault> fault = FaultIn(status, View());
+std::string Text(FaultRecord record, double waited_s = View().config.timeout_s) {
+  const std::optional<Fault> fault = FaultIn(record, View(), waited_s);
   return fault ? fault->Describe() : "";
 }
 
@@ -37,62 +37,73 @@ TEST(StatusFaultTest, NothingUntilACodeIsThere) {
 }
 
 TEST(StatusFaultTest, TimeoutNamesAllThatIsMissing) {
-  Status status = Of(FaultCode::kTimeout, Op::kDispatchRecv);
-  status.peer = 1;
-  status.seen = 10;
-  status.detail = 0b1010;
-  EXPECT_EQ(Text(status),
+  FaultRecord record = Of(FaultCode::kTimeout, Op::kDispatchRecv);
+  record.peer = 1;
+  record.seen = 10;
+  record.detail = 0b1010;
+  EXPECT_EQ(Text(record),
             "jax_sm_free: dispatch_recv on rank 2, peer rank 1: expected messages from 4 ranks "
             "within 1.5 s, seen 2 after 1.5 s, none from rank 1, 3, whose last in this slot was of "
             "exchange 10 [dispatch exchange 12, slot 1]");
 }
 
+TEST(StatusFaultTest, WaitThatGoesOnNamesTheTimeSoFar) {
+  FaultRecord record = Of(FaultCode::kTimeout, Op::kCombineRecv);
+  record.peer = 3;
+  record.seen = 11;
+  record.detail = 0b1000;
+  EXPECT_EQ(Text(record, 0.5),
+            "jax_sm_free: combine_recv on rank 2, peer rank 3: expected messages from 4 ranks "
+            "within 1.5 s, seen 3 after 0.5 s, none from rank 3, whose last in this slot was of "
+            "exchange 11 [combine exchange 12, slot 1]");
+}
+
 TEST(StatusFaultTest, AcknowledgementThatDoesNotCome) {
-  Status status = Of(FaultCode::kAckTimeout, Op::kCombineSend);
-  status.peer = 3;
-  status.expected = 11;
-  status.seen = 9;
-  EXPECT_EQ(Text(status),
+  FaultRecord record = Of(FaultCode::kAckTimeout, Op::kCombineSend);
+  record.peer = 3;
+  record.expected = 11;
+  record.seen = 9;
+  EXPECT_EQ(Text(record),
             "jax_sm_free: combine_send on rank 2, peer rank 3: expected rank 3 to have read "
             "exchange 11 within 1.5 s, seen none read after exchange 9 "
             "[combine exchange 12, slot 1]");
 }
 
 TEST(StatusFaultTest, TokensAddedUp) {
-  Status status = Of(FaultCode::kToken, Op::kDispatchRecv);
-  status.seen = std::bit_cast<int32_t>(2 * kTokenMagic);
-  status.sequence = 0;
-  EXPECT_EQ(Text(status),
+  FaultRecord record = Of(FaultCode::kToken, Op::kDispatchRecv);
+  record.seen = std::bit_cast<int32_t>(2 * kTokenMagic);
+  record.sequence = 0;
+  EXPECT_EQ(Text(record),
             "jax_sm_free: dispatch_recv on rank 2: expected the token of one send, seen the sum of "
             "2 tokens: a sent value was used more than once");
 }
 
 TEST(StatusFaultTest, TokenOfAnotherRank) {
-  Status status = Of(FaultCode::kTokenOrigin, Op::kCombineRecv);
-  status.seen = 1;
-  status.detail = 6;
-  status.sequence = 0;
-  EXPECT_EQ(Text(status),
+  FaultRecord record = Of(FaultCode::kTokenOrigin, Op::kCombineRecv);
+  record.seen = 1;
+  record.detail = 6;
+  record.sequence = 0;
+  EXPECT_EQ(Text(record),
             "jax_sm_free: combine_recv on rank 2: expected a token of buffer 7, rank 2, seen one "
             "of buffer 6, rank 1");
 }
 
 TEST(StatusFaultTest, IndexNamesTokenAndK) {
-  Status status = Of(FaultCode::kIndex, Op::kDispatchSend);
-  status.seen = 99;
-  status.detail = 9;
-  EXPECT_EQ(Text(status),
+  FaultRecord record = Of(FaultCode::kIndex, Op::kDispatchSend);
+  record.seen = 99;
+  record.detail = 9;
+  EXPECT_EQ(Text(record),
             "jax_sm_free: dispatch_send on rank 2: expected topk_idx in [-1, 8), seen 99 at token "
             "4, k 1 [dispatch exchange 12, slot 1]");
 }
 
 TEST(StatusFaultTest, MessageOfARankOutOfStep) {
-  Status status = Of(FaultCode::kOutOfStep, Op::kCombineRecv);
-  status.peer = 0;
-  status.expected = 128;
-  status.seen = 64;
-  status.detail = int64_t{5} << 32 | 3;
-  EXPECT_EQ(Text(status),
+  FaultRecord record = Of(FaultCode::kOutOfStep, Op::kCombineRecv);
+  record.peer = 0;
+  record.expected = 128;
+  record.seen = 64;
+  record.detail = int64_t{5} << 32 | 3;
+  EXPECT_EQ(Text(record),
             "jax_sm_free: combine_recv on rank 2, peer rank 0: expected 5 rows of 128 bytes, seen "
             "3 rows of 64 bytes [combine exchange 12, slot 1]");
 }
