@@ -119,7 +119,7 @@ class Measured:
 
     times: dict[str, dict[str, list[float]]]  # Seconds of each run by operation.
     wires: dict[str, float | None]  # What TCP moved, bytes/s each way.
-    links: dict[str, float]  # What ucx_perftest moved, the median, bytes/s each way.
+    links: dict[str, list[float]]  # What ucx_perftest moved in each round, bytes/s each way.
 
 
 def _measure(
@@ -157,7 +157,7 @@ def _measure(
             for rank in group:
                 rank.resume()
         times = {name: group.results()[0] for name, group in groups.items()}
-    return Measured(times, wires, {name: statistics.median(each) for name, each in links.items()})
+    return Measured(times, wires, links)
 
 
 def _time_starts() -> list[float]:
@@ -213,7 +213,8 @@ def main(argv: list[str]) -> None:
         settings = _settings(cable, slow)
         num_gemms = {name: _GEMMS.value if name == slow_name else 0 for name in settings}
         measured = _measure(case, settings, num_gemms)
-    times, links = measured.times, measured.links
+    times = measured.times
+    links = {name: statistics.median(rates) for name, rates in measured.links.items()}
     rows = [
         Row(
             name,
@@ -238,7 +239,9 @@ def main(argv: list[str]) -> None:
         f"result of a dispatch, {max(starts):.1f} s at most"
     )
     path = pathlib.Path(_OUT.value)
-    report.write(path, rows, links=links, summary=summary, times=times, starts=starts)
+    report.write(
+        path, rows, links=links, rates=measured.links, summary=summary, times=times, starts=starts
+    )
     print(f"all times: {path}")
 
 

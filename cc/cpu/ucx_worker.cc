@@ -22,7 +22,7 @@ struct Setting {
 };
 
 // What differs from UCX's own choice.
-std::array<Setting, 13> Settings(double link_timeout_s) {
+std::array<Setting, 12> Settings(double link_timeout_s) {
   const std::string seconds = std::to_string(std::max(1L, std::lround(link_timeout_s))) + "s";
   return {{
       // Payloads are host memory; the modules for GPUs would only start a driver.
@@ -43,9 +43,6 @@ std::array<Setting, 13> Settings(double link_timeout_s) {
       {"TCP_TX_SEG_SIZE", "256K"},
       {"TCP_RX_SEG_SIZE", "256K"},
       {"SYSV_SEG_SIZE", "60K"},
-      // Smaller messages are put together in memory of UCX's own, and copied from there. By default
-      // that goes up to 24 MB over a fast link.
-      {"RNDV_THRESH", "256K"},
       // By default TCP is not for groups of more than 256.
       {"TCP_MAX_NUM_EPS", "inf"},
   }};
