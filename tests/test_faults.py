@@ -270,7 +270,8 @@ def test_a_buffer_closed_while_results_are_pending(inputs):
     assert time.monotonic() - start < 3.0 + MARGIN_S
     for rank, error in enumerate(errors):
         assert error is not None, f"rank {rank} gave a result"
-        support.assert_matches(error, "expected buffer .* to be open.* closed")
+        # Where another process closed first, its ranks are seen to go.
+        support.assert_matches(error, "expected buffer .* to be open.* closed|it closed its end")
 
 
 def test_a_buffer_that_nobody_refers_to_is_closed(inputs):
