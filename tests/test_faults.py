@@ -268,10 +268,12 @@ def test_a_buffer_closed_while_results_are_pending(inputs):
     errors = support.errors_by_rank(buffer, run, *inputs, actions_of("dispatch_send", 3.0))
     closer.join()
     assert time.monotonic() - start < 3.0 + MARGIN_S
+    closed = "expected buffer .* to be open.* closed"
+    if jax.process_count() > 1:  # Another may have closed first.
+        closed += "|it closed its end"
     for rank, error in enumerate(errors):
         assert error is not None, f"rank {rank} gave a result"
-        # Where another process closed first, its ranks are seen to go.
-        support.assert_matches(error, "expected buffer .* to be open.* closed|it closed its end")
+        support.assert_matches(error, closed)
 
 
 def test_a_buffer_that_nobody_refers_to_is_closed(inputs):
