@@ -109,8 +109,7 @@ ucs_status_t UcxWorker::AskWorker() {
 }
 
 UcxWorker::~UcxWorker() {
-  if (worker_ != nullptr) ucx_->ucp_worker_destroy(worker_);
-  if (context_ != nullptr) ucx_->ucp_cleanup(context_);
+  Close();
   if (wake_ >= 0) close(wake_);
 }
 
@@ -125,5 +124,12 @@ void UcxWorker::Wait(int timeout_ms) {
 }
 
 void UcxWorker::Wake() const { (void)eventfd_write(wake_, 1); }
+
+void UcxWorker::Close() {
+  if (worker_ != nullptr) ucx_->ucp_worker_destroy(worker_);
+  worker_ = nullptr;
+  if (context_ != nullptr) ucx_->ucp_cleanup(context_);
+  context_ = nullptr;
+}
 
 }  // namespace jax_sm_free

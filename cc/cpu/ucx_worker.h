@@ -38,6 +38,10 @@ class UcxWorker {
   // Ends a Wait, or the next one if there is none.
   void Wake() const;
 
+  // No Progress or Wait after this. UCX first ends, by its callbacks, what it still kept; they may use
+  // ucx().
+  void Close();
+
  private:
   explicit UcxWorker(std::shared_ptr<const UcxLibrary> ucx) : ucx_(std::move(ucx)) {}
   ucs_status_t OpenContext(int64_t num_peers, double link_timeout_s);
