@@ -136,7 +136,8 @@ def test_a_rank_that_does_not_send(place, action, buffer, inputs):
     start = time.monotonic()
     errors = support.errors_by_rank(buffer, run, *inputs, actions_of(place, seconds))
     took = time.monotonic() - start
-    assert TIMEOUT_S <= took < TIMEOUT_S + MARGIN_S
+    # Less than the timeout where another process, which ended this one, was here before it.
+    assert TIMEOUT_S - 0.5 < took < TIMEOUT_S + MARGIN_S
     assert_all_failed(errors, action, functools.partial(assert_times_out, place=place))
     assert_times_out(support.fault_of(buffer), place)
     assert_works_again(buffer, run, inputs)
