@@ -38,8 +38,7 @@ class UcxWorker {
   // Ends a Wait, or the next one if there is none.
   void Wake() const;
 
-  // No Progress or Wait after this. UCX first ends, by its callbacks, what it still kept; they may use
-  // ucx().
+  // No Progress or Wait after this. UCX ends what it still kept, by callbacks, which may use ucx().
   void Close();
 
  private:
