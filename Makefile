@@ -35,7 +35,8 @@ PYTEST_FLAGS ?= -n 2 --dist worksteal
 # Without it, JAX complains that the CUDA compiler of the set-up finds no CUDA libraries.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help debian setup build demo bench bench-processes bench-gpu test test-gpu sanitize-gpu test-cc test-python test-sanitizers test-wheel \
+.PHONY: help debian setup build demo bench bench-processes bench-gpu bench-gpu-processes \
+  test test-gpu sanitize-gpu test-cc test-python test-sanitizers test-wheel \
   lint lint-py lint-cc docs wheel clean
 .DELETE_ON_ERROR:
 
@@ -50,6 +51,7 @@ help:
 	@echo "make bench            benchmarks on this machine's CPU"
 	@echo "make bench-processes  benchmarks of two processes on this machine's CPU (as root)"
 	@echo "make bench-gpu        benchmarks on this machine's GPUs (with CUDA=1)"
+	@echo "make bench-gpu-processes  the same in one process and in one for each GPU, side by side"
 	@echo "make lint             ruff, mypy, clang-format, clang-tidy"
 	@echo "make docs             run what the documentation shows, write the API reference to out/docs"
 	@echo "make wheel            a wheel in dist/"
@@ -107,6 +109,9 @@ bench-processes: build
 
 bench-gpu: build
 	JAX_PLATFORMS=cuda $(VENV_PYTHON) -m benchmarks.gpu
+
+bench-gpu-processes: build
+	JAX_PLATFORMS=cuda $(VENV_PYTHON) -m benchmarks.gpu_processes
 
 test: test-cc test-python
 

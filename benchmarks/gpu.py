@@ -6,7 +6,8 @@
 
 Prints one table; writes it to <out>/bench_gpu.json after each number, and to <out>/bench_gpu.png.
 Times are medians of loops, for each step of the loop. On CPU devices it runs too, for tests: phases
-then have no numbers.
+then have no numbers. Under jax.distributed each process writes what it saw to <out>/process_<n>;
+link bandwidth and floors are those of its own devices. benchmarks.gpu_processes starts it so.
 """
 
 from __future__ import annotations
@@ -179,6 +180,8 @@ def main(argv: list[str]) -> None:
     _check_flags()
     begin = time.monotonic()
     out = pathlib.Path(_OUT.value)
+    if jax.process_count() > 1:
+        out /= f"process_{jax.process_index()}"
     device = jax.devices()[0]
     about = {
         "devices": f"{jax.device_count()} x {device.device_kind}",
@@ -189,7 +192,9 @@ def main(argv: list[str]) -> None:
     about_all = {**about, "machine": report.machine(), "versions": report.versions()}
     for name, value in {**about_all, "command": " ".join(sys.orig_argv)}.items():
         print(f"{name}: {value}")
-    bandwidths = bandwidth.measure(jax.devices()[: _EP.value or None], _PROBE_MIB.value * 2**20)
+    bandwidths = bandwidth.measure(
+        jax.local_devices()[: _EP.value or None], _PROBE_MIB.value * 2**20
+    )
     link = f"{bandwidths.link / 1e9:.0f}" if bandwidths.link else "-"
     print(f"measured: local copy {bandwidths.local / 1e9:.0f} GB/s, egress {link} GB/s")
     print(floors.FORMULAS, flush=True)

@@ -3,7 +3,9 @@
     python -m benchmarks.processes            # needs root, for the two hosts of the cable
 
 All run on this machine, and take turns: what disturbs it disturbs them alike. The yardstick of the
-link is ucx_perftest, both directions at once, in the same run.
+link is ucx_perftest, both directions at once, in the same run. Two rates stand beside it: that of
+the whole operation, packing and unpacking included, and over a cable that of TCP while it had
+anything to send. And four processes are started, to see how long the first result takes.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import os
 import pathlib
 import statistics
 import sys
+from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -24,7 +27,7 @@ import numpy as np
 import two_hosts
 from absl import app, flags
 
-from benchmarks import perftest, process_ranks, report, timing
+from benchmarks import perftest, process_ranks, report, sockets, timing
 from benchmarks.cases import Case, make_inputs, measure_load
 
 _TOKENS = flags.DEFINE_integer("tokens", 1024, "Of a rank.")
@@ -37,19 +40,26 @@ _OUT = flags.DEFINE_string("out", "out/bench_processes.json", "Where all times g
 
 _PROCESSES, _DEVICES = 2, 4
 _ALONE, _SHARED = "1 process x 8", "2 x 4, shared memory"
-_LINE = "{:24} {:10} {:>9} {:>9} {:>9} {:>9} {:>13} {:>6}"
+_HERE = (launcher.Host(), launcher.Host())
+_STARTS, _STARTED = 3, 4
+_COLUMNS = ("ms", "least ms", "/ alone", "MB/s", "wire MB/s", "ucx_perftest", "ratio", "wire ratio")
+_LINE = "{:24} {:10} {:>9} {:>9} {:>9} {:>9} {:>10} {:>13} {:>6} {:>11}"
 _TIMEOUT_S = 600.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One operation in one setting; `link` is what the yardstick moves there, bytes/s each way."""
+    """One operation in one setting; `link` is what the yardstick moves there, bytes/s each way.
+
+    `wire` is what TCP moved there in all runs, bytes/s each way.
+    """
 
     setting: str
     operation: str
     times: list[float]
     num_bytes: int
     alone_s: float
+    wire: float | None
     link: float | None
 
     @property
@@ -62,13 +72,13 @@ class Row:
         return self.num_bytes / self.seconds
 
     def line(self) -> str:
-        link = ("-", "-", "-")
-        if self.link:
-            rates = (f"{rate / 1e6:.0f}" for rate in (self.rate, self.link))
-            link = (*rates, f"{self.rate / self.link:.2f}")
+        link = self.link
+        rates = (link and self.rate, self.wire, link)
+        cells = [f"{rate / 1e6:.0f}" if rate else "-" for rate in rates]
+        cells += [f"{rate / link:.2f}" if rate and link else "-" for rate in rates[:2]]
         times = (f"{1e3 * self.seconds:.1f}", f"{1e3 * min(self.times):.1f}")
         times = (*times, f"{self.seconds / self.alone_s:.2f}")
-        return _LINE.format(self.setting, self.operation, *times, *link)
+        return _LINE.format(self.setting, self.operation, *times, *cells)
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -86,25 +96,42 @@ def _bytes_each_way(case: Case) -> int:
     return int(crossing) // 2 * case.row_bytes
 
 
-def _take_turns(groups: list[launcher.Group], rounds: int) -> None:
-    """One group runs while the others wait."""
+def _take_turns(
+    groups: list[launcher.Group], rounds: int, measure_links: Callable[[], None]
+) -> None:
+    """One group runs while the others wait, and one link is measured at a time."""
     ready = process_ranks.READY.format
     for turn in range(rounds):
         for group in groups:
             for rank in group:
                 rank.wait_for(ready(turn), _TIMEOUT_S)
+        measure_links()
+        for group in groups:
             for rank in group:
                 rank.resume()
-            then = ready(turn + 1) if turn + 1 < rounds else launcher.rank_lib.ENDED
             for rank in group:
-                rank.wait_for(then, _TIMEOUT_S)
+                rank.wait_for(ready(turn + 1), _TIMEOUT_S)
 
 
-def _time_all(
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What was measured, by setting."""
+
+    times: dict[str, dict[str, list[float]]]  # Seconds of each run by operation.
+    wires: dict[str, float | None]  # What TCP moved, bytes/s each way.
+    links: dict[str, list[float]]  # What ucx_perftest moved in each round, bytes/s each way.
+
+
+def _measure(
     case: Case, settings: dict[str, dict[str, Any]], num_gemms: dict[str, int]
-) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each run by setting and operation."""
+) -> Measured:
     plan = process_ranks.Rounds(_ROUNDS.value, _RUNS.value)
+    links: dict[str, list[float]] = {name: [] for name in settings if name != _ALONE}
+
+    def measure_links() -> None:
+        for name, rates in links.items():
+            rates.append(perftest.both_ways(settings[name].get("hosts", _HERE)))
+
     with contextlib.ExitStack() as stack:
         groups = {
             name: stack.enter_context(
@@ -120,8 +147,31 @@ def _time_all(
             )
             for name, how in settings.items()
         }
-        _take_turns(list(groups.values()), plan.rounds)
-        return {name: group.results()[0] for name, group in groups.items()}
+        _take_turns(list(groups.values()), plan.rounds, measure_links)
+        wires = {
+            name: sockets.wire_rate(how["hosts"])
+            for name, how in settings.items()
+            if "hosts" in how
+        }
+        for group in groups.values():
+            for rank in group:
+                rank.resume()
+        times = {name: group.results()[0] for name, group in groups.items()}
+    return Measured(times, wires, links)
+
+
+def _time_starts() -> list[float]:
+    """Seconds to the first result of four processes, the latest of them, each time."""
+    times = []
+    for _ in range(_STARTS):
+        start = launcher.start(process_ranks.start_up, num_processes=_STARTED, timeout_s=_TIMEOUT_S)
+        with start as group:
+            for rank in group:
+                rank.wait_for(process_ranks.READY.format(0), _TIMEOUT_S)
+            for rank in group:
+                rank.resume()
+            times.append(max(group.results()))
+    return times
 
 
 def _hidden(name: str, times: dict[str, list[float]], num_bytes: int, link: float) -> str:
@@ -148,16 +198,6 @@ def _settings(cable: Any, slow: Any) -> dict[str, dict[str, Any]]:
     }
 
 
-def _measure_links(settings: dict[str, dict[str, Any]]) -> dict[str, float]:
-    """By setting, what ucx_perftest moves, bytes per second each way."""
-    here = (launcher.Host(), launcher.Host())
-    return {
-        name: perftest.both_ways(how.get("hosts", here))
-        for name, how in settings.items()
-        if how["num_processes"] > 1
-    }
-
-
 def main(argv: list[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
@@ -171,12 +211,10 @@ def main(argv: list[str]) -> None:
     with two_hosts.joined() as cable, two_hosts.joined() as slow:
         slow.slow_down(_MEGABITS.value)
         settings = _settings(cable, slow)
-        before = _measure_links(settings)
         num_gemms = {name: _GEMMS.value if name == slow_name else 0 for name in settings}
-        times = _time_all(case, settings, num_gemms)
-        links = {
-            name: (before[name] + after) / 2 for name, after in _measure_links(settings).items()
-        }
+        measured = _measure(case, settings, num_gemms)
+    times = measured.times
+    links = {name: statistics.median(rates) for name, rates in measured.links.items()}
     rows = [
         Row(
             name,
@@ -184,22 +222,26 @@ def main(argv: list[str]) -> None:
             times[name][operation],
             num_bytes,
             statistics.median(times[_ALONE][operation]),
+            measured.wires.get(name),
             links.get(name),
         )
         for operation in ("dispatch", "combine")
         for name in settings
     ]
-    print(
-        _LINE.format(
-            "setting", "operation", "ms", "least ms", "/ alone", "MB/s", "ucx_perftest", "ratio"
-        )
-    )
+    print(_LINE.format("setting", "operation", *_COLUMNS))
     for row in rows:
         print(row.line())
     summary = _hidden(slow_name, times[slow_name], num_bytes, links[slow_name])
     print(f"\n{summary}")
+    starts = _time_starts()
+    print(
+        f"{_STARTED} processes: {statistics.median(starts):.1f} s from Buffer(...) to the first "
+        f"result of a dispatch, {max(starts):.1f} s at most"
+    )
     path = pathlib.Path(_OUT.value)
-    report.write(path, rows, links=links, summary=summary, times=times)
+    report.write(
+        path, rows, links=links, rates=measured.links, summary=summary, times=times, starts=starts
+    )
     print(f"all times: {path}")
 
 

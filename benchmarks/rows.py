@@ -27,6 +27,7 @@ from jax_sm_free.doctor.bandwidth import Bandwidths
 OPS = ("dispatch", "combine")
 # GEMMs so short that some have a copy beside all of them, and some none.
 _SHORT_GEMMS = 8
+_LEAST_ROUNDS = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,7 +230,9 @@ class Runs:
         for run in runs.values():
             if isinstance(run, Exception):
                 raise run
-        times = timing.race(runs, self.plan.seconds, least=5, most=15)
+        # Processes have to agree on how often.
+        most = 15 if jax.process_count() == 1 else _LEAST_ROUNDS
+        times = timing.race(runs, self.plan.seconds, least=_LEAST_ROUNDS, most=most)
         num = steps or self.plan.steps
         return {name: statistics.median(each) / num * 1e6 for name, each in times.items()}
 

@@ -10,6 +10,8 @@ from time import perf_counter
 # arena, because the others unmap a heap as soon as it is empty.
 _OPTIONS = (-4, -1, -2, -8)
 _KEEP = (0, 2**31 - 1, 2**28, 1)
+# More would be above the second of these, and given back.
+_MOST_WARM = 3 << 29
 
 
 def keep_pages() -> None:
@@ -30,6 +32,23 @@ def keep_pages_of_programs() -> dict[str, str]:
     names = ("mmap_max", "trim_threshold", "top_pad", "arena_max")
     tunables = (f"glibc.malloc.{name}={value}" for name, value in zip(names, _KEEP, strict=True))
     return {"GLIBC_TUNABLES": ":".join(tunables)}
+
+
+def warm_heap(num_bytes: int) -> None:
+    """Gives malloc `num_bytes` of memory that has its pages, at most 1.5 GiB, beside `keep_pages`.
+
+    Before 2.38, glibc looks for a little more than an aligned array takes, and gives away the rest:
+    where one of a size was freed, the next of that size does not fit. So a heap with large arrays
+    grows for long, and each of its new pages costs a page fault.
+    """
+    libc = ctypes.CDLL(None)
+    libc.malloc.restype = ctypes.c_void_p
+    num_bytes = min(num_bytes, _MOST_WARM)
+    block = ctypes.c_void_p(libc.malloc(ctypes.c_size_t(num_bytes)))
+    if not block:
+        raise MemoryError(f"malloc({num_bytes}) failed")
+    ctypes.memset(block, 1, num_bytes)
+    libc.free(block)
 
 
 def race(runners: dict[str, Callable[[], object]], seconds: float, least: int, most: int) -> dict:

@@ -31,6 +31,12 @@ if ON_GPUS:
     # Sums of products are compared: no TF32, and no time for a choice among kernels.
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
     add_flag("xla_gpu_autotune_level", 0)
+else:
+    # Most of the time of these tests is XLA's, which so compiles in half of it. What they look at,
+    # which ops run in which order on what, is settled before code is generated.
+    add_flag("xla_cpu_use_fusion_emitters", "false")
+    add_flag("xla_cpu_parallel_codegen_split_count", 1)
+    add_flag("xla_backend_optimization_level", 0)
 
 MARKERS = {
     "cpu_only": "shows something of the CPU platform alone",

@@ -42,12 +42,6 @@ needs_empty_inputs = pytest.mark.skipif(
 
 NO_TOKENS = pytest.param(0, marks=needs_empty_inputs)
 
-# The reference is compiled more often than it is run, and most of a test's time is that.
-QUICK_COMPILE = {
-    "xla_backend_optimization_level": 0,
-    "xla_cpu_parallel_codegen_split_count": 1,
-}
-
 # What a run that met a fault raises when its results are asked for; ValueError where JAX found out
 # before it returned them, as it does on a single device.
 RUN_ERROR = (jax.errors.JaxRuntimeError, ValueError)
@@ -101,12 +95,9 @@ def open_buffer(config: Config, mesh: Any = None, axis: Any = "ep", module: Any 
     return module.Buffer(mesh if mesh is not None else mesh_of(config.ep_size), axis, **sizes)
 
 
-def on_ranks(
-    fn: Callable[..., Any], mesh: Any, quickly: bool = False, **kwargs: Any
-) -> Callable[..., Any]:
+def on_ranks(fn: Callable[..., Any], mesh: Any, **kwargs: Any) -> Callable[..., Any]:
     """jit(shard_map(fn)), for arrays with a leading axis of ranks, in and out."""
-    options = QUICK_COMPILE if quickly and ON_CPU else None
-    return jax.jit(unjitted_on_ranks(fn, mesh, **kwargs), compiler_options=options)
+    return jax.jit(unjitted_on_ranks(fn, mesh, **kwargs))
 
 
 def unjitted_on_ranks(fn: Callable[..., Any], mesh: Any, **kwargs: Any) -> Callable[..., Any]:
@@ -138,7 +129,7 @@ def runners(config: Config, program: Callable[..., Any], **kwargs: Any) -> tuple
     ours, theirs = (functools.partial(program, api) for api in apis(config))
     return (
         on_ranks(ours, mesh, **kwargs),
-        on_ranks(theirs, mesh, quickly=True, **kwargs),
+        on_ranks(theirs, mesh, **kwargs),
     )
 
 

@@ -136,7 +136,8 @@ def test_a_rank_that_does_not_send(place, action, buffer, inputs):
     start = time.monotonic()
     errors = support.errors_by_rank(buffer, run, *inputs, actions_of(place, seconds))
     took = time.monotonic() - start
-    assert TIMEOUT_S <= took < TIMEOUT_S + MARGIN_S
+    # Less than the timeout where another process, which ended this one, was here before it.
+    assert TIMEOUT_S - 0.5 < took < TIMEOUT_S + MARGIN_S
     assert_all_failed(errors, action, functools.partial(assert_times_out, place=place))
     assert_times_out(support.fault_of(buffer), place)
     assert_works_again(buffer, run, inputs)
@@ -267,9 +268,12 @@ def test_a_buffer_closed_while_results_are_pending(inputs):
     errors = support.errors_by_rank(buffer, run, *inputs, actions_of("dispatch_send", 3.0))
     closer.join()
     assert time.monotonic() - start < 3.0 + MARGIN_S
+    closed = "expected buffer .* to be open.* closed"
+    if jax.process_count() > 1:  # Another may have closed first.
+        closed += "|it closed its end"
     for rank, error in enumerate(errors):
         assert error is not None, f"rank {rank} gave a result"
-        support.assert_matches(error, "expected buffer .* to be open.* closed")
+        support.assert_matches(error, closed)
 
 
 def test_a_buffer_that_nobody_refers_to_is_closed(inputs):

@@ -9,6 +9,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -110,6 +111,8 @@ TEST_P(UcxProcessesTest, AKilledPeerIsReportedAndTheOthersGoOn) {
   EXPECT_EQ(echoes.processes[2]->Finish(), 0);
 }
 
+// At once over TCP. Over shared memory UCX sometimes keeps what it was about to hand to the dead
+// process, until the wire closes.
 TEST_P(UcxProcessesTest, APeerKilledWithMessagesUnderWayFreesTheirMemory) {
   Echoes echoes(2);
   for (int i = 0; i < 8; ++i) echoes.node.Send(1, i, Node::kMaxPayloadBytes);
@@ -119,9 +122,11 @@ TEST_P(UcxProcessesTest, APeerKilledWithMessagesUnderWayFreesTheirMemory) {
   echoes.processes[1]->Finish();
   const std::optional<Loss> loss = echoes.node.WaitForLoss();
   ASSERT_TRUE(loss);
-  EXPECT_TRUE(echoes.node.WaitUntilSent());
-  EXPECT_LT(SecondsSince(start), kNoticed);
+  const bool freed = echoes.node.WaitUntilSent(duration<double>(kNoticed) - (Clock::now() - start));
   EXPECT_FALSE(echoes.node.WaitForLoss(milliseconds(100)));
+  EXPECT_TRUE(freed || std::string_view(GetParam()) != "tcp");
+  echoes.node.wire().Close();
+  EXPECT_EQ(echoes.node.num_unsent(), 0);
 }
 
 TEST_P(UcxProcessesTest, CloseIsBoundedWhenAPeerIsDead) {

@@ -307,7 +307,7 @@ void UcxWire::Shutdown() {
   while ((num_endpoints_closing_ > 0 || !posted_.empty()) && Clock::now() < deadline) {
     if (!worker_->Progress()) worker_->Wait(kMaxSleepClosingMs);
   }
-  worker_.reset();
+  worker_->Close();  // may still call OnSendDone
   for (const auto& [key, outgoing] : posted_) outgoing->on_sent();
   posted_.clear();
 }

@@ -103,7 +103,7 @@ class UcxWire : public Wire {
   const Options options_;
   const Callbacks callbacks_;
   UcxInbox inbox_;
-  std::unique_ptr<UcxWorker> worker_;
+  const std::unique_ptr<UcxWorker> worker_;
   const std::string address_;
 
   // The wire's thread alone, once it runs.

@@ -22,7 +22,7 @@ struct Setting {
 };
 
 // What differs from UCX's own choice.
-std::array<Setting, 11> Settings(double link_timeout_s) {
+std::array<Setting, 12> Settings(double link_timeout_s) {
   const std::string seconds = std::to_string(std::max(1L, std::lround(link_timeout_s))) + "s";
   return {{
       // Payloads are host memory; the modules for GPUs would only start a driver.
@@ -37,9 +37,11 @@ std::array<Setting, 11> Settings(double link_timeout_s) {
       {"TCP_KEEPINTVL", "1s"},
       {"TCP_KEEPCNT", std::to_string(std::max(1L, std::lround(link_timeout_s) - 1))},
       {"TCP_USER_TIMEOUT", seconds},
-      // Payloads travel in segments, a system call each.
+      // Payloads travel in segments, a system call or a wake-up each. System V gives 16 MB for 512
+      // of them; of POSIX's shared memory, a container may have too little for that.
       {"TCP_TX_SEG_SIZE", "256K"},
       {"TCP_RX_SEG_SIZE", "256K"},
+      {"SYSV_SEG_SIZE", "32K"},
       // By default TCP is not for groups of more than 256.
       {"TCP_MAX_NUM_EPS", "inf"},
   }};
@@ -107,8 +109,7 @@ ucs_status_t UcxWorker::AskWorker() {
 }
 
 UcxWorker::~UcxWorker() {
-  if (worker_ != nullptr) ucx_->ucp_worker_destroy(worker_);
-  if (context_ != nullptr) ucx_->ucp_cleanup(context_);
+  Close();
   if (wake_ >= 0) close(wake_);
 }
 
@@ -123,5 +124,12 @@ void UcxWorker::Wait(int timeout_ms) {
 }
 
 void UcxWorker::Wake() const { (void)eventfd_write(wake_, 1); }
+
+void UcxWorker::Close() {
+  if (worker_ != nullptr) ucx_->ucp_worker_destroy(worker_);
+  worker_ = nullptr;
+  if (context_ != nullptr) ucx_->ucp_cleanup(context_);
+  context_ = nullptr;
+}
 
 }  // namespace jax_sm_free

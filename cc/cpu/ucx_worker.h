@@ -38,6 +38,9 @@ class UcxWorker {
   // Ends a Wait, or the next one if there is none.
   void Wake() const;
 
+  // No Progress or Wait after this. UCX ends what it still kept, by callbacks, which may use ucx().
+  void Close();
+
  private:
   explicit UcxWorker(std::shared_ptr<const UcxLibrary> ucx) : ucx_(std::move(ucx)) {}
   ucs_status_t OpenContext(int64_t num_peers, double link_timeout_s);

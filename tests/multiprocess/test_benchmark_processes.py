@@ -12,7 +12,7 @@ import pytest
 
 pytestmark = pytest.mark.long
 
-SMALL = ["--tokens=16", "--hidden=64", "--rounds=2", "--runs=1", "--gemms=1", "--megabits=2000"]
+SMALL = ["--tokens=64", "--hidden=256", "--rounds=2", "--runs=1", "--gemms=1", "--megabits=400"]
 
 
 @pytest.mark.cpu_only
@@ -28,12 +28,16 @@ def test_command(hosts, tmp_path):
     )
     assert run.returncode == 0, run.stdout + run.stderr
     found = json.loads(path.read_text())
-    settings = ["1 process x 8", "2 x 4, shared memory", "2 x 4, cable", "2 x 4, 2000 Mbit/s"]
+    settings = ["1 process x 8", "2 x 4, shared memory", "2 x 4, cable", "2 x 4, 400 Mbit/s"]
     for operation in ("dispatch", "combine"):
         rows = [row for row in found["rows"] if row["operation"] == operation]
         assert [row["setting"] for row in rows] == settings
         assert all(len(row["times"]) == 2 and min(row["times"]) > 0 for row in rows)
         assert [row["link"] is not None for row in rows] == [False, True, True, True]
-    # The yardstick sees how slow the cable is: 250 MB/s.
-    assert 100e6 < found["links"]["2 x 4, 2000 Mbit/s"] < 260e6
+        assert [row["wire"] is not None for row in rows] == [False, False, True, True]
+    # Both see how slow the cable is: 50 MB/s.
+    assert 10e6 < found["links"]["2 x 4, 400 Mbit/s"] < 52e6
+    assert 10e6 < rows[-1]["wire"] < 52e6
+    assert len(found["starts"]) == 3
+    assert all(0 < seconds < 60 for seconds in found["starts"])
     assert "are hidden" in found["summary"]

@@ -1,0 +1,137 @@
+"""The GPU benchmark in one process, and in as many as there are GPUs, one each.
+
+    python -m benchmarks.gpu_processes                  # the rows of the headline table, all GPUs
+    python -m benchmarks.gpu_processes --rounds=3 -- --rows=dispatch,combine,phases --tokens=1024
+
+What follows -- goes to benchmarks.gpu. Both settings take turns, so that what disturbs the machine
+disturbs them alike; of each row the table has the median over the rounds. The numbers of several
+processes are those of the first, whose exchanges wait for all others. On CPU devices it runs too,
+for tests.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import pathlib
+import statistics
+import sys
+from typing import Any
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "multiprocess"))
+
+import launcher
+from absl import app, flags
+
+from benchmarks import report
+from benchmarks.cases import Case
+
+_PROCESSES = flags.DEFINE_integer("processes", 0, "Of one GPU each; 0 for all GPUs.")
+_ROUNDS = flags.DEFINE_integer("rounds", 2, "In which both settings run.")
+_SECONDS = flags.DEFINE_float("seconds", 600, "For each run of each setting; then all ends.")
+_OUT = flags.DEFINE_string("out", "out", "Where the tables, the profiles and all numbers go.")
+
+_LINE = "{:34} {:5} {:>11} {:>13} {:>6}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One line: the value of each round in one process, and in several."""
+
+    case: Case
+    name: str
+    unit: str
+    one: list[float]
+    several: list[float]
+
+    @property
+    def ratio(self) -> float | None:
+        """Of several processes over one; None where one has next to nothing."""
+        one = statistics.median(self.one)
+        return statistics.median(self.several) / one if one > 0 else None
+
+    def line(self) -> str:
+        medians = (f"{statistics.median(values):.1f}" for values in (self.one, self.several))
+        ratio = "-" if self.ratio is None else f"{self.ratio:.2f}"
+        return _LINE.format(self.name, self.unit, *medians, ratio)
+
+    def as_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+
+def _run(folder: pathlib.Path, num_processes: int, words: list[str]) -> dict[str, Any]:
+    """benchmarks.gpu in this many processes; what the first one wrote.
+
+    Raises:
+      launcher.LaunchError: if a process failed or did not end in time, with the output of all.
+    """
+    is_one = num_processes == 1
+    with launcher.start(
+        "benchmarks.gpu",
+        f"--ep={_PROCESSES.value}",
+        f"--out={folder}",
+        *words,
+        num_processes=num_processes,
+        num_devices=_PROCESSES.value or 1 if is_one else 1,
+        timeout_s=_SECONDS.value,
+        distributed=None if is_one else launcher.NO_OPTIONS,
+        # All see all GPUs, so that copies between processes need no SM.
+        gpus="JAX_LOCAL_DEVICE_IDS",
+    ) as group:
+        group.results()
+    found = folder if is_one else folder / "process_0"
+    return json.loads((found / "bench_gpu.json").read_text())
+
+
+def _values(found: dict[str, Any]) -> dict[tuple[Case, str, str], float]:
+    """Ours by case, row and unit."""
+    values = {}
+    for row in found["rows"]:
+        cell = row["cells"].get("ours", {})
+        if cell.get("error") is not None:
+            raise RuntimeError(f"expected a number for {row['row']}, got {cell['error']}")
+        if cell.get("value") is not None:
+            values[Case(**row["case"]), row["row"], row["unit"]] = cell["value"]
+    return values
+
+
+def _compare(one: list[dict[str, Any]], several: list[dict[str, Any]]) -> list[Row]:
+    """A row for each number that every run has."""
+    runs_of_one, runs_of_several = ([_values(found) for found in runs] for runs in (one, several))
+    return [
+        Row(*key, [run[key] for run in runs_of_one], [run[key] for run in runs_of_several])
+        for key in runs_of_one[0]
+        if all(key in run for run in (*runs_of_one, *runs_of_several))
+    ]
+
+
+def main(argv: list[str]) -> None:
+    words = ["--contestants=ours", *argv[1:]]
+    out = pathlib.Path(_OUT.value)
+    one, several = [], []
+    for turn in range(_ROUNDS.value):
+        folder = out / f"round_{turn}"
+        one.append(_run(folder / "one", 1, words))
+        ranks = one[0]["rows"][0]["case"]["ep_size"]
+        several.append(_run(folder / "several", ranks, words))
+    rows = _compare(one, several)
+    about = {key: one[0][key] for key in ("devices", "platform", "bandwidths")}
+    for name, value in {
+        **about,
+        "machine": report.machine(),
+        "versions": report.versions(),
+    }.items():
+        print(f"{name}: {value}")
+    heading = _LINE.format("", "unit", "one process", f"{ranks} processes", "ratio")
+    for case in dict.fromkeys(row.case for row in rows):
+        print(f"\n{case}; medians of {_ROUNDS.value} rounds\n{heading}")
+        for row in rows:
+            if row.case == case:
+                print(row.line())
+    path = out / "bench_gpu_processes.json"
+    report.write(path, rows, **about, processes=ranks)
+    print(f"\nall numbers: {path}")
+
+
+if __name__ == "__main__":
+    app.run(main)
