@@ -139,6 +139,10 @@ SIZES = [
     (4, 8192, 16, 2, jnp.float16, "tokens"),
     (2, 1, 32, 5, jnp.float32, "experts"),
     (1, 8192, 8, 16, jnp.float32, "experts"),
+    # Rows of 129, 65 and 257 words of 16 bytes: their pieces are not of one size.
+    (2, 1032, 4, 3, jnp.bfloat16, "experts"),
+    (2, 520, 4, 3, jnp.bfloat16, "experts"),
+    (2, 1028, 4, 3, jnp.float32, "experts"),
 ]
 
 

@@ -34,8 +34,13 @@ __device__ int32_t NumTiles(const RouteArgs& args) {
   return static_cast<int32_t>(gridDim.x) - (IsSend(args) ? 1 : 0);
 }
 
+// Not asked of the weights: without tokens they may have no address.
+__device__ bool IsDispatch(const RouteArgs& args) {
+  return IsSend(args) && args.begin.op == Op::kDispatchSend;
+}
+
 __device__ int32_t FirstKey(const RankView& view, const RouteArgs& args) {
-  return args.topk_weights == nullptr ? view.config.num_experts : 0;
+  return IsDispatch(args) ? 0 : view.config.num_experts;
 }
 
 // This thread's entry of the tile, read through shared memory.
@@ -276,7 +281,7 @@ __global__ void __launch_bounds__(kTileEntries)
   }
   __syncthreads();
   const Current current = view.state->current;
-  const bool routed = args.topk_weights != nullptr && current.failed == kOk;
+  const bool routed = IsDispatch(args) && current.failed == kOk;
   if (dst_key >= 0) {
     const int32_t row = own[dst_key] + dst_rank.rank;
     view.row_of[tile.token() * config.ep_size + entry.dst] = row;

@@ -35,7 +35,7 @@ __device__ inline TokenRow FirstRow(const RankView& view, const ConstRows& own_r
   first.row = 0;
   first.message = InMessage(view, slot, source);
   first.layout = LayoutOf(view.config, HeaderOf(first.message));
-  const bool stayed = source == view.rank && own_rows.values != nullptr;
+  const bool stayed = source == view.rank && own_rows.row_bytes() != 0;
   first.tokens = stayed ? view.own_token + int64_t{slot} * view.config.max_tokens : nullptr;
   return first;
 }
