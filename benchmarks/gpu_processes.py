@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import statistics
 import sys
 from typing import Any
 
+os.environ.setdefault("JAX_PLATFORMS", "cuda")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "multiprocess"))
 
 import launcher
@@ -113,6 +115,8 @@ def main(argv: list[str]) -> None:
         folder = out / f"round_{turn}"
         one.append(_run(folder / "one", 1, words))
         ranks = one[0]["rows"][0]["case"]["ep_size"]
+        if ranks < 2:
+            raise app.UsageError(f"expected at least 2 devices, got {ranks}")
         several.append(_run(folder / "several", ranks, words))
     rows = _compare(one, several)
     about = {key: one[0][key] for key in ("devices", "platform", "bandwidths")}

@@ -32,8 +32,13 @@ __device__ int32_t NumTiles(const RouteArgs& args) {
   return static_cast<int32_t>(gridDim.x) - (IsSend(args) ? 1 : 0);
 }
 
+// Not asked of the weights: without tokens they may have no address.
+__device__ bool IsDispatch(const RouteArgs& args) {
+  return IsSend(args) && args.begin.op == Op::kDispatchSend;
+}
+
 __device__ int32_t FirstKey(const RankView& view, const RouteArgs& args) {
-  return args.topk_weights == nullptr ? view.config.num_experts : 0;
+  return IsDispatch(args) ? 0 : view.config.num_experts;
 }
 
 // This thread's entry of the tile, read through shared memory.
@@ -271,7 +276,7 @@ __global__ void __launch_bounds__(kTileEntries)
   if (dst_key >= 0) {
     view.row_of[tile.token() * config.ep_size + entry.dst] = own[dst_key] + dst_rank.rank;
   }
-  if (args.topk_weights == nullptr || view.state->current.failed != kOk) return;
+  if (!IsDispatch(args) || view.state->current.failed != kOk) return;
   __syncthreads();
   const auto in_tile = static_cast<int32_t>(threadIdx.x);
   if (in_tile >= tile.num_tokens() * config.top_k) return;
