@@ -127,10 +127,7 @@ def runners(config: Config, program: Callable[..., Any], **kwargs: Any) -> tuple
     """`program(api, *args)` compiled for the library and for the reference; compiled once."""
     mesh = mesh_of(config.ep_size)
     ours, theirs = (functools.partial(program, api) for api in apis(config))
-    return (
-        on_ranks(ours, mesh, **kwargs),
-        on_ranks(theirs, mesh, **kwargs),
-    )
+    return on_ranks(ours, mesh, **kwargs), on_ranks(theirs, mesh, **kwargs)
 
 
 def check_same(config: Config, program: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
