@@ -30,8 +30,6 @@ ifneq ($(CUDA),)
   MODULES += _cuda
 endif
 BAZEL_TEST := bazel test $(BAZEL_FLAGS) --test_tag_filters=-python --build_tests_only
-# Neighbouring tests share compiled programs: what one worker starts, it goes on with.
-PYTEST_FLAGS ?= -n 2 --dist worksteal
 # Without it, JAX complains that the CUDA compiler of the set-up finds no CUDA libraries.
 export JAX_PLATFORMS ?= cpu
 
@@ -118,8 +116,10 @@ test: test-cc test-python
 test-cc: setup
 	$(BAZEL_TEST) //...
 
+# Neighbouring tests share compiled programs: what one worker starts, it goes on with. A third of the
+# time tests wait, so that three workers keep two cores busy.
 test-python: build
-	$(VENV_PYTHON) -m pytest $(PYTEST_FLAGS)
+	$(VENV_PYTHON) -m pytest -n 3 --dist worksteal $(PYTEST_FLAGS)
 
 test-gpu: build
 	JAX_PLATFORMS=cuda $(VENV_PYTHON) -m pytest -n 4 -m "not alone"

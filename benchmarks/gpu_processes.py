@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import statistics
 import sys
 from typing import Any
 
+os.environ.setdefault("JAX_PLATFORMS", "cuda")
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "multiprocess"))
 
 import launcher
@@ -36,7 +38,7 @@ _LINE = "{:34} {:5} {:>11} {:>13} {:>6}"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line: the value of each round in one process, and in several."""
+    """One line: the value of each round in one process, and in several, of those that have one."""
 
     case: Case
     name: str
@@ -46,17 +48,25 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """Of several processes over one; None where one has next to nothing."""
-        one = statistics.median(self.one)
-        return statistics.median(self.several) / one if one > 0 else None
+        """Of several processes over one; None where there is none, or one has next to nothing."""
+        one, several = map(_median, (self.one, self.several))
+        if one is None or several is None or one <= 0:
+            return None
+        return several / one
 
     def line(self) -> str:
-        medians = (f"{statistics.median(values):.1f}" for values in (self.one, self.several))
+        medians = (
+            f"{_median(values):.1f}" if values else "-" for values in (self.one, self.several)
+        )
         ratio = "-" if self.ratio is None else f"{self.ratio:.2f}"
         return _LINE.format(self.name, self.unit, *medians, ratio)
 
     def as_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
+
+
+def _median(values: list[float]) -> float | None:
+    return statistics.median(values) if values else None
 
 
 def _run(folder: pathlib.Path, num_processes: int, words: list[str]) -> dict[str, Any]:
@@ -96,12 +106,15 @@ def _values(found: dict[str, Any]) -> dict[tuple[Case, str, str], float]:
 
 
 def _compare(one: list[dict[str, Any]], several: list[dict[str, Any]]) -> list[Row]:
-    """A row for each number that every run has."""
+    """A row for each number; the numbers of the runs that have it."""
     runs_of_one, runs_of_several = ([_values(found) for found in runs] for runs in (one, several))
+    keys = dict.fromkeys(key for run in (*runs_of_one, *runs_of_several) for key in run)
     return [
-        Row(*key, [run[key] for run in runs_of_one], [run[key] for run in runs_of_several])
-        for key in runs_of_one[0]
-        if all(key in run for run in (*runs_of_one, *runs_of_several))
+        Row(
+            *key,
+            *([run[key] for run in runs if key in run] for runs in (runs_of_one, runs_of_several)),
+        )
+        for key in keys
     ]
 
 
@@ -113,14 +126,13 @@ def main(argv: list[str]) -> None:
         folder = out / f"round_{turn}"
         one.append(_run(folder / "one", 1, words))
         ranks = one[0]["rows"][0]["case"]["ep_size"]
+        if ranks < 2:
+            raise app.UsageError(f"expected at least 2 devices, got {ranks}")
         several.append(_run(folder / "several", ranks, words))
     rows = _compare(one, several)
     about = {key: one[0][key] for key in ("devices", "platform", "bandwidths")}
-    for name, value in {
-        **about,
-        "machine": report.machine(),
-        "versions": report.versions(),
-    }.items():
+    about_all = {**about, "machine": report.machine(), "versions": report.versions()}
+    for name, value in about_all.items():
         print(f"{name}: {value}")
     heading = _LINE.format("", "unit", "one process", f"{ranks} processes", "ratio")
     for case in dict.fromkeys(row.case for row in rows):

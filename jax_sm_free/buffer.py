@@ -12,9 +12,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from jax_sm_free import autodiff, checks, primitives, transports
+from jax_sm_free import autodiff, checks, transports
 from jax_sm_free.config import Config
-from jax_sm_free.primitives import Native, RowType, Target
+from jax_sm_free.native import Native, register_cuda
+from jax_sm_free.primitives import RowType, Target
 from jax_sm_free.results import Layout, Received, ReceivedTokens
 from jax_sm_free.schedule import Hook, Sent
 
@@ -112,7 +113,7 @@ class Buffer:
         self.transport = transports.choose(mesh, transport)
         self._native: Native | None = None
         if self.transport == "abstract":
-            primitives.register_cuda()
+            register_cuda()
             buffer_id = next(_abstract_ids)
         else:
             self._native, buffer_id = transports.open_buffer(

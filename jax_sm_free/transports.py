@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jax_sm_free import checks
 from jax_sm_free.bootstrap import Bootstrap, facts_of
 from jax_sm_free.config import Config
-from jax_sm_free.primitives import Native
+from jax_sm_free.native import Native
 
 _log = logging.getLogger(__name__)
 

@@ -127,10 +127,7 @@ def runners(config: Config, program: Callable[..., Any], **kwargs: Any) -> tuple
     """`program(api, *args)` compiled for the library and for the reference; compiled once."""
     mesh = mesh_of(config.ep_size)
     ours, theirs = (functools.partial(program, api) for api in apis(config))
-    return (
-        on_ranks(ours, mesh, **kwargs),
-        on_ranks(theirs, mesh, **kwargs),
-    )
+    return on_ranks(ours, mesh, **kwargs), on_ranks(theirs, mesh, **kwargs)
 
 
 def check_same(config: Config, program: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -178,6 +175,12 @@ def round_trip_tokens(api: Api, x: Any, topk_idx: Any, topk_weights: Any, y: Any
     recv = api.buffer.dispatch(x, topk_idx, topk_weights, output="tokens")
     y = poison_unused(y, recv.layout)
     return recv, api.buffer.combine(y, recv.layout)
+
+
+def layer(api: Api, x: Any, topk_idx: Any, topk_weights: Any, y: Any) -> Any:
+    """Dispatch to experts that multiply their rows by y, and a weighted combine."""
+    recv = api.buffer.dispatch(x, topk_idx, topk_weights)
+    return api.buffer.combine(recv.x * y, recv.layout, weights=recv.weights)
 
 
 def row_numbers(config: Config) -> np.ndarray:
@@ -278,6 +281,11 @@ def make_inputs(
     """x, topk_idx, topk_weights of all ranks; `max_tokens` tokens each unless told."""
     num_tokens = config.max_tokens if num_tokens is None else num_tokens
     return make_rows(config, num_tokens, seed), *make_routing(config, num_tokens, seed, how)
+
+
+def layer_inputs(config: Config, seed: int = 1) -> tuple[np.ndarray, ...]:
+    """x, topk_idx, topk_weights, y of all ranks, for `layer`."""
+    return *make_inputs(config, seed=seed), make_rows(config, config.recv_capacity, seed + 1)
 
 
 # -------------------------------------------------------------------------------------- faults

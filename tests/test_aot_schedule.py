@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_sm_free as smf
-from jax_sm_free import _cpu, primitives
+from jax_sm_free import _cpu, native
 
 NUM_RANKS, T, H, F, E, TOP_K, NUM_LAYERS = 4, 1024, 1024, 2048, 16, 2, 3
 SIZES = {"hidden": H, "num_experts": E, "top_k": TOP_K, "max_tokens": T}
@@ -241,7 +241,7 @@ def test_abstract_devices_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     def refuse(*_: Any) -> int:
         raise AssertionError("opened a buffer for devices that are not there")
 
-    monkeypatch.setattr(primitives.Native, "open_buffer", refuse)
+    monkeypatch.setattr(native.Native, "open_buffer", refuse)
     buffer, other = (smf.Buffer(aot.mesh(), "ep", **SIZES) for _ in range(2))
     assert buffer.transport == "abstract"
     buffer.check()
@@ -265,7 +265,7 @@ def run_in_new_process(*lines: str) -> None:
     imports = (
         "import sys; sys.path.insert(0, 'tests')",
         "import conftest, aot, jax, numpy as np, jax_sm_free as smf, test_aot_schedule as t",
-        "from jax_sm_free import primitives",
+        "from jax_sm_free import native",
     )
     script = "\n".join((*imports, *lines))
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
@@ -291,7 +291,7 @@ def check_exchange(buffer: smf.Buffer) -> None:
 
 def test_compiles_where_no_other_devices_are_used() -> None:
     aot.require_gpu_compiler()
-    run_in_new_process(USE_GPUS, "assert primitives.register_cpu.cache_info().currsize == 0")
+    run_in_new_process(USE_GPUS, "assert native.register_cpu.cache_info().currsize == 0")
 
 
 @pytest.mark.parametrize("first", ["gpus", "cpus"])

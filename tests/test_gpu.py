@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import support
-from support import make_config, make_inputs, make_rows
+from support import layer, make_config, make_inputs, make_rows
 
 import jax_sm_free as smf
 
@@ -26,13 +26,7 @@ LATE_RANK = support.MAX_RANKS - 1
 
 @pytest.fixture
 def inputs():
-    """x, topk_idx, topk_weights, y of all ranks."""
-    return *make_inputs(CONFIG, seed=1), make_rows(CONFIG, CONFIG.recv_capacity, 2)
-
-
-def layer(api, x, topk_idx, weights, y):
-    recv = api.buffer.dispatch(x, topk_idx, weights)
-    return api.buffer.combine(recv.x * y, recv.layout, weights=recv.weights)
+    return support.layer_inputs(CONFIG)
 
 
 def compiled(buffer, program=layer):
@@ -41,7 +35,7 @@ def compiled(buffer, program=layer):
 
 @functools.cache
 def expected_output():
-    inputs = *make_inputs(CONFIG, seed=1), make_rows(CONFIG, CONFIG.recv_capacity, 2)
+    inputs = support.layer_inputs(CONFIG)
     return support.runners(CONFIG, layer)[1](*inputs)
 
 

@@ -13,9 +13,9 @@ pytestmark = [pytest.mark.cpu_only, pytest.mark.timeout(1000), pytest.mark.long]
 
 TESTS = pathlib.Path(__file__).parents[1]
 SUITE = [
-    (2, 1, ("api", "programs")),
+    (2, 1, ("api", "buffer", "programs")),
     (2, 2, ("numbers", "wire_dtype")),
-    (4, 1, ("flight", "stress")),
+    (4, 1, ("flight", "broken_rules", "stress")),
     (2, 4, ("faults", "routing")),
 ]
 

@@ -1,0 +1,122 @@
+"""The extension, of which this is the only importer: its buffers, and its handlers for XLA."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jax_sm_free.config import Config
+
+
+class Native:
+    """The extension module of one platform, "cpu" or "cuda", with its handlers registered."""
+
+    def __init__(self, platform: str) -> None:
+        self._module = _load(platform)
+        register = {"cpu": register_cpu, "cuda": register_cuda}[platform]
+        register()
+
+    def open_buffer(self, config: Config, places: list[tuple[int, int, int] | None]) -> int:
+        """Makes the memory of a buffer; places: each device's (group, rank, mesh position)."""
+        return int(self._module.open_buffer(config.sizes(), places))
+
+    def lowest_free_id(self) -> int:
+        """The lowest number above those of all buffers so far."""
+        return int(self._module.lowest_free_id())
+
+    def open_ucx_buffer(
+        self,
+        buffer_id: int,
+        config: Config,
+        places: list[tuple[int, int, int] | None],
+        process: int,
+        num_processes: int,
+        process_of_rank: list[list[int]],
+        library: str,
+    ) -> None:
+        """Makes this process's part of a buffer over several; places: of its own devices."""
+        sizes = config.sizes()
+        self._module.open_ucx_buffer(
+            buffer_id, sizes, places, process, num_processes, process_of_rank, library
+        )
+
+    def open_nvshmem_buffer(
+        self,
+        buffer_id: int,
+        config: Config,
+        places: list[tuple[int, int, int] | None],
+        process: int,
+        process_of_rank: list[int],
+        library: str,
+        exchange: Callable[[bytes], list[bytes]],
+        warn: Callable[[str], None],
+    ) -> None:
+        """Makes this process's part of a buffer over several. Collective.
+
+        Args:
+          buffer_id: the same in all processes.
+          config: the sizes.
+          places: as for `open_buffer`, of this process's device alone.
+          process: this process's number among those that open the buffer.
+          process_of_rank: for each rank of this process's group, the number of its process.
+          library: the path of NVSHMEM's.
+          exchange: gives bytes to all processes and returns those of all, by number.
+          warn: gets the text of what works, but slowly.
+        """
+        self._module.open_nvshmem_buffer(
+            buffer_id, config.sizes(), places, process, process_of_rank, library, exchange, warn
+        )
+
+    def address(self, buffer_id: int) -> bytes:
+        """What other processes need to connect to this one's part of the buffer."""
+        return bytes(self._module.address(buffer_id))
+
+    def connect(self, buffer_id: int, addresses: list[bytes]) -> None:
+        """Connects to the other processes' parts; addresses: of all, in their order."""
+        self._module.connect(buffer_id, addresses)
+
+    def close_buffer(self, buffer_id: int) -> None:
+        """Frees a buffer; whoever waits on it ends with an error. Closing twice does nothing."""
+        self._module.close_buffer(buffer_id)
+
+    def take_fault(self, buffer_id: int) -> str | None:
+        """The first fault since the last call, if there was one."""
+        fault = self._module.take_fault(buffer_id)
+        return None if fault is None else str(fault)
+
+    def message_bytes(self, buffer_id: int, device: int) -> int:
+        """Bytes of messages that one rank has taken so far, in use or kept for reuse."""
+        return int(self._module.message_bytes(buffer_id, device))
+
+
+def _load(platform: str) -> Any:
+    try:
+        return importlib.import_module(f"jax_sm_free._{platform}")
+    except ImportError as error:
+        raise NotImplementedError(
+            f"expected jax_sm_free to be built for {platform} devices, got a build without: {error}"
+        ) from error
+
+
+@functools.cache
+def register_cpu() -> None:
+    """Registers the handlers of platform "cpu". JAX's CPU backend must have been started."""
+    module = _load("cpu")
+    jax.ffi.register_ffi_type("smf_call_site", module.call_site_type(), platform="cpu")
+    for name, stages in module.handlers().items():
+        jax.ffi.register_ffi_target(name, stages, platform="cpu")
+
+
+@functools.cache
+def register_cuda() -> None:
+    """Registers handlers of platform "CUDA"; without CUDA in the build, enough to compile."""
+    try:
+        handlers = _load("cuda").handlers()
+    except NotImplementedError:
+        handlers = _load("cpu").cuda_handlers()
+    for name, stages in handlers.items():
+        jax.ffi.register_ffi_target(name, stages, platform="CUDA")
