@@ -33,8 +33,9 @@ if ON_GPUS:
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
     add_flag("xla_gpu_autotune_level", 0)
 else:
-    # Most of the time of these tests is XLA's, which so compiles in half of it. What they look at,
-    # which ops run in which order on what, is settled before code is generated.
+    # Most of the time of these tests is XLA's compiler's, of which this takes a quarter away, with
+    # jaxlib 0.10 half. What they look at, which ops run in which order on what, is settled before
+    # code is generated.
     add_flag("xla_cpu_parallel_codegen_split_count", 1)
     add_flag("xla_backend_optimization_level", 0)
     if importlib.metadata.version("jaxlib").startswith("0.10."):  # Later ones end at this flag.

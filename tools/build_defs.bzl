@@ -21,12 +21,12 @@ def smf_cc_library(name, deps = [], **kwargs):
         **kwargs
     )
 
-def smf_cc_unit(name, deps = [], test_deps = [], **kwargs):
-    """A smf_cc_library, and the test <name>_test of <name>_test.cc if that file exists."""
+def smf_cc_unit(name, deps = [], test_deps = [], more_tests = [], **kwargs):
+    """A smf_cc_library, and a test each of <name>_test.cc, if it exists, and of `more_tests`."""
     smf_cc_library(name, deps, **kwargs)
-    for src in native.glob([name + "_test.cc"]):
+    for src in native.glob([name + "_test.cc"]) + more_tests:
         native.cc_test(
-            name = name + "_test",
+            name = src[:-len(".cc")],
             size = "small",
             timeout = "moderate",  # Sanitizers slow threads down.
             srcs = [src],

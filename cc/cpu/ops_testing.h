@@ -1,0 +1,70 @@
+// What the tests of ops share: a buffer whose ranks are threads, and one rank's view of a layer.
+
+#ifndef JAX_SM_FREE_CC_CPU_OPS_TESTING_H_
+#define JAX_SM_FREE_CC_CPU_OPS_TESTING_H_
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cc/cpu/ops.h"
+#include "cc/cpu/testing.h"
+
+namespace jax_sm_free::testing {
+
+using Token = std::array<float, kTokenSize>;
+
+inline constexpr Matrix kMatrix{.dtype = DType::kBFloat16, .hidden = 6};
+
+Config ConfigFor(int32_t ep_size);
+
+// Device i is rank i.
+std::shared_ptr<HostBuffer> BufferOf(const Config& config);
+
+HostCall CallOf(Op op, const std::shared_ptr<HostBuffer>& buffer, int32_t rank, int64_t run);
+
+// Receive, waiting for it to be done.
+std::optional<Fault> Received(const HostCall& call, const Token& token, Unpack unpack);
+
+std::string Describe(const std::optional<Fault>& fault);  // "" for none
+
+// The same sources on all ranks' threads: made from the number of the round.
+std::vector<Source> SourcesOf(const Config& config, int64_t round);
+
+// What an expert of these tests makes of a value.
+float Expert(int32_t expert, float value);
+
+// A layer's results live as long as its exchanges.
+class Layer {
+ public:
+  Layer(std::shared_ptr<HostBuffer> buffer, int32_t rank, int64_t run, int64_t site);
+
+  std::optional<Fault> SendDispatch(const Source& source);
+  std::optional<Fault> ReceiveDispatch();
+  std::optional<Fault> SendCombine();
+  std::optional<Fault> ReceiveCombine(const Source& source, std::vector<std::byte>& out);
+
+ private:
+  HostCall Call(Op op) const { return CallOf(op, buffer_, rank_, run_); }
+  std::vector<std::byte> RunExperts() const;
+
+  const std::shared_ptr<HostBuffer> buffer_;
+  const Config& config_;
+  const int32_t rank_;
+  const int64_t run_;
+  const int64_t site_;
+  Token token_{};
+  std::vector<std::byte> values_;
+  std::vector<int32_t> group_sizes_, counts_;
+  std::vector<float> weights_;
+  std::vector<int32_t> dropped_;
+  std::vector<int32_t> rows_, num_rows_from_;
+};
+
+}  // namespace jax_sm_free::testing
+
+#endif  // JAX_SM_FREE_CC_CPU_OPS_TESTING_H_
