@@ -111,6 +111,12 @@ def unjitted_on_ranks(fn: Callable[..., Any], mesh: Any, **kwargs: Any) -> Calla
     return jax.shard_map(per_rank, mesh=mesh, in_specs=spec, out_specs=spec, **kwargs)
 
 
+def ranks_here(buffer: Any) -> list[int]:
+    """The ranks of this process, where the mesh has one axis."""
+    devices = enumerate(buffer.mesh.devices.flat)
+    return [rank for rank, device in devices if device.process_index == jax.process_index()]
+
+
 def whole(results: Any) -> Any:
     """Results of a jitted function: where each process has a part of them, all parts."""
     return results
@@ -349,13 +355,15 @@ def errors_by_rank(buffer: smf.Buffer, run: Callable[..., Any], *args: Any) -> l
         out = run(*args)
     except RUN_ERROR as error:
         return [str(error) for _ in ranks]
-    errors = [_error_of_rank(out, rank) for rank in ranks]
-    if ON_CPU:
-        return errors
-    return [
-        error or (fault_of(buffer) if _is_poisoned(out, rank) else None)
-        for rank, error in enumerate(errors)
-    ]
+    return [error_of_rank(buffer, out, rank) for rank in ranks]
+
+
+def error_of_rank(buffer: smf.Buffer, out: Any, rank: int) -> str | None:
+    """Of a rank of this process: see `errors_by_rank`."""
+    error = _error_of_shards(_shards_of_rank(out, rank))
+    if error or ON_CPU:
+        return error
+    return fault_of(buffer) if _is_poisoned(_shards_of_rank(out, rank)) else None
 
 
 def _shards_of_rank(out: Any, rank: int) -> list[Any]:
@@ -363,24 +371,24 @@ def _shards_of_rank(out: Any, rank: int) -> list[Any]:
     return [shard.data for shard in shards if (shard.index[0].start or 0) == rank]
 
 
-def _error_of_rank(out: Any, rank: int) -> str | None:
+def _error_of_shards(shards: list[Any]) -> str | None:
     errors = []
-    for shard in _shards_of_rank(out, rank):
+    for shard in shards:
         try:
             shard.block_until_ready()
             # On GPUs it raises what block_until_ready lets pass: a callback's error.
             np.asarray(shard)
         except RUN_ERROR as error:
             errors.append(str(error))
-    assert len(errors) in (0, len(jax.tree.leaves(out))), f"rank {rank}: {errors}"
+    assert len(errors) in (0, len(shards)), errors
     return errors[0] if errors else None
 
 
-def _is_poisoned(out: Any, rank: int) -> bool:
-    """Whether all floats of the rank are NaN. Some of them being NaN is an error of its own."""
-    floats = [np.asarray(shard) for shard in _shards_of_rank(out, rank)]
+def _is_poisoned(shards: list[Any]) -> bool:
+    """Whether all floats of a rank are NaN. Some of them being NaN is an error of its own."""
+    floats = [np.asarray(shard) for shard in shards]
     nan = [np.isnan(a) for a in floats if jnp.issubdtype(a.dtype, jnp.floating) and a.size]
-    assert len({bool(value) for a in nan for value in a.flat}) == 1, f"rank {rank} is half poisoned"
+    assert len({bool(value) for a in nan for value in a.flat}) == 1, "the rank is half poisoned"
     return bool(nan[0].all())
 
 

@@ -170,6 +170,8 @@ def test_who_waits_for_long_says_for_whom(inputs, capfd):
         out = compiled(buffer)(*inputs, actions_of("dispatch_send", 11.0))
         support.assert_same_bits(out, expected_output())
         buffer.check()
+        if support.ranks_here(buffer) == [BAD_RANK]:
+            return  # Nobody waits here.
     support.assert_matches(
         capfd.readouterr().err,
         rf"dispatch_recv on rank \d, peer rank {BAD_RANK}: .* within 60 s, "

@@ -46,9 +46,9 @@ ffi::Error Locate(Op op, int64_t buffer_id, int32_t device, Call& call) {
     return Precondition(std::string(name) + ": expected a device of the mesh of buffer " +
                         std::to_string(buffer_id) + ", seen device " + std::to_string(device));
   }
-  if (const std::optional<Fault> fault = buffer->SeenFault()) {
+  if (const std::optional<std::string> fault = buffer->SeenFault()) {
     buffer->Stop();
-    return ffi::Error::Internal(fault->Describe());
+    return ffi::Error::Internal(*fault);
   }
   call = {name, std::move(buffer), rank};
   return ffi::Error::Success();

@@ -59,23 +59,28 @@ std::optional<Fault> DeviceRank::SeenFault() const {
   return FaultIn(view.status->fault, view, view.config.timeout_s);
 }
 
-std::optional<Fault> DeviceBuffer::SeenFault() const {
-  std::optional<Fault> first;
+std::optional<std::string> DeviceBuffer::SeenFault() const {
+  std::optional<std::string> echoed;
   for (const auto& rank : ranks_) {
     if (rank == nullptr) continue;
     std::optional<Fault> fault = rank->SeenFault();
     if (!fault) continue;
-    const bool echo = IsEcho(rank->view.status->fault);
-    if (!first || !echo) first = std::move(fault);
-    if (!echo) break;
+    if (!IsEcho(rank->view.status->fault)) {
+      // Before anybody here knows of it.
+      if (neighbours_) neighbours_->group_end->TellFault(fault->Describe());
+      return fault->Describe();
+    }
+    if (!echoed) echoed = fault->Describe();
   }
-  return first;
+  if (neighbours_) {
+    if (std::optional<std::string> told = neighbours_->group_end->Fault()) return told;
+  }
+  return echoed;
 }
 
-std::optional<std::string> DeviceBuffer::TakeFault() {
-  const std::optional<Fault> fault = SeenFault();
-  if (!fault) return std::nullopt;
-  return fault->Describe();
+void DeviceBuffer::Close() {
+  Stop();
+  if (neighbours_) neighbours_->group_end->TellClosed();
 }
 
 void DeviceBuffer::Stop() {
@@ -178,7 +183,8 @@ void DeviceBuffer::StartMovers(const std::vector<std::optional<Place>>& places) 
     }
     rank.mover =
         std::make_unique<Mover>(static_cast<int>(device), rank.view, crossbar,
-                                neighbours_ ? neighbours_->courier : nullptr, rank.copies_done);
+                                neighbours_ ? neighbours_->courier : nullptr,
+                                neighbours_ ? neighbours_->group_end : nullptr, rank.copies_done);
   }
 }
 

@@ -13,6 +13,7 @@
 #include "cc/cuda/courier.h"
 #include "cc/cuda/crossbar.h"
 #include "cc/cuda/device_state.h"
+#include "cc/cuda/group_end.h"
 #include "cc/cuda/mover.h"
 #include "cc/fault.h"
 #include "cc/runtime.h"
@@ -42,7 +43,8 @@ struct Neighbours {
   std::vector<std::byte*> regions;
   std::shared_ptr<void> memory;  // keeps them
   std::shared_ptr<Crossbar> crossbar;
-  std::shared_ptr<Courier> courier;  // null if all regions are within reach
+  std::shared_ptr<Courier> courier;     // null if all regions are within reach
+  std::shared_ptr<GroupEnd> group_end;  // of the processes on this host
 };
 
 class DeviceBuffer : public Buffer {
@@ -57,16 +59,16 @@ class DeviceBuffer : public Buffer {
   // Null for a device outside the buffer's mesh.
   DeviceRank* RankOf(int32_t device) const;
 
-  // The first fault of any rank. It stays: what else is under way can not be known, so that every
-  // later call and check meets it too.
-  std::optional<Fault> SeenFault() const;
-  std::optional<std::string> TakeFault() override;
+  // The first fault of any rank, as far as is known here. It stays: what else is under way can not
+  // be known, so that every later call and check meets it too.
+  std::optional<std::string> SeenFault() const;
+  std::optional<std::string> TakeFault() override { return SeenFault(); }
 
   // Ends all waits soon, with a fault. Called where a call is refused, which a peer may wait for.
   void Stop();
 
   // The memory goes with the last call that still enqueues.
-  void Close() override { Stop(); }
+  void Close() override;
   int64_t MessageBytes(int32_t device) const override;
 
  private:

@@ -33,11 +33,12 @@ constexpr int64_t kMeasuredBytes = int64_t{64} << 20;
 }  // namespace
 
 Mover::Mover(int device, const RankView& view, std::shared_ptr<Crossbar> crossbar,
-             std::shared_ptr<Courier> courier, uint64_t* done)
+             std::shared_ptr<Courier> courier, std::shared_ptr<GroupEnd> group_end, uint64_t* done)
     : device_(device),
       view_(view),
       crossbar_(std::move(crossbar)),
       courier_(std::move(courier)),
+      group_end_(std::move(group_end)),
       done_(done),
       streams_(view.config.ep_size),
       seconds_per_byte_(view.config.ep_size) {
@@ -203,10 +204,22 @@ void Mover::TellSlowWait() {
   std::atomic_ref(record.claimed).store(0, std::memory_order_release);
 }
 
+void Mover::TellAndHearOfEnd() {
+  if (group_end_ == nullptr) return;
+  FaultRecord& record = view_.status->fault;
+  if (!group_end_->HasCome()) {
+    const std::optional<Fault> fault = FaultIn(record, view_, view_.config.timeout_s);
+    if (!fault || IsEcho(record)) return;
+    group_end_->TellFault(fault->Describe());
+  }
+  std::atomic_ref(view_.status->stopped).store(1, std::memory_order_release);
+}
+
 void Mover::Run() {
   (void)cudaSetDevice(device_);
   while (!stop_) {
     TellSlowWait();
+    TellAndHearOfEnd();
     bool active = TakeOrder();
     active |= FinishCopy();
     active |= StartCopy();

@@ -19,6 +19,7 @@
 #include "cc/cuda/courier.h"
 #include "cc/cuda/crossbar.h"
 #include "cc/cuda/device_state.h"
+#include "cc/cuda/group_end.h"
 
 namespace jax_sm_free::cuda {
 
@@ -39,9 +40,10 @@ class Mover {
  public:
   // `crossbar` is shared by the group. `done` u64 [ep_size] is pinned memory of this mover's alone,
   // zeros. Measures the links to the peers, whose regions are there and hold no messages yet.
-  // `courier`, if any, takes what is for ranks out of reach.
+  // `courier`, if any, takes what is for ranks out of reach. `group_end`, if any, hears of this
+  // rank's fault, and ends this rank's waits when it has come.
   Mover(int device, const RankView& view, std::shared_ptr<Crossbar> crossbar,
-        std::shared_ptr<Courier> courier, uint64_t* done);
+        std::shared_ptr<Courier> courier, std::shared_ptr<GroupEnd> group_end, uint64_t* done);
   ~Mover();
   Mover(const Mover&) = delete;
   Mover& operator=(const Mover&) = delete;
@@ -76,6 +78,7 @@ class Mover {
   bool StartCopy();
   bool IsDone(const Copy& copy) const;
   void TellSlowWait();
+  void TellAndHearOfEnd();
   cudaError_t Issue(const CopyOrder& order, uint64_t number);
   void Fail(cudaError_t status);
 
@@ -83,6 +86,7 @@ class Mover {
   const RankView view_;
   const std::shared_ptr<Crossbar> crossbar_;
   const std::shared_ptr<Courier> courier_;
+  const std::shared_ptr<GroupEnd> group_end_;
   uint64_t* const done_;                  // by destination: the last copy that has arrived
   std::vector<cudaStream_t> streams_;     // by destination
   std::vector<double> seconds_per_byte_;  // by destination

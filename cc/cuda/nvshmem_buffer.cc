@@ -15,6 +15,7 @@
 #include "cc/cuda/crossbar.h"
 #include "cc/cuda/device_scope.h"
 #include "cc/cuda/gpu_id.h"
+#include "cc/cuda/group_end.h"
 #include "cc/cuda/nvshmem.h"
 #include "cc/cuda/shared_memory.h"
 #include "cc/cuda/symmetric_heap.h"
@@ -30,8 +31,8 @@ Fault Refuse(std::string expected, std::string seen) {
 
 // What a process tells the others first; its dropped blocks follow, i64 each.
 struct Hello {
-  char host[64];   // MemoryHost, 0-terminated
-  char links[32];  // a name that nobody else has
+  char host[64];    // MemoryHost, 0-terminated
+  char memory[32];  // a name that nobody else has
   GpuId gpu;
   char make_id[128];  // of NVSHMEM, from the first process if it has not joined
   int32_t pe;         // -1: not joined
@@ -48,7 +49,7 @@ cudaError_t Prepare(int device) {
 
 std::string RandomName() {
   std::random_device random;
-  char name[sizeof(Hello::links)];
+  char name[sizeof(Hello::memory)];
   std::snprintf(name, sizeof(name), "/jax_sm_free.%08x%08x", random(), random());
   return name;
 }
@@ -68,13 +69,14 @@ class Opening {
   std::optional<Fault> Join();
   // Takes this rank's region, and finds those of the others.
   std::optional<Fault> FindRegions(const RegionLayout& regions);
-  // Shares the group's crossbar among the processes of this host.
-  std::optional<Fault> ShareLinks();
+  // Shares the group's crossbar, and what is to be told of its end, with the processes of this
+  // host.
+  std::optional<Fault> ShareMemory();
 
   const Neighbours& neighbours() const { return neighbours_; }
-  // After all have called ShareLinks.
+  // After all have called ShareMemory.
   void ForgetName() {
-    if (links_ != nullptr) links_->Unname();
+    if (shared_ != nullptr) shared_->Unname();
   }
 
  private:
@@ -96,7 +98,7 @@ class Opening {
   std::vector<Hello> hellos_;  // by process
   SymmetricHeap::Ids dropped_by_all_;
   std::vector<int32_t> pes_;  // by process
-  std::shared_ptr<SharedMemory> links_;
+  std::shared_ptr<SharedMemory> shared_;
   Neighbours neighbours_;
 };
 
@@ -108,7 +110,7 @@ SymmetricHeap& Heap() {
 Result<Hello> Opening::OwnHello() const {
   Hello hello{};
   Put(MemoryHost(), hello.host, sizeof(hello.host) - 1);
-  Put(RandomName(), hello.links, sizeof(hello.links) - 1);
+  Put(RandomName(), hello.memory, sizeof(hello.memory) - 1);
   const std::optional<GpuId> gpu = GpuIdOf(device_);
   if (!gpu) return Refuse("device " + std::to_string(device_) + " to have a name", "none");
   hello.gpu = *gpu;
@@ -249,23 +251,30 @@ int32_t Opening::HostLeader() const {
                        [&](int32_t process) { return OnThisHost(hellos_[process]); });
 }
 
-std::optional<Fault> Opening::ShareLinks() {
+std::optional<Fault> Opening::ShareMemory() {
+  struct Shared {
+    Links links;
+    EndNote end;
+  };
   const int32_t leader = HostLeader();
-  const std::string name = hellos_[leader].links;
+  const std::string name = hellos_[leader].memory;
   const auto take = [&](Result<std::shared_ptr<SharedMemory>> made) -> std::optional<Fault> {
     if (const Fault* fault = FaultOf(made)) return *fault;
-    links_ = std::get<std::shared_ptr<SharedMemory>>(std::move(made));
+    shared_ = std::get<std::shared_ptr<SharedMemory>>(std::move(made));
     return std::nullopt;
   };
   if (leader == processes_.index) {
-    if (auto fault = take(SharedMemory::Create(name, sizeof(Links)))) return fault;
+    if (auto fault = take(SharedMemory::Create(name, sizeof(Shared)))) return fault;
   }
   processes_.exchange("");
   if (leader != processes_.index) {
-    if (auto fault = take(SharedMemory::Open(name, sizeof(Links)))) return fault;
+    if (auto fault = take(SharedMemory::Open(name, sizeof(Shared)))) return fault;
   }
-  const std::shared_ptr<Links> links(links_, static_cast<Links*>(links_->data()));
-  neighbours_.crossbar = std::make_shared<Crossbar>(links);
+  auto* shared = static_cast<Shared*>(shared_->data());
+  neighbours_.crossbar =
+      std::make_shared<Crossbar>(std::shared_ptr<Links>(shared_, &shared->links));
+  neighbours_.group_end =
+      std::make_shared<GroupEnd>(std::shared_ptr<EndNote>(shared_, &shared->end));
   return std::nullopt;
 }
 
@@ -287,7 +296,7 @@ Result<std::shared_ptr<DeviceBuffer>> OpenNvshmemBuffer(
   if (auto fault = opening.Meet()) return *fault;
   if (auto fault = opening.Join()) return *fault;
   if (auto fault = opening.FindRegions(RegionsOf(config))) return *fault;
-  if (auto fault = opening.ShareLinks()) return *fault;
+  if (auto fault = opening.ShareMemory()) return *fault;
   auto buffer = DeviceBuffer::Make(id, config, places, opening.neighbours());
   if (FaultOf(buffer) != nullptr) return buffer;
   // Nobody sends before all are ready to receive.

@@ -23,13 +23,25 @@ _on_ranks = support.on_ranks
 
 
 class Gathered:
-    """A jitted function whose results are whole NumPy arrays in every process."""
+    """A jitted function of this mesh whose results are whole NumPy arrays in every process."""
 
-    def __init__(self, ungathered: Callable[..., Any]) -> None:
+    def __init__(self, ungathered: Callable[..., Any], mesh: jax.sharding.Mesh) -> None:
         self.ungathered = ungathered
+        self._mesh = mesh
 
     def __call__(self, *args: Any) -> Any:
-        return whole(self.ungathered(*args))
+        if support.ON_CPU:  # Where a run fails for all.
+            return whole(self.ungathered(*args))
+        out, error = None, None
+        try:
+            out = jax.block_until_ready(self.ungathered(*args))
+        except support.RUN_ERROR as raised:
+            error = str(raised)
+        # Who has results would wait for those of who has none.
+        for other in told_to_all(self._mesh, error):
+            if other is not None:
+                raise jax.errors.JaxRuntimeError(error or other)
+        return whole(out)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.ungathered, name)
@@ -54,21 +66,24 @@ def mesh_of(ep_size: int) -> jax.sharding.Mesh:
 
 
 def on_ranks(fn: Callable[..., Any], mesh: Any, *args: Any, **kwargs: Any) -> Gathered:
-    return Gathered(_on_ranks(fn, mesh, *args, **kwargs))
+    return Gathered(_on_ranks(fn, mesh, *args, **kwargs), mesh)
+
+
+def told_to_all(mesh: jax.sharding.Mesh, what: Any) -> list[Any]:
+    """What every process tells."""
+    with Bootstrap(mesh) as bootstrap:
+        return [pickle.loads(told) for told in bootstrap.exchange(pickle.dumps(what))]
 
 
 def errors_by_rank(buffer: Any, run: Gathered, *args: Any) -> list[str | None]:
     """`support.errors_by_rank`, told by each process to all."""
-    devices = enumerate(buffer.mesh.devices.flat)
-    here = [rank for rank, device in devices if device.process_index == jax.process_index()]
+    here = support.ranks_here(buffer)
     try:
         out = run.ungathered(*args)
-        errors = {rank: support._error_of_rank(out, rank) for rank in here}
+        errors = {rank: support.error_of_rank(buffer, out, rank) for rank in here}
     except support.RUN_ERROR as error:
         errors = dict.fromkeys(here, str(error))
-    with Bootstrap(buffer.mesh) as bootstrap:
-        every = map(pickle.loads, bootstrap.exchange(pickle.dumps(errors)))
-    errors = {rank: error for part in every for rank, error in part.items()}
+    errors = {rank: e for told in told_to_all(buffer.mesh, errors) for rank, e in told.items()}
     return [errors[rank] for rank in sorted(errors)]
 
 

@@ -1,39 +1,56 @@
-"""The tests of one process, over CPU devices of several: the same programs, bit by bit."""
+"""The tests of one process, over the devices of several: the same programs, bit by bit."""
 
 from __future__ import annotations
 
 import os
 import pathlib
 import sys
+from typing import Any
 
 import launcher
 import pytest
+import support
 
-pytestmark = [pytest.mark.cpu_only, pytest.mark.timeout(1000), pytest.mark.long]
+pytestmark = [pytest.mark.timeout(1000), pytest.mark.long]
 
 TESTS = pathlib.Path(__file__).parents[1]
-SUITE = [
-    (2, 1, ("api", "buffer", "programs")),
-    (2, 2, ("numbers", "wire_dtype")),
-    (4, 1, ("flight", "broken_rules", "stress")),
-    (2, 4, ("faults", "routing")),
-]
+PARTS = {
+    "apis": ("api", "buffer", "programs"),
+    "numbers": ("numbers", "wire_dtype"),
+    "flights": ("flight", "broken_rules", "stress"),
+    "faults": ("faults", "routing"),
+}
+PLACES = {"apis": (2, 1), "numbers": (2, 2), "flights": (4, 1), "faults": (2, 4)}
 
 
-@pytest.mark.parametrize(("num_processes", "num_devices", "names"), SUITE)
-def test_over_processes(num_processes, num_devices, names):
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("part", PARTS)
+def test_over_cpu_processes(part):
+    num_processes, num_devices = PLACES[part]
+    run(part, num_processes=num_processes, num_devices=num_devices)
+
+
+@pytest.mark.gpu_only
+@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_over_gpu_processes(num_processes, part):
+    if num_processes > support.MAX_RANKS:
+        pytest.skip(f"needs {num_processes} GPUs")
+    run(part, num_processes=num_processes, gpus="JAX_LOCAL_DEVICE_IDS")
+
+
+def run(part: str, **places: Any) -> None:
     # Processes that no longer do the same have nothing more to say: -x.
     options = ["-qx", "-p", "over_processes", "-p", "no:cacheprovider", "-p", "no:xdist"]
     folders = [str(TESTS), str(pathlib.Path(__file__).parent), *filter(None, sys.path)]
     with launcher.start(
         "pytest",
         *options,
-        *(TESTS / f"test_{name}.py" for name in names),
-        num_processes=num_processes,
-        num_devices=num_devices,
+        *(TESTS / f"test_{name}.py" for name in PARTS[part]),
         timeout_s=900,
         # Every process has to draw the same random examples.
         env={"CI": "1", "PYTHONPATH": os.pathsep.join([str(launcher.ROOT), *folders])},
+        **places,
     ) as group:
         # JAX's shutdown raises once more what runs have raised.
         group.results(shutdown=False)
