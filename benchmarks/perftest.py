@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pathlib
-import socket
 import subprocess
 from collections.abc import Sequence
 from typing import Any
@@ -15,23 +14,23 @@ _TEST = ("-t", "ucp_am_bw", "-s", str(1 << 20), "-n", "200")
 _MIB = 2.0**20  # which is what it calls MB
 
 
-def both_ways(hosts: Sequence[Any]) -> float:
+def both_ways(hosts: Sequence[Any], ports: Sequence[int]) -> float:
     """Bytes per second in each direction, both directions at once, by active messages.
 
     Args:
       hosts: two, each with the `prefix` of a command and an `address`.
+      ports: two that are free on both.
     """
     pairs = [(hosts[0], hosts[-1]), (hosts[-1], hosts[0])]
-    ports = [str(_free_port()) for _ in pairs]
     processes: list[subprocess.Popen] = []
     try:
         for (server, _), port in zip(pairs, ports, strict=True):
-            processes.append(_start(server, "-p", port))
+            processes.append(_start(server, "-p", str(port)))
         for process in processes:
             _wait_until_it_listens(process)
         # At once, as each direction goes faster while the other is idle.
         for (server, client), port in zip(pairs, ports, strict=True):
-            processes.append(_start(client, server.address, "-p", port, *_TEST))
+            processes.append(_start(client, server.address, "-p", str(port), *_TEST))
         return sum(map(_bandwidth, processes[len(pairs) :])) / len(pairs)
     finally:
         for process in processes:
@@ -70,9 +69,3 @@ def _start(host: Any, *words: str) -> subprocess.Popen:
         stderr=subprocess.STDOUT,
         text=True,
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as server:
-        server.bind(("", 0))
-        return int(server.getsockname()[1])

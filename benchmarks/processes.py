@@ -130,7 +130,8 @@ def _measure(
 
     def measure_links() -> None:
         for name, rates in links.items():
-            rates.append(perftest.both_ways(settings[name].get("hosts", _HERE)))
+            ports = [launcher.free_port() for _ in range(2)]
+            rates.append(perftest.both_ways(settings[name].get("hosts", _HERE), ports))
 
     with contextlib.ExitStack() as stack:
         groups = {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import subprocess
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,24 +14,72 @@ import layers
 import rank
 
 
-def die_and_time_out() -> tuple[str, float, float]:
-    """A good run; then the last process pauses, for the test to kill it, and the others run again.
-
-    Returns:
-      The fault, the seconds until the results were there, and those that closing took.
-    """
+def run_once() -> None:
+    """A good run; then all pause."""
     mesh = layers.mesh_of()
     buffer, inputs = layers.open_buffer(mesh), layers.make_inputs(mesh)
     run = layers.on_ranks(mesh, layers.layer_of(buffer, layers.Action()))
     layers.check(run(*inputs), inputs)
     rank.pause("has run once")
-    start = time.monotonic()
-    with contextlib.suppress(jax.errors.JaxRuntimeError):  # Where a call came behind the fault.
-        jax.block_until_ready(run(*inputs))
-    ran = time.monotonic()
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """What a process saw of a run that failed: what `check` raises, and the seconds it took."""
+
+    fault: str
+    ran_s: float
+    closed_s: float
+
+
+def fail_once(how: str, place: str, again: bool) -> Failure:
+    """A good run, one in which the last process acts, and a good run on a new buffer.
+
+    Args:
+      how: what it does: see `layers.act`.
+      place: of `layers.PLACES`.
+      again: whether all are there for the last run.
+    """
+    mesh = layers.mesh_of()
+    buffer, inputs, action = layers.open_buffer(mesh), layers.make_inputs(mesh), layers.Action()
+    run = layers.on_ranks(mesh, layers.layer_of(buffer, action))
+    layers.check(run(*inputs), inputs)
+    if is_last():
+        action.place, action.do = place, lambda: layers.act(how, place)
+    ran_s = seconds_of(lambda: run(*inputs))
+    rank.announce("has failed")
+    if how == "raise" and is_last():
+        time.sleep(layers.TIMEOUT_S + 1.0)  # The others have given up by then.
     fault = layers.fault_of(buffer)
-    buffer.close()
-    return fault, ran - start, time.monotonic() - ran
+    closed_s = seconds_of(buffer.close)
+    if again:
+        layers.check_new_buffer()
+    return Failure(fault, ran_s, closed_s)
+
+
+def close_early() -> Failure | None:
+    """The last process closes its buffer when it has run once; the others run again."""
+    mesh = layers.mesh_of()
+    buffer, inputs = layers.open_buffer(mesh, timeout_s=60.0), layers.make_inputs(mesh)
+    run = layers.on_ranks(mesh, layers.layer_of(buffer, layers.Action()))
+    layers.check(run(*inputs), inputs)
+    if is_last():
+        buffer.close()
+        return None
+    ran_s = seconds_of(lambda: run(*inputs))
+    return Failure(layers.fault_of(buffer), ran_s, seconds_of(buffer.close))
+
+
+def is_last() -> bool:
+    return jax.process_index() == jax.process_count() - 1
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    """Until its results are there, or its error."""
+    start = time.monotonic()
+    with contextlib.suppress(jax.errors.JaxRuntimeError):
+        jax.block_until_ready(run())
+    return time.monotonic() - start
 
 
 def open_often(times: int) -> list[int]:

@@ -18,6 +18,7 @@ import dataclasses
 import os
 import pathlib
 import pickle
+import random
 import re
 import socket
 import sys
@@ -35,6 +36,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 GRACE_S = 10.0
 # How long a process takes to write its stacks.
 _STACKS_S = 0.5
+_LOWEST_PORT = 1 << 14
+_GIVEN_PORTS = pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range")
 _DEVICE_COUNT = re.compile(r"--xla_force_host_platform_device_count=\d+")
 NO_OPTIONS: dict[str, Any] = {}
 
@@ -167,10 +170,17 @@ class Group(Sequence[Rank]):
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
-    with socket.socket() as server:
-        server.bind(("", 0))
-        return int(server.getsockname()[1])
+    """A port that nobody uses, and that the kernel gives to nobody who asks for any.
+
+    Until a rank listens there others, who connect to somewhere, do ask.
+    """
+    lowest, highest = map(int, _GIVEN_PORTS.read_text().split())
+    ports = [p for p in range(_LOWEST_PORT, 1 << 16) if not lowest <= p <= highest]
+    while True:
+        port = random.choice(ports)
+        with contextlib.suppress(OSError), socket.socket() as server:
+            server.bind(("", port))
+            return port
 
 
 @contextlib.contextmanager

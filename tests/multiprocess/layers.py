@@ -264,6 +264,15 @@ def run_many(num_runs: int, in_flight: int) -> None:
         two.check()
 
 
+def run_alone() -> None:
+    """On a buffer over this process's own devices."""
+    mesh = jax.sharding.Mesh(np.array(jax.local_devices()), ("ep",))
+    with open_buffer(mesh) as buffer:
+        inputs = make_inputs(mesh, seed=jax.process_index())
+        check(on_ranks(mesh, layer_of(buffer, Action()))(*inputs), inputs)
+        assert buffer.message_bytes(jax.local_devices()[-1]) > 0
+
+
 def run_shared() -> None:
     """A program without callbacks, which JAX puts into its cache of compiled programs."""
     mesh = mesh_of()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 
 import gpu_layers
 import launcher
@@ -18,6 +19,7 @@ pytestmark = [
 
 MARGIN_S = 2.0  # how much later than the timeout an error may come
 PLACES = {"num_processes": support.MAX_RANKS, "timeout_s": 120.0}
+LAST = support.MAX_RANKS - 1
 
 
 @pytest.mark.parametrize("env", [{}, {"JAX_SM_FREE_NVSHMEM_PUTS": "1"}], ids=["pointers", "puts"])
@@ -36,7 +38,7 @@ def test_memory_of_closed_buffers_is_used_again():
 
 def test_nothing_is_left_in_shared_memory():
     before = set(os.listdir("/dev/shm"))
-    with launcher.start(gpu_layers.die_and_time_out, **PLACES) as group:
+    with launcher.start(gpu_layers.run_once, **PLACES) as group:
         for rank in group:
             rank.wait_for("has run once")
         for rank in group:
@@ -58,18 +60,61 @@ def test_processes_on_the_same_gpu_are_named():
         assert_matches(text, "expected a GPU for each process, seen processes 0 and 1 .* same one")
 
 
-def test_a_killed_process_is_named():
-    last = support.MAX_RANKS - 1
-    with launcher.start(gpu_layers.die_and_time_out, **PLACES) as group:
-        for rank in group:
-            rank.wait_for("has run once")
-        group[last].kill()
-        for rank in group[:last]:
-            rank.resume()
+# ---------------------------------------------------------------------------- what goes wrong
+
+
+def assert_fails_in_time(failures, *patterns, seconds=layers.TIMEOUT_S + MARGIN_S):
+    for failure in failures:
+        assert_matches(failure.fault, *patterns)
+        assert failure.ran_s < seconds
+        assert failure.closed_s < MARGIN_S
+
+
+@pytest.mark.parametrize("place", layers.PLACES)
+def test_a_killed_process_is_named(place):
+    with launcher.start(gpu_layers.fail_once, "pause", place, False, **PLACES) as group:
+        group[LAST].wait_for(place)
+        group[LAST].kill()
         ended = group.wait()
-    assert ended[last].status == -9
-    for end in ended[:last]:
-        fault, ran, closed = end.result
-        assert_matches(fault, rf"dispatch_recv on rank \d.*none from rank.* {last}")
-        assert ran < layers.TIMEOUT_S + MARGIN_S
-        assert closed < MARGIN_S
+    assert [end.status for end in ended] == [*[0] * LAST, -9], group.output()
+    # Rows that had left before may have arrived or not.
+    waits = "dispatch_recv" if place == "before_send" else "(dispatch|combine)_recv"
+    pattern = rf"{waits} on rank \d.*none from rank.* {LAST}"
+    assert_fails_in_time([end.result for end in ended[:LAST]], pattern)
+
+
+@pytest.mark.parametrize("place", layers.PLACES)
+def test_a_process_that_raises_is_waited_for_and_named(place):
+    *others, died = launcher.run(gpu_layers.fail_once, "raise", place, True, **PLACES)
+    assert_fails_in_time(others, rf"_recv on rank \d, peer rank {LAST}: ", f"none from rank {LAST}")
+    assert died.fault in {other.fault for other in others}
+
+
+def test_a_process_that_is_stopped_for_long_is_named():
+    """It finds out when it goes on, and takes part in the next buffer."""
+    with launcher.start(gpu_layers.fail_once, "pause", "before_send", True, **PLACES) as group:
+        group[LAST].wait_for("before_send")
+        group[LAST].stop()
+        for rank in group[:LAST]:
+            rank.wait_for("has failed")
+        group[LAST].go_on()
+        group[LAST].resume()
+        *others, stopped = group.results()
+    pattern = rf"dispatch_recv on rank \d, peer rank {LAST}: .*none from rank {LAST}"
+    assert_fails_in_time(others, pattern)
+    assert_matches(stopped.fault, pattern)
+
+
+def test_a_process_that_is_stopped_shortly_is_slow():
+    with launcher.start(layers.stop_shortly, **PLACES) as group:
+        group[LAST].wait_for("before_send")
+        group[LAST].stop()
+        time.sleep(2.0)
+        group[LAST].go_on()
+        group[LAST].resume()
+        group.results()
+
+
+def test_a_process_that_closes_its_buffer_ends_the_others_waits():
+    *others, _ = launcher.run(gpu_layers.close_early, **PLACES)
+    assert_fails_in_time(others, r"dispatch_recv on rank \d", "was closed", seconds=MARGIN_S)

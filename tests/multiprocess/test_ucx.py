@@ -21,6 +21,10 @@ def test_many_runs_of_two_buffers(num_processes, num_devices):
     launcher.run(layers.run_many, 300, 16, timeout_s=120, **places)
 
 
+def test_a_buffer_over_the_devices_of_each_process():
+    launcher.run(layers.run_alone, num_processes=2, num_devices=2)
+
+
 def test_programs_from_a_cache_of_one_process(tmp_path):
     """The first process alone writes and reads JAX's cache: it runs what it has not compiled."""
     env = {
