@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
+import os
+import signal
 import subprocess
 import time
 from collections.abc import Callable
@@ -12,6 +15,8 @@ from typing import Any
 import jax
 import layers
 import rank
+
+from jax_sm_free.bootstrap import Bootstrap
 
 
 def run_once() -> None:
@@ -55,6 +60,21 @@ def fail_once(how: str, place: str, again: bool) -> Failure:
     if again:
         layers.check_new_buffer()
     return Failure(fault, ran_s, closed_s)
+
+
+def die_in_start() -> None:
+    """The last process dies when all have met, before NVSHMEM connects them."""
+    exchange, count = Bootstrap.exchange, itertools.count(1)
+
+    def exchange_and_die(bootstrap: Bootstrap, payload: bytes) -> list[bytes]:
+        every = exchange(bootstrap, payload)
+        if next(count) == 3:  # Sizes, free numbers, and what NVSHMEM needs.
+            os.kill(os.getpid(), signal.SIGKILL)
+        return every
+
+    if is_last():
+        Bootstrap.exchange = exchange_and_die
+    layers.open_buffer(layers.mesh_of())
 
 
 def close_early() -> Failure | None:

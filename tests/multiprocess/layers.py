@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import sys
 import time
@@ -46,15 +47,15 @@ def make_inputs(mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[Any, ...]:
     rows = mesh.size * TOKENS
     arrays = (
         rng.integers(-9, 9, (rows, HIDDEN)).astype(np.float32),
-        rng.integers(0, mesh.size, (rows, TOP_K)).astype(np.int32),
+        rng.integers(0, mesh.shape["ep"], (rows, TOP_K)).astype(np.int32),
         rng.integers(1, 9, (rows, TOP_K)).astype(np.float32),
     )
-    sharding = jax.NamedSharding(mesh, jax.P("ep"))
+    sharding = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
     return tuple(jax.make_array_from_callback(a.shape, sharding, a.__getitem__) for a in arrays)
 
 
 def on_ranks(mesh: jax.sharding.Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
-    spec = jax.P("ep")
+    spec = jax.P(mesh.axis_names)
     return jax.jit(jax.shard_map(fn, mesh=mesh, in_specs=spec, out_specs=spec))
 
 
@@ -271,6 +272,22 @@ def run_alone() -> None:
         inputs = make_inputs(mesh, seed=jax.process_index())
         check(on_ranks(mesh, layer_of(buffer, Action()))(*inputs), inputs)
         assert buffer.message_bytes(jax.local_devices()[-1]) > 0
+
+
+def run_in_groups() -> None:
+    """Two groups at once, devices in turn; and a buffer over all devices beside theirs."""
+    devices = np.array(jax.devices()).reshape(-1, 2).T
+    meshes = (jax.sharding.Mesh(devices, ("dp", "ep")), mesh_of())
+    num_experts = 2 * devices.size
+    with contextlib.ExitStack() as stack:
+        runs = []
+        for mesh in meshes:
+            buffer = stack.enter_context(open_buffer(mesh, num_experts=num_experts))
+            runs.append((mesh, on_ranks(mesh, layer_of(buffer, Action()))))
+        for number in range(20):
+            for mesh, run in runs:
+                inputs = make_inputs(mesh, number)
+                check(run(*inputs), inputs)
 
 
 def run_shared() -> None:

@@ -31,6 +31,10 @@ def test_every_process_may_see_all_gpus():
     launcher.run(layers.run_many, 4, 2, gpus="JAX_LOCAL_DEVICE_IDS", **PLACES)
 
 
+def test_groups():
+    launcher.run(layers.run_in_groups, **PLACES)
+
+
 def test_memory_of_closed_buffers_is_used_again():
     for in_use in launcher.run(gpu_layers.open_often, 6, **PLACES):
         assert in_use[-1] - in_use[1] < 100 << 20, in_use
@@ -81,6 +85,16 @@ def test_a_killed_process_is_named(place):
     waits = "dispatch_recv" if place == "before_send" else "(dispatch|combine)_recv"
     pattern = rf"{waits} on rank \d.*none from rank.* {LAST}"
     assert_fails_in_time([end.result for end in ended[:LAST]], pattern)
+
+
+def test_a_death_while_nvshmem_starts_ends_all():
+    """There is no waiting for NVSHMEM with a limit: JAX ends who waits for one that has died."""
+    distributed = {"heartbeat_timeout_seconds": 10}
+    with launcher.start(gpu_layers.die_in_start, distributed=distributed, **PLACES) as group:
+        ended = group.wait()
+    assert ended[LAST].status == -9
+    for end in ended[:LAST]:
+        assert end.status == -6, group.output()
 
 
 @pytest.mark.parametrize("place", layers.PLACES)

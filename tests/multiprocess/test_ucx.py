@@ -25,6 +25,11 @@ def test_a_buffer_over_the_devices_of_each_process():
     launcher.run(layers.run_alone, num_processes=2, num_devices=2)
 
 
+@pytest.mark.parametrize(("num_processes", "num_devices"), [(4, 1), (2, 2)])
+def test_groups(num_processes, num_devices):
+    launcher.run(layers.run_in_groups, num_processes=num_processes, num_devices=num_devices)
+
+
 def test_programs_from_a_cache_of_one_process(tmp_path):
     """The first process alone writes and reads JAX's cache: it runs what it has not compiled."""
     env = {
