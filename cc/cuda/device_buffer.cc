@@ -181,10 +181,9 @@ void DeviceBuffer::StartMovers(const std::vector<std::optional<Place>>& places) 
     if (crossbar == nullptr) {
       crossbar = neighbours_ ? neighbours_->crossbar : std::make_shared<Crossbar>();
     }
-    rank.mover =
-        std::make_unique<Mover>(static_cast<int>(device), rank.view, crossbar,
-                                neighbours_ ? neighbours_->courier : nullptr,
-                                neighbours_ ? neighbours_->group_end : nullptr, rank.copies_done);
+    rank.mover = std::make_unique<Mover>(
+        static_cast<int>(device), rank.view, crossbar, neighbours_ ? neighbours_->courier : nullptr,
+        neighbours_ ? neighbours_->group_end : nullptr, rank.copies_done);
   }
 }
 

@@ -19,8 +19,8 @@ namespace jax_sm_free::cuda {
 struct EndNote {
   enum Progress : int32_t { kEmpty, kClaimed, kWritten };
   std::atomic<int32_t> closed;
-  std::atomic<int32_t> progress;  // of the text
-  char text[2048];                // of the first fault, 0-terminated
+  std::atomic<int32_t> progress;                             // of the text
+  char text[2048];                                           // of the first fault, 0-terminated
   static_assert(std::atomic<int32_t>::is_always_lock_free);  // else it could not be shared
 };
 
@@ -42,9 +42,7 @@ class GroupEnd {
   }
 
   // Whether one of these was told: no message may come any more.
-  bool HasCome() const {
-    return note_->closed.load(std::memory_order_acquire) != 0 || HasFault();
-  }
+  bool HasCome() const { return note_->closed.load(std::memory_order_acquire) != 0 || HasFault(); }
 
   std::optional<std::string> Fault() const {
     if (!HasFault()) return std::nullopt;
