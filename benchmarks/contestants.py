@@ -27,6 +27,11 @@ class Ours:
 
     buffer: smf.Buffer
 
+    @property
+    def expert_capacity(self) -> int | None:
+        """Rows of every expert's group, if all have as many."""
+        return self.buffer.config.expert_capacity
+
     def dispatch(self, x: Array, topk_idx: Array, topk_weights: Array) -> Grouped:
         return _as_grouped(self.buffer.dispatch(x, topk_idx, topk_weights))
 
@@ -52,7 +57,12 @@ def make_mesh(ep_size: int) -> Mesh:
     return Mesh(np.array(jax.devices()[:ep_size]), (AXIS,))
 
 
-def make_ours(case: Case, load: Load, mesh: Mesh) -> Ours:
+def make_ours(case: Case, load: Load, mesh: Mesh, in_batches: bool = False) -> Ours:
+    """With `in_batches`, the groups of all experts have the rows of the fullest."""
+    if in_batches:
+        capacity = {"expert_capacity": load.expert_capacity}
+    else:
+        capacity = {"recv_capacity": load.recv_capacity}
     return Ours(
         smf.Buffer(
             mesh,
@@ -61,9 +71,9 @@ def make_ours(case: Case, load: Load, mesh: Mesh) -> Ours:
             num_experts=case.num_experts,
             top_k=case.top_k,
             max_tokens=case.tokens,
-            recv_capacity=load.recv_capacity,
             dtype=case.dtype,
             wire_dtype=case.wire_dtype,
+            **capacity,
         )
     )
 

@@ -67,7 +67,8 @@ def layer(one: Any, case: Case, load: Load, params: dict[str, Any], x: Array, bi
     shared, grouped = one.dispatch_beside(
         _mlp, (x, params["shared_up"], params["shared_down"]), x, topk_idx, weights
     )
-    y = _experts(grouped, params["up"], params["down"], load.expert_capacity)
+    experts = _experts if one.expert_capacity is None else _batch
+    y = experts(grouped, params["up"], params["down"], load.expert_capacity)
     more, out = one.combine_beside(
         _mlp, (x, params["more_up"], params["more_down"]), y, grouped.handle, grouped.weights
     )
@@ -93,7 +94,7 @@ def _mlp(x: Array, up: Array, down: Array) -> Array:
 
 
 def _experts(grouped: Grouped, up: Array, down: Array, capacity: int) -> Array:
-    """All experts as one batch of `capacity` rows each.
+    """All experts as one batch of `capacity` rows each, from groups that have the rows they need.
 
     Not `ragged_dot`: XLA:GPU makes of it a dense product over [rows, experts, hidden], 33 GB for
     the headline's sizes, beside which no exchange would count.
@@ -113,6 +114,12 @@ def _experts(grouped: Grouped, up: Array, down: Array, capacity: int) -> Array:
         (group < num_groups) & (within < capacity), group * capacity + within, nowhere
     )
 
-    batch = spread(grouped.x, row, batch_place[:, None]).reshape(num_groups, capacity, -1)
-    y = jax.nn.gelu(batch @ up) @ down
-    return spread(y.reshape(nowhere, -1), batch_place, row[:, None])
+    batch = spread(grouped.x, row, batch_place[:, None])
+    y = _batch(grouped._replace(x=batch), up, down, capacity)
+    return spread(y, batch_place, row[:, None])
+
+
+def _batch(grouped: Grouped, up: Array, down: Array, capacity: int) -> Array:
+    """The same from groups of `capacity` rows."""
+    batch = grouped.x.reshape(up.shape[0], capacity, -1)
+    return (jax.nn.gelu(batch @ up) @ down).reshape(grouped.x.shape)

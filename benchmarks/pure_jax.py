@@ -115,6 +115,10 @@ class PureJax:
     recv_capacity: int
     pair_capacity: int
 
+    @property
+    def expert_capacity(self) -> None:
+        """Groups have the rows they need. XLA merges what spreads them with the exchange's gathers."""
+
     def dispatch(self, x: Array, topk_idx: Array, topk_weights: Array) -> Grouped:
         """Args: x [T, H], topk_idx i32 [T, K], topk_weights f32 [T, K]."""
         slot, token, num_sent, unsent = self._slots(topk_idx)

@@ -59,6 +59,14 @@ def describe(error: Exception) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())[:400]
 
 
+def _close(one: Any) -> None:
+    if isinstance(one, contestants.Ours):
+        try:
+            one.buffer.check()
+        finally:
+            one.buffer.close()
+
+
 def _count(num_gemms: float) -> int:
     return max(1, int(num_gemms))
 
@@ -125,11 +133,7 @@ class Runs:
 
     def close(self) -> None:
         """Frees what the contestant holds; raises the fault that it met, if there was one."""
-        if isinstance(self.one, contestants.Ours):
-            try:
-                self.one.buffer.check()
-            finally:
-                self.one.buffer.close()
+        _close(self.one)
 
     # -------------------------------------------------------------------------------- exchanges
 
@@ -174,14 +178,18 @@ class Runs:
         params = layer.make_params(case, setting.mesh, self.plan.widths)
         bias = layer.make_bias(case, setting.topk_idx, setting.mesh)
         args = (params, setting.inputs[0], bias)
+        make_one = self.variant.make_for_layers or self.variant.make
+        one = make_one(case, setting.load, setting.mesh)
         for name, make in (
             ("layer forward", layer.forward),
             ("layer forward + backward", layer.forward_and_backward),
         ):
             with self.row(name):
-                step = make(self.one, case, setting.load)
-                run = programs.compile_one(*self._loop(step, args, steps))
+                run = programs.compile_one(
+                    *self._loop(make(one, case, setting.load), args, steps)
+                )
                 self._put(name, self._race({name: run}, steps)[name])
+        _close(one)
 
     # ----------------------------------------------------------------------------------- inside
 

@@ -55,7 +55,7 @@ def record(case: Case, widths: layer.Widths, directory: pathlib.Path) -> list[Ev
     mesh = contestants.make_mesh(case.ep_size)
     inputs = make_inputs(case)
     load = measure_load(case, inputs.topk_idx)
-    ours = contestants.make_ours(case, load, mesh)
+    ours = contestants.make_ours(case, load, mesh, in_batches=True)
     x = contestants.put(inputs, case, mesh)[0]
     params = layer.make_params(case, mesh, widths)
     args = (params, x, layer.make_bias(case, inputs.topk_idx, mesh))

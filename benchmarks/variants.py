@@ -8,6 +8,7 @@ XLA_FLAGS.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -27,11 +28,13 @@ class Variant:
       name: of the variant.
       make: (case, load, mesh) to an object with the interface of `PureJax`.
       options: of the compiler.
+      make_for_layers: the same, as a whole layer runs it; None for `make`.
     """
 
     name: str
     make: Callable[[Case, Load, Mesh], Any]
     options: Options = dataclasses.field(default_factory=dict)
+    make_for_layers: Callable[[Case, Load, Mesh], Any] | None = None
 
     def __str__(self) -> str:
         options = ",".join(f"{name}={value}" for name, value in self.options.items())
@@ -54,7 +57,9 @@ def _ragged(name: str, options: Options, num_updates: int) -> Variant:
     return Variant(f"{name}, {num_updates} updates a rank", make, {**_SCHEDULED, **options})
 
 
-OURS = (Variant("jax_sm_free", contestants.make_ours),)
+_IN_BATCHES = functools.partial(contestants.make_ours, in_batches=True)
+
+OURS = (Variant("jax_sm_free", contestants.make_ours, make_for_layers=_IN_BATCHES),)
 ALL_TO_ALL = (_dense("NCCL", {}),)
 RAGGED = (
     _ragged("NCCL", _NCCL, 1),

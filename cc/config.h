@@ -19,6 +19,7 @@ struct Config {
   int64_t recv_capacity = 0;     // expert rows per rank
   int32_t num_slots = 1;         // exchanges in flight
   int64_t expert_alignment = 1;  // a group's size is a multiple of this
+  int64_t expert_capacity = 0;   // the size of every group; 0: each as its rows need
   int64_t row_bytes = 0;         // of the widest row that travels
   double timeout_s = 100.0;      // how long a receive waits
   bool float8_wire = false;      // rows of a dispatch travel quantised: cc/quantized.h

@@ -23,6 +23,12 @@ constexpr int32_t LocalExpert(int32_t expert, int32_t num_local_experts) {
   return expert % num_local_experts;
 }
 
+// Rows of a group of which `kept` are in use.
+constexpr int64_t GroupSize(const Config& config, int64_t kept) {
+  return config.expert_capacity > 0 ? config.expert_capacity
+                                    : RoundUp(kept, config.expert_alignment);
+}
+
 // Rows that `counts` take when every group keeps its first `level` rows, padding included.
 constexpr int64_t RowsAtLevel(const int64_t* counts, int32_t num_groups, int64_t level,
                               int64_t alignment) {

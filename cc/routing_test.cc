@@ -185,6 +185,20 @@ TEST(GroupPlanTest, CapacityOneShortDropsTheLastRowOfTheLargestGroups) {
   EXPECT_EQ(plan.kept(1), 4);
 }
 
+TEST(GroupPlanTest, ExpertCapacityIsTheSizeOfEveryGroup) {
+  Case made{.config = {.ep_size = 2, .num_experts = 6, .recv_capacity = 12, .expert_capacity = 4},
+            .rows_per_expert = {{3, 0, 1}, {2, 0, 3}}};
+  const GroupPlan plan = made.Plan();
+  EXPECT_EQ(plan.dropped(), 1);
+  EXPECT_EQ(plan.Row(1, 0, 1), -1);
+  EXPECT_EQ(plan.Row(1, 2, 2), 11);
+  for (int32_t e = 0; e < 3; ++e) {
+    EXPECT_EQ(plan.start(e), 4 * e);
+    EXPECT_EQ(plan.group_size(e), 4);
+    EXPECT_EQ(plan.kept(e), std::min<int64_t>(plan.count(e), 4));
+  }
+}
+
 TEST(GroupPlanTest, CapacityZeroDropsEverything) {
   Case made{.config = {.ep_size = 2, .num_experts = 4, .recv_capacity = 0},
             .rows_per_expert = {{3, 1}, {2, 4}}};

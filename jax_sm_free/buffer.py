@@ -60,6 +60,7 @@ class Buffer:
         recv_capacity: int | None = None,
         num_slots: int = 2,
         expert_alignment: int = 1,
+        expert_capacity: int | None = None,
         dtype: Any = jnp.bfloat16,
         wire_dtype: Any = None,
         transport: str = "auto",
@@ -80,6 +81,7 @@ class Buffer:
           recv_capacity: expert rows a rank can receive; None for `Config.worst_case_capacity`.
           num_slots: exchanges that may be in flight at once on a rank, 1 to 64.
           expert_alignment: groups are padded to a multiple of this many rows.
+          expert_capacity: rows of every group, whatever it gets; None for as many as it needs.
           dtype: of rows: bfloat16, float16 or float32.
           wire_dtype: None for rows that travel in `dtype`, or float8_e4m3fn for rows that dispatch
             quantises on their way, to half the bytes of bfloat16; see `Config` for the arithmetic.
@@ -106,6 +108,7 @@ class Buffer:
             recv_capacity=recv_capacity,
             num_slots=num_slots,
             expert_alignment=expert_alignment,
+            expert_capacity=expert_capacity,
             dtype=dtype,
             wire_dtype=wire_dtype,
             timeout_s=timeout_s,

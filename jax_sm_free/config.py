@@ -70,6 +70,9 @@ class Config:
       recv_capacity: expert rows a rank can receive. None becomes `worst_case_capacity`.
       num_slots: exchanges that may be in flight at once, 1 to 64.
       expert_alignment: every expert's group is padded to a multiple of this many rows.
+      expert_capacity: rows of every expert's group, whatever it gets: what is more is dropped, what
+        is less is padded. `recv_capacity` is then num_local_experts times as much. None: groups
+        are as large as they need to be.
       dtype: bfloat16, float16 or float32; the dtype of rows that are summed.
       timeout_s: seconds a receive waits for its peers before it is a fault.
       wire_dtype: None, or float8_e4m3fn for rows that dispatch quantises (below).
@@ -102,6 +105,7 @@ class Config:
     recv_capacity: Any = None  # an int; None stands for the worst case
     num_slots: int = 2
     expert_alignment: int = 1
+    expert_capacity: int | None = None
     dtype: Any = jnp.bfloat16
     timeout_s: float = 100.0
     wire_dtype: Any = None
@@ -128,13 +132,28 @@ class Config:
         if not 0 < self.timeout_s <= MAX_TIMEOUT_S:
             raise ValueError(f"timeout_s must be in (0, {MAX_TIMEOUT_S}], got {self.timeout_s}")
         put("timeout_s", float(self.timeout_s))
-        if self.recv_capacity is None:
+        if self.expert_capacity is not None:
+            put("expert_capacity", _check_int("expert_capacity", self.expert_capacity, 1))
+            self._check_fixed_groups(self.num_local_experts * self.expert_capacity)
+            put("recv_capacity", self.num_local_experts * self.expert_capacity)
+        elif self.recv_capacity is None:
             put("recv_capacity", self.worst_case_capacity)
         put("recv_capacity", _check_int("recv_capacity", self.recv_capacity, 0))
         if max(self.recv_capacity, self.worst_case_capacity) > np.iinfo(np.int32).max:
             raise ValueError(
                 f"expert rows per rank must fit int32, got {self.recv_capacity} "
                 f"(worst case {self.worst_case_capacity})"
+            )
+
+    def _check_fixed_groups(self, num_rows: int) -> None:
+        if self.recv_capacity not in (None, num_rows):
+            raise ValueError(
+                f"recv_capacity must be None or {num_rows} (num_local_experts * expert_capacity) "
+                f"with an expert_capacity, got {self.recv_capacity}"
+            )
+        if self.expert_alignment != 1:
+            raise ValueError(
+                f"expert_alignment must be 1 with an expert_capacity, got {self.expert_alignment}"
             )
 
     @property
@@ -204,7 +223,10 @@ class Config:
             "timeout_s",
         )
         sizes = {name: getattr(self, name) for name in names}
-        return sizes | {"float8_wire": self.wire_dtype is not None}
+        return sizes | {
+            "expert_capacity": self.expert_capacity or 0,
+            "float8_wire": self.wire_dtype is not None,
+        }
 
 
 @dataclasses.dataclass(frozen=True)

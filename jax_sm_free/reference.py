@@ -88,8 +88,8 @@ class Buffer:
     Args:
       mesh: the mesh of the `shard_map`. It may have further axes: each group works on its own.
       axis: name of the expert-parallel axis, or a tuple of names, slowest first.
-      hidden, num_experts, top_k, max_tokens, recv_capacity, num_slots, expert_alignment, dtype,
-        wire_dtype, timeout_s: see `Config`.
+      hidden, num_experts, top_k, max_tokens, recv_capacity, num_slots, expert_alignment,
+        expert_capacity, dtype, wire_dtype, timeout_s: see `Config`.
       transport: taken for the sake of equal signatures, unused.
 
     Raises:
@@ -108,6 +108,7 @@ class Buffer:
         recv_capacity: int | None = None,
         num_slots: int = 2,
         expert_alignment: int = 1,
+        expert_capacity: int | None = None,
         dtype: Any = jnp.bfloat16,
         wire_dtype: Any = None,
         transport: str = "auto",
@@ -124,6 +125,7 @@ class Buffer:
             recv_capacity=recv_capacity,
             num_slots=num_slots,
             expert_alignment=expert_alignment,
+            expert_capacity=expert_capacity,
             dtype=dtype,
             wire_dtype=wire_dtype,
             timeout_s=timeout_s,
@@ -352,9 +354,12 @@ def _by_token(config: Config, topk_idx: Array, arrivals: _Arrivals) -> ReceivedT
 def _by_expert(config: Config, topk_idx: Array, arrivals: _Arrivals) -> Received:
     """One row for each kept (token, k), grouped by expert."""
     capacity, top_k = _capacity(config), config.top_k
-    level = _cut_level(config, arrivals.counts)
-    kept = jnp.minimum(arrivals.counts, level)
-    group_sizes = _round_up(kept, config.expert_alignment)
+    if config.expert_capacity is None:
+        kept = jnp.minimum(arrivals.counts, _cut_level(config, arrivals.counts))
+        group_sizes = _round_up(kept, config.expert_alignment)
+    else:
+        kept = jnp.minimum(arrivals.counts, config.expert_capacity)
+        group_sizes = jnp.full_like(kept, config.expert_capacity)
     # The group that gathers what is for other ranks keeps nothing.
     start = jnp.append(jnp.cumsum(group_sizes) - group_sizes, 0)
     limit = jnp.append(kept, 0)

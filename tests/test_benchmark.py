@@ -103,6 +103,9 @@ def test_contestants_agree(setting, monkeypatch):
     support.assert_close(run_layer(contestants.make_peer(CASE, load), setting)[0], want, 1e-4)
     ragged = contestants.make_ragged(CASE, load, num_updates=7)
     support.assert_close(run_layer(ragged, setting)[0], want, 1e-4)
+    in_batches = contestants.make_ours(CASE, load, mesh, in_batches=True)
+    support.assert_close(run_layer(in_batches, setting)[0], want, 1e-4)
+    in_batches.buffer.close()
     ours.buffer.close()
 
 

@@ -24,11 +24,15 @@ P = jax.sharding.PartitionSpec
 
 
 def padded(size: int, config: Config) -> int:
+    if config.expert_capacity is not None:
+        return config.expert_capacity
     return -(-size // config.expert_alignment) * config.expert_alignment
 
 
 def cut(counts: np.ndarray, config: Config) -> np.ndarray:
     """Rows each group keeps, by trying every level."""
+    if config.expert_capacity is not None:
+        return np.minimum(counts, config.expert_capacity)
     best = np.zeros_like(counts)
     for level in range(int(counts.max(initial=0)) + 1):
         kept = np.minimum(counts, level)
@@ -216,6 +220,7 @@ CONFIGS = (
     make_config(4),
     make_config(4, recv_capacity=9, top_k=2, num_experts=16, expert_alignment=2),
     make_config(8, recv_capacity=13, dtype=jnp.bfloat16),
+    make_config(2, expert_capacity=4),
 )
 
 

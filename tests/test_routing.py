@@ -38,7 +38,11 @@ CONFIGS = {
     )
     for ep_size in support.EP_SIZES
 }
-CASES = [(config, "experts") for config in CONFIGS.values()]
+FIXED = {  # Every group has as many rows.
+    ep_size: make_config(ep_size, num_experts=2 * ep_size, expert_capacity=4)
+    for ep_size in support.EP_SIZES
+}
+CASES = [(config, "experts") for config in (*CONFIGS.values(), FIXED[support.SOME_RANKS])]
 CASES += [(CONFIGS[ep_size], "tokens") for ep_size in (support.SOME_RANKS, support.MAX_RANKS)]
 
 
@@ -66,6 +70,19 @@ def test_peculiar_routing(output, how):
         assert (counts.sum(axis=1) > 0).sum() == 1
     if how == "an_expert_twice":
         assert (counts % 3 == 0).all()
+
+
+@pytest.mark.parametrize("how", sorted(support.ROUTINGS))
+def test_groups_of_one_size(how):
+    """A batch of all experts: rows that find no place are dropped, places without one are zero."""
+    config = FIXED[support.MAX_RANKS]
+    recv = check(config, "experts", how=how, seed=9)
+    counts, dropped = np.asarray(recv.counts), np.asarray(recv.dropped)
+    np.testing.assert_array_equal(recv.group_sizes, np.full_like(counts, 4))
+    np.testing.assert_array_equal(dropped, np.maximum(counts - 4, 0).sum(axis=1))
+    batch = np.asarray(recv.x).reshape(*counts.shape, 4, config.hidden)
+    filled = np.abs(batch).max(axis=-1) > 0
+    np.testing.assert_array_equal(filled, np.arange(4) < counts[..., None])
 
 
 @pytest.mark.parametrize("num_tokens", [support.NO_TOKENS, 1, 5])

@@ -75,6 +75,7 @@ inline Config ToConfig(const nb::dict& sizes) {
   take("recv_capacity", config.recv_capacity);
   take("num_slots", config.num_slots);
   take("expert_alignment", config.expert_alignment);
+  take("expert_capacity", config.expert_capacity);
   take("row_bytes", config.row_bytes);
   take("timeout_s", config.timeout_s);
   take("float8_wire", config.float8_wire);

@@ -56,6 +56,7 @@ std::vector<std::vector<ExpertRow>> RowsByExpert(const Config& config,
 }
 
 int64_t LevelOf(const Config& config, const std::vector<std::vector<ExpertRow>>& groups) {
+  if (config.expert_capacity > 0) return config.expert_capacity;
   int64_t highest = 0;
   for (const auto& group : groups) highest = std::max(highest, static_cast<int64_t>(group.size()));
   for (int64_t level = highest;; --level) {
@@ -160,7 +161,8 @@ Placement PlacementOf(const Config& config, const std::vector<Source>& sources, 
   for (const auto& group : groups) {
     const auto count = static_cast<int64_t>(group.size());
     const int64_t kept = std::min(count, level);
-    const int64_t size = Padded(kept, config.expert_alignment);
+    const int64_t size = config.expert_capacity > 0 ? config.expert_capacity
+                                                    : Padded(kept, config.expert_alignment);
     placement.counts.push_back(static_cast<int32_t>(count));
     placement.group_sizes.push_back(static_cast<int32_t>(size));
     placement.dropped += static_cast<int32_t>(count - kept);

@@ -38,6 +38,7 @@ __device__ int64_t BlockRowsAtLevel(const Config& config, const int64_t* counts,
 
 // CutLevel of cc/routing.h, by a block.
 __device__ int64_t BlockCutLevel(const Config& config, const int64_t* counts, int64_t highest) {
+  if (config.expert_capacity > 0) return config.expert_capacity;
   if (BlockRowsAtLevel(config, counts, highest) <= config.recv_capacity) return highest;
   int64_t low = 0;
   int64_t high = highest;
@@ -77,7 +78,7 @@ __device__ void PlaceGroups(const RankView& view, const ExpertsOut& out, int64_t
     const int32_t e = first + static_cast<int32_t>(threadIdx.x);
     const int64_t count = e < num_local ? counts[e] : 0;
     const int64_t kept = count < level ? count : level;
-    const int64_t size = RoundUp(kept, view.config.expert_alignment);
+    const int64_t size = e < num_local ? GroupSize(view.config, kept) : 0;
     const WarpPrefix prefix = PrefixOf(size);
     dropped += PrefixOf(count - kept).total;
     if (e < num_local) {

@@ -49,6 +49,7 @@ _TOKENS = flags.DEFINE_integer("max_tokens", 4096, "Tokens of a rank and call.")
 _CAPACITY = flags.DEFINE_integer("recv_capacity", None, "Expert rows of a rank; none: the worst.")
 _SLOTS = flags.DEFINE_integer("num_slots", 2, "Exchanges in flight.")
 _ALIGNMENT = flags.DEFINE_integer("expert_alignment", 1, "Rows that groups are padded to.")
+_EXPERT_CAPACITY = flags.DEFINE_integer("expert_capacity", None, "Rows of each group.")
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Of rows.")
 _WIRE = flags.DEFINE_string("wire_dtype", None, "What rows travel as, for example float8_e4m3fn.")
 _PROBE_MIB = flags.DEFINE_integer("probe_mib", 0, "For bandwidths; 0: by platform.")
@@ -71,6 +72,7 @@ def _config() -> Config:
         recv_capacity=_CAPACITY.value,
         num_slots=_SLOTS.value,
         expert_alignment=_ALIGNMENT.value,
+        expert_capacity=_EXPERT_CAPACITY.value,
         dtype=_DTYPE.value,
         wire_dtype=_WIRE.value,
     )

@@ -66,6 +66,7 @@ def check_exchange(config: Config, num_bytes: int, timeout_s: float) -> Iterator
         max_tokens=tokens,
         recv_capacity=num_others * tokens,
         expert_alignment=1,
+        expert_capacity=None,
         timeout_s=timeout_s,
     )
     mesh = _mesh()
