@@ -117,7 +117,7 @@ class PureJax:
 
     @property
     def expert_capacity(self) -> None:
-        """Groups have the rows they need. XLA merges what spreads them with the exchange's gathers."""
+        """None: groups have the rows they need; XLA merges spreading them with its gathers."""
 
     def dispatch(self, x: Array, topk_idx: Array, topk_weights: Array) -> Grouped:
         """Args: x [T, H], topk_idx i32 [T, K], topk_weights f32 [T, K]."""

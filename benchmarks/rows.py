@@ -185,9 +185,7 @@ class Runs:
             ("layer forward + backward", layer.forward_and_backward),
         ):
             with self.row(name):
-                run = programs.compile_one(
-                    *self._loop(make(one, case, setting.load), args, steps)
-                )
+                run = programs.compile_one(*self._loop(make(one, case, setting.load), args, steps))
                 self._put(name, self._race({name: run}, steps)[name])
         _close(one)
 

@@ -38,6 +38,17 @@ def layer(buffer, x, topk_idx, weights):
         ({"recv_capacity": -1}, ValueError, r"recv_capacity must be at least 0, got -1"),
         ({"num_slots": 65}, ValueError, r"num_slots must be in \[1, 64\], got 65"),
         ({"expert_alignment": 0}, ValueError, r"expert_alignment must be at least 1, got 0"),
+        ({"expert_capacity": 0}, ValueError, r"expert_capacity must be at least 1, got 0"),
+        (
+            {"expert_capacity": 3, "recv_capacity": 5},
+            ValueError,
+            r"recv_capacity must be None or \d+ \(num_local_experts \* expert_capacity\).* got 5",
+        ),
+        (
+            {"expert_capacity": 3, "expert_alignment": 2},
+            ValueError,
+            r"expert_alignment must be 1 with an expert_capacity, got 2",
+        ),
         ({"dtype": jnp.int8}, TypeError, r"one of bfloat16, float16, float32, got int8"),
         ({"timeout_s": 0}, ValueError, r"timeout_s must be .*, got 0"),
         ({"timeout_s": float("inf")}, ValueError, r"timeout_s must be .*, got inf"),

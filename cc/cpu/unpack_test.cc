@@ -230,6 +230,16 @@ TEST(UnpackExpertsTest, WritesThePaddingOfEveryGroup) {
   ExpectExpertsAsTheContractSays(config, SameExperts(config, 5, {0, 1, 2}));
 }
 
+TEST(UnpackExpertsTest, GroupsOfOneSize) {
+  Random random;
+  Config config = SmallConfig();
+  for (const int64_t capacity : {1, 7, 40}) {
+    config.expert_capacity = capacity;
+    config.recv_capacity = config.num_local_experts() * capacity;
+    ExpectExpertsAsTheContractSays(config, RandomSources(config, 30, 0, random));
+  }
+}
+
 TEST(UnpackExpertsTest, RowsOfAnotherWidthAreAFault) {
   Random random;
   const Config config = SmallConfig();

@@ -123,8 +123,11 @@ __device__ inline void ZeroTheRest(const RankView& view, const ExpertsOut& out,
     FillRow(out.rows, row, 0);
     if (lane == 0) out.weights[row] = 0;
   };
-  for (int64_t e = warps.index; e < num_local; e += warps.count) {
-    for (int64_t row = view.group_end[e]; row < view.group_next[e]; ++row) zero(row);
+  constexpr int64_t kWarpsOfGroup = 16;
+  for (int64_t i = warps.index; i < num_local * kWarpsOfGroup; i += warps.count) {
+    const int64_t e = i / kWarpsOfGroup;
+    int64_t row = view.group_end[e] + i % kWarpsOfGroup;
+    for (; row < view.group_next[e]; row += kWarpsOfGroup) zero(row);
   }
   const int64_t end = view.group_next[num_local - 1];
   for (int64_t row = end + warps.index; row < config.recv_capacity; row += warps.count) zero(row);
