@@ -17,10 +17,10 @@ GroupPlan::GroupPlan(const Config& config, const std::vector<const int32_t*>& ro
       counts_[e] += rows_per_expert[source][e];
     }
   }
-  const int64_t level = config.expert_capacity > 0
-                            ? config.expert_capacity
-                            : CutLevel(counts_.data(), num_experts_, config.expert_alignment,
-                                       config.recv_capacity);
+  const int64_t level =
+      config.expert_capacity > 0
+          ? config.expert_capacity
+          : CutLevel(counts_.data(), num_experts_, config.expert_alignment, config.recv_capacity);
   int64_t next = 0;
   for (int32_t e = 0; e < num_experts_; ++e) {
     kept_[e] = std::min(counts_[e], level);

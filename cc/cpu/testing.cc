@@ -161,8 +161,8 @@ Placement PlacementOf(const Config& config, const std::vector<Source>& sources, 
   for (const auto& group : groups) {
     const auto count = static_cast<int64_t>(group.size());
     const int64_t kept = std::min(count, level);
-    const int64_t size = config.expert_capacity > 0 ? config.expert_capacity
-                                                    : Padded(kept, config.expert_alignment);
+    const int64_t size =
+        config.expert_capacity > 0 ? config.expert_capacity : Padded(kept, config.expert_alignment);
     placement.counts.push_back(static_cast<int32_t>(count));
     placement.group_sizes.push_back(static_cast<int32_t>(size));
     placement.dropped += static_cast<int32_t>(count - kept);
