@@ -178,14 +178,15 @@ class Runs:
         params = layer.make_params(case, setting.mesh, self.plan.widths)
         bias = layer.make_bias(case, setting.topk_idx, setting.mesh)
         args = (params, setting.inputs[0], bias)
-        make_one = self.variant.make_for_layers or self.variant.make
-        one = make_one(case, setting.load, setting.mesh)
-        for name, make in (
+        make = self.variant.make_for_layers or self.variant.make
+        one = make(case, setting.load, setting.mesh)
+        for name, step_of in (
             ("layer forward", layer.forward),
             ("layer forward + backward", layer.forward_and_backward),
         ):
             with self.row(name):
-                run = programs.compile_one(*self._loop(make(one, case, setting.load), args, steps))
+                step = step_of(one, case, setting.load)
+                run = programs.compile_one(*self._loop(step, args, steps))
                 self._put(name, self._race({name: run}, steps)[name])
         _close(one)
 

@@ -18,17 +18,17 @@ namespace jax_sm_free::cuda {
 // In memory that processes share. All zeros at first.
 struct EndNote {
   enum Progress : int32_t { kEmpty, kClaimed, kWritten };
-  std::atomic<int32_t> closed;
-  std::atomic<int32_t> progress;                             // of the text
-  char text[2048];                                           // of the first fault, 0-terminated
   static_assert(std::atomic<int32_t>::is_always_lock_free);  // else it could not be shared
+
+  std::atomic<int32_t> closed;
+  std::atomic<int32_t> progress;  // of the text
+  char text[2048];                // of the first fault, 0-terminated
 };
 
 // Thread-safe, and safe beside a process that dies within a call: what it had to tell is lost.
 class GroupEnd {
  public:
-  explicit GroupEnd(std::shared_ptr<EndNote> note = std::make_shared<EndNote>())
-      : note_(std::move(note)) {}
+  explicit GroupEnd(std::shared_ptr<EndNote> note) : note_(std::move(note)) {}
 
   // A rank has closed its buffer.
   void TellClosed() { note_->closed.store(1, std::memory_order_release); }
@@ -44,16 +44,15 @@ class GroupEnd {
   // Whether one of these was told: no message may come any more.
   bool HasCome() const { return note_->closed.load(std::memory_order_acquire) != 0 || HasFault(); }
 
+  bool HasFault() const {
+    return note_->progress.load(std::memory_order_acquire) == EndNote::kWritten;
+  }
   std::optional<std::string> Fault() const {
     if (!HasFault()) return std::nullopt;
     return std::string(note_->text);
   }
 
  private:
-  bool HasFault() const {
-    return note_->progress.load(std::memory_order_acquire) == EndNote::kWritten;
-  }
-
   const std::shared_ptr<EndNote> note_;
 };
 

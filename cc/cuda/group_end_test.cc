@@ -35,6 +35,13 @@ TEST_F(GroupEndTest, TheFirstFaultStays) {
   EXPECT_EQ(here_.Fault(), "first");
 }
 
+TEST_F(GroupEndTest, AFaultBehindAClosingIsTold) {
+  here_.TellClosed();
+  EXPECT_FALSE(there_.HasFault());
+  there_.TellFault("a fault");
+  EXPECT_EQ(here_.Fault(), "a fault");
+}
+
 TEST_F(GroupEndTest, LongTextsAreCutOff) {
   here_.TellFault(std::string(2 * sizeof(EndNote::text), 'x'));
   EXPECT_EQ(there_.Fault(), std::string(sizeof(EndNote::text) - 1, 'x'));

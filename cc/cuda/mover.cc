@@ -207,11 +207,11 @@ void Mover::TellSlowWait() {
 void Mover::TellAndHearOfEnd() {
   if (group_end_ == nullptr) return;
   FaultRecord& record = view_.status->fault;
-  if (!group_end_->HasCome()) {
+  if (!group_end_->HasFault()) {
     const std::optional<Fault> fault = FaultIn(record, view_, view_.config.timeout_s);
-    if (!fault || IsEcho(record)) return;
-    group_end_->TellFault(fault->Describe());
+    if (fault && !IsEcho(record)) group_end_->TellFault(fault->Describe());
   }
+  if (!group_end_->HasCome()) return;
   std::atomic_ref(view_.status->stopped).store(1, std::memory_order_release);
 }
 

@@ -36,7 +36,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 GRACE_S = 10.0
 # How long a process takes to write its stacks.
 _STACKS_S = 0.5
-_LOWEST_PORT = 1 << 14
+_LOWEST_PORT = 1 << 13
 _GIVEN_PORTS = pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range")
 _DEVICE_COUNT = re.compile(r"--xla_force_host_platform_device_count=\d+")
 NO_OPTIONS: dict[str, Any] = {}
@@ -172,12 +172,13 @@ class Group(Sequence[Rank]):
 def free_port() -> int:
     """A port that nobody uses, and that the kernel gives to nobody who asks for any.
 
-    Until a rank listens there others, who connect to somewhere, do ask.
+    Whoever connects to somewhere asks for one, and may do so before a rank listens on this one.
     """
     lowest, highest = map(int, _GIVEN_PORTS.read_text().split())
-    ports = [p for p in range(_LOWEST_PORT, 1 << 16) if not lowest <= p <= highest]
+    ports = range(_LOWEST_PORT, 1 << 16)
+    kept = [port for port in ports if not lowest <= port <= highest]
     while True:
-        port = random.choice(ports)
+        port = random.choice(kept or ports)
         with contextlib.suppress(OSError), socket.socket() as server:
             server.bind(("", port))
             return port

@@ -114,6 +114,16 @@ def test_output_is_added_to_an_error_of_the_test():
     assert not is_there(pids[0])
 
 
+def test_free_ports_are_none_that_the_kernel_gives_away(tmp_path, monkeypatch):
+    given = tmp_path / "given"
+    monkeypatch.setattr(launcher, "_GIVEN_PORTS", given)
+    given.write_text("9000\t65000\n")
+    for _ in range(20):
+        assert not 9000 <= launcher.free_port() <= 65000
+    given.write_text("1024\t65535\n")  # Where it gives all away, there is no other.
+    assert launcher.free_port() > 1024
+
+
 def test_starts_again_on_the_same_port():
     port = launcher.free_port()
     for kill in (True, False):
