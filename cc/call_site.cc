@@ -22,18 +22,27 @@ std::string Shorten(const std::string& text, size_t max_bytes) {
 
 }  // namespace
 
-// The copies of one call that are taken for one program's.
+// The copies of one call in one program.
 struct CallCopies {
-  CallCopies(std::string program, int64_t call_number, std::string call)
-      : program(std::move(program)), call_number(call_number), call(std::move(call)) {}
+  CallCopies(std::string program, int64_t call_number, std::string call, int64_t executable)
+      : program(std::move(program)),
+        call_number(call_number),
+        call(std::move(call)),
+        executable(executable) {}
 
   const std::string program;
   const int64_t call_number;
   const std::string call;
+  const int64_t executable;
   std::mutex mutex;
   std::vector<CallCopy*> copies;  // in the order in which they were made
   bool closed = false;            // one has run: no others are added
 };
+
+bool CallSite::operator==(const CallSite& other) const {
+  return number == other.number && program == other.program && call == other.call &&
+         num_copies == other.num_copies;
+}
 
 std::string CallSite::Describe() const {
   std::string text = program + ", " + call;
@@ -57,7 +66,8 @@ std::shared_ptr<const CallSite> CallCopy::Site() {
         CallSite{.number = copies_->call_number * kMaxCopies + static_cast<int64_t>(i),
                  .program = copies_->program,
                  .call = copies_->call,
-                 .num_copies = static_cast<int32_t>(all.size())});
+                 .num_copies = static_cast<int32_t>(all.size()),
+                 .executable = copies_->executable});
   }
   return site_;
 }
@@ -68,9 +78,11 @@ CallSites& CallSites::Get() {
 }
 
 std::unique_ptr<CallCopy> CallSites::Add(int64_t buffer, const std::string& program,
-                                         int64_t call_number, const std::string& call) {
-  const std::string key =
-      std::to_string(buffer) + '\n' + program + '\n' + std::to_string(call_number) + '\n' + call;
+                                         int64_t lowering, int64_t call_number,
+                                         const std::string& call) {
+  const std::string key = std::to_string(buffer) + '\n' + program + '\n' +
+                          std::to_string(lowering) + '\n' + std::to_string(call_number) + '\n' +
+                          call;
   const std::lock_guard lock(mutex_);
   std::erase_if(latest_, [](const auto& entry) { return entry.second.expired(); });
   const auto add_to = [](const std::shared_ptr<CallCopies>& copies) {
@@ -84,7 +96,7 @@ std::unique_ptr<CallCopy> CallSites::Add(int64_t buffer, const std::string& prog
     if (std::unique_ptr<CallCopy> copy = add_to(copies)) return copy;
   }
   const auto made = std::make_shared<CallCopies>(Shorten(program, kMaxProgramBytes), call_number,
-                                                 Shorten(call, kMaxCallBytes));
+                                                 Shorten(call, kMaxCallBytes), num_executables_++);
   latest_[key] = made;
   return add_to(made);
 }

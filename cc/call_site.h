@@ -5,9 +5,9 @@
 // inline the function that a send is in several times; those copies have all that in common, and
 // are told apart by their order, which is the same wherever the same program is compiled.
 //
-// Nothing tells where one program's copies end and those of an equal program begin. So all copies
-// that were made before one of them first runs are taken for one program's. Processes that compile
-// in another order may come to other numbers then, which is seen as a fault: see cc/cpu/in_step.h.
+// Equal programs of a process are told apart by their lowerings, which have numbers in each process
+// and mean nothing to another. Nothing tells apart what one lowering is compiled to twice: what is
+// made after one of its copies has run is taken for another program's.
 
 #ifndef JAX_SM_FREE_CC_CALL_SITE_H_
 #define JAX_SM_FREE_CC_CALL_SITE_H_
@@ -31,8 +31,10 @@ struct CallSite {
   std::string program;  // "jit_step"
   std::string call;     // "dispatch_send 3 (float32[6,7], int32[6,3])"
   int32_t num_copies = 1;
+  int64_t executable = 0;  // of this call, among those of its process; not so called by others
 
-  bool operator==(const CallSite&) const = default;
+  // Whether processes mean the same call, each of an executable of its own.
+  bool operator==(const CallSite& other) const;
   std::string Describe() const;
 };
 
@@ -59,13 +61,15 @@ class CallSites {
  public:
   static CallSites& Get();
 
-  // `call_number` is the call's number in `program`.
-  std::unique_ptr<CallCopy> Add(int64_t buffer, const std::string& program, int64_t call_number,
-                                const std::string& call);
+  // `lowering` is the number of the call's lowering in this process, `call_number` the call's in
+  // `program`.
+  std::unique_ptr<CallCopy> Add(int64_t buffer, const std::string& program, int64_t lowering,
+                                int64_t call_number, const std::string& call);
 
  private:
   std::mutex mutex_;
   std::unordered_map<std::string, std::weak_ptr<struct CallCopies>> latest_;
+  int64_t num_executables_ = 0;
 };
 
 }  // namespace jax_sm_free

@@ -12,8 +12,9 @@ namespace {
 
 class CallSiteTest : public ::testing::Test {
  protected:
-  std::unique_ptr<CallCopy> Add(const std::string& program, int64_t number) {
-    return sites_.Add(1, program, number, "dispatch_send " + std::to_string(number) + " ()");
+  std::unique_ptr<CallCopy> Add(const std::string& program, int64_t number, int64_t lowering = 0) {
+    return sites_.Add(1, program, lowering, number,
+                      "dispatch_send " + std::to_string(number) + " ()");
   }
 
   CallSites sites_;
@@ -35,6 +36,13 @@ TEST_F(CallSiteTest, CopiesAreNumberedInTheOrderOfTheirMaking) {
   EXPECT_EQ(second->Site()->Describe(), "jit_f, dispatch_send 3 (), copy 1 of 2");
 }
 
+TEST_F(CallSiteTest, EqualProgramsAreToldApartByTheirLowerings) {
+  const auto one = Add("jit_f", 0, 0);
+  const auto other = Add("jit_f", 0, 1);
+  EXPECT_EQ(*one->Site(), *other->Site());
+  EXPECT_EQ(one->Site()->num_copies, 1);
+}
+
 TEST_F(CallSiteTest, WhatIsMadeAfterACopyHasRunIsAnotherProgram) {
   const auto first = Add("jit_f", 0);
   const CallSite ran = *first->Site();
@@ -53,8 +61,8 @@ TEST_F(CallSiteTest, CopiesThatAreGoneBeforeAnyRanDoNotCount) {
 TEST_F(CallSiteTest, ProgramsBuffersAndOperandsAreToldApart) {
   const auto one = Add("jit_f", 0);
   const auto other_program = Add("jit_g", 0);
-  const auto other_buffer = sites_.Add(2, "jit_f", 0, "dispatch_send 0 ()");
-  const auto other_operands = sites_.Add(1, "jit_f", 0, "dispatch_send 0 (f32)");
+  const auto other_buffer = sites_.Add(2, "jit_f", 0, 0, "dispatch_send 0 ()");
+  const auto other_operands = sites_.Add(1, "jit_f", 0, 0, "dispatch_send 0 (f32)");
   EXPECT_EQ(one->Site()->num_copies, 1);
   EXPECT_NE(*one->Site(), *other_program->Site());
   EXPECT_NE(*one->Site(), *other_operands->Site());

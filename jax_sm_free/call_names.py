@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import itertools
 from typing import Any
 
 import numpy as np
@@ -24,16 +26,23 @@ class _Count:
         return found[0].value
 
 
-def names_of(name: str, ctx: Any) -> dict[str, Any]:
+# How often this process has lowered a call: it is once in a program.
+_lowerings: dict[Any, Any] = collections.defaultdict(itertools.count)
+
+
+def names_of(name: str, buffer_id: int, ctx: Any) -> dict[str, Any]:
     """The attributes by which all processes call a send alike, for its lowering in `ctx`.
 
-    The same wherever the same program is lowered, so that caches of compiled programs still hit.
+    The same wherever the same program is lowered, so that caches of compiled programs still hit;
+    but for "lowering", which tells equal programs of this process apart and no other process sees.
     """
     number = _Count.next_in(ctx.module_context)
     program = ctx.module_context.module.operation.attributes["sym_name"].value
     operands = ", ".join(f"{aval.dtype}{list(aval.shape)}" for aval in ctx.avals_in)
+    call = f"{name} {number} ({operands})"
     return {
         "program": program,
+        "lowering": np.int64(next(_lowerings[buffer_id, program, call])),
         "call_number": np.int64(number),
-        "call": f"{name} {number} ({operands})",
+        "call": call,
     }

@@ -72,7 +72,7 @@ def _define(name: str, spans_processes: bool) -> core.Primitive:
     def lower(ctx: Any, *operands: Any, buffer_id: int, results: Any) -> Any:
         del results
         rule = jax.ffi.ffi_lowering(f"smf_{name}", has_side_effect=True)
-        names = call_names.names_of(name, ctx) if is_named else {}
+        names = call_names.names_of(name, buffer_id, ctx) if is_named else {}
         return rule(ctx, *operands, buffer=np.int64(buffer_id), **names)
 
     def refuse_vmap(*_: Any, **__: Any) -> Any:

@@ -17,13 +17,15 @@ ffi::ErrorOr<std::unique_ptr<SendSite>> MakeSendSite(ffi::Dictionary attributes)
   site->buffer = *buffer;
   if (!attributes.contains("program")) return site;
   const auto program = attributes.get<std::string_view>("program");
+  const auto lowering = attributes.get<int64_t>("lowering");
   const auto call_number = attributes.get<int64_t>("call_number");
   const auto call = attributes.get<std::string_view>("call");
   if (program.has_error()) return ffi::Unexpected(program.error());
+  if (lowering.has_error()) return ffi::Unexpected(lowering.error());
   if (call_number.has_error()) return ffi::Unexpected(call_number.error());
   if (call.has_error()) return ffi::Unexpected(call.error());
-  site->copy =
-      CallSites::Get().Add(*buffer, std::string(*program), *call_number, std::string(*call));
+  site->copy = CallSites::Get().Add(*buffer, std::string(*program), *lowering, *call_number,
+                                    std::string(*call));
   return site;
 }
 

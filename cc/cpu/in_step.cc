@@ -26,31 +26,25 @@ std::optional<Fault> InStep::Check(const ExchangeKey& key, const Statement& said
 // its process has started the program once more than the others.
 std::optional<Fault> InStep::CheckStart(const Statement& first, const Statement& said,
                                         const std::string& what) {
-  const bool first_is_lower = process_of_[first.rank] <= process_of_[said.rank];
-  const Statement& low = first_is_lower ? first : said;
-  const Statement& high = first_is_lower ? said : first;
-  const int64_t difference = static_cast<int32_t>(high.start - low.start);  // they wrap around
-  int64_t expected = 0;
-  if (process_of_[low.rank] != process_of_[high.rank]) {
-    const std::string pair = said.site->Describe() + '\n' + std::to_string(said.site->number) +
-                             '\n' + std::to_string(process_of_[low.rank]) + '\n' +
-                             std::to_string(process_of_[high.rank]);
-    const auto known = differences_.find(pair);
-    if (known != differences_.end()) {
-      expected = known->second;
-    } else if (std::abs(difference) >= kMaxStarts) {
-      differences_[pair] = expected = difference;
-    }
+  const Executable one = ExecutableOf(first);
+  const Executable other = ExecutableOf(said);
+  const auto difference = static_cast<int32_t>(said.start - first.start);  // they wrap around
+  std::optional<int32_t> expected = numbers_.Difference(one, other);
+  if (!expected) {
+    expected = std::abs(int64_t{difference}) < kMaxStarts ? 0 : difference;
+    numbers_.Learn(one, other, *expected);
   }
-  if (difference == expected) return std::nullopt;
-  const bool low_is_here = IsHere(low);
-  const int64_t more = low_is_here ? difference - expected : expected - difference;
-  const Statement& here = low_is_here ? low : high;
-  Fault fault = StepDiffers((low_is_here ? high : low).rank, what + here.site->Describe(),
-                            "it, started " + std::to_string(std::abs(more)) + " times " +
-                                (more > 0 ? "more" : "less") + " often than here");
-  fault.rank = here.rank;
+  if (difference == *expected) return std::nullopt;
+  const int64_t more = int64_t{difference} - *expected;
+  Fault fault = Differ(first, said, what);
+  const bool is_said = fault.peer == said.rank;
+  fault.seen = "it, started " + std::to_string(std::abs(more)) + " times " +
+               ((more > 0) == is_said ? "more" : "less") + " often than here";
   return fault;
+}
+
+Executable InStep::ExecutableOf(const Statement& said) const {
+  return {.process = process_of_[said.rank], .number = said.site->executable};
 }
 
 Fault InStep::Differ(const Statement& first, const Statement& second,

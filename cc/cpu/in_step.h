@@ -14,14 +14,15 @@
 #include <vector>
 
 #include "cc/call_site.h"
+#include "cc/cpu/start_numbers.h"
 #include "cc/exchange.h"
 #include "cc/fault.h"
 
 namespace jax_sm_free {
 
 // What a rank says of an exchange: the call behind it, and which start of the program that is. Each
-// start of a program has the next number in its process (XLA's run id); where they begin may differ
-// from process to process.
+// start of an executable has the next number in its process (XLA's run id); where they begin may
+// differ from process to process.
 struct Statement {
   std::shared_ptr<const CallSite> site;
   int32_t rank = 0;
@@ -61,6 +62,7 @@ class InStep {
 
   std::optional<Fault> CheckStart(const Statement& first, const Statement& said,
                                   const std::string& what);
+  Executable ExecutableOf(const Statement& said) const;
   Fault Differ(const Statement& first, const Statement& second, const std::string& what) const;
   bool IsHere(const Statement& said) const { return process_of_[said.rank] == here_; }
 
@@ -68,7 +70,7 @@ class InStep {
   const int32_t here_;
   std::map<int64_t, Run> runs_;
   int64_t oldest_run_ = 0;
-  std::map<std::string, int64_t> differences_;  // between the starts of two processes
+  StartNumbers numbers_;
 };
 
 }  // namespace jax_sm_free

@@ -12,11 +12,13 @@ namespace {
 
 using ::testing::IsSubstring;
 
-std::shared_ptr<const CallSite> Site(const std::string& program, int64_t number, int copies = 1) {
+std::shared_ptr<const CallSite> Site(const std::string& program, int64_t number, int copies = 1,
+                                     int64_t executable = 0) {
   return std::make_shared<CallSite>(CallSite{.number = number,
                                              .program = program,
                                              .call = "dispatch_send " + std::to_string(number),
-                                             .num_copies = copies});
+                                             .num_copies = copies,
+                                             .executable = executable});
 }
 
 // Ranks 0 and 1 are here, 2 and 3 in two other processes.
@@ -86,6 +88,30 @@ TEST_F(InStepTest, ProcessesMayCountFromOtherNumbersButAlike) {
   const std::optional<Fault> fault = Check(20, Site("jit_f", 0), 2, kOther + 21);
   ASSERT_TRUE(fault.has_value());
   EXPECT_PRED_FORMAT2(IsSubstring, "started 1 times more often than here", fault->seen);
+}
+
+// Whom the others' first statements come from differs from run to run.
+TEST_F(InStepTest, WhatEachProcessCountsFromIsKnownByAllItHasRunWith) {
+  constexpr int64_t kSecond = 1234567;
+  constexpr int64_t kThird = 7654321;
+  EXPECT_FALSE(Check(0, Site("jit_f", 0), 2, kSecond).has_value());
+  EXPECT_FALSE(Check(0, Site("jit_f", 0), 0, 0).has_value());
+  EXPECT_FALSE(Check(0, Site("jit_f", 0), 3, kThird).has_value());
+  EXPECT_FALSE(Check(1, Site("jit_f", 0), 0, 1).has_value());
+  EXPECT_TRUE(Check(1, Site("jit_f", 0), 3, kThird + 2).has_value());
+}
+
+TEST_F(InStepTest, EqualProgramsOfAProcessCountFromOtherNumbers) {
+  for (int64_t run = 0; run < 4; ++run) {
+    const bool is_first = run % 2 == 0;
+    const int64_t here = is_first ? 0 : 1234567;
+    const int64_t there = is_first ? 7654321 : 11;
+    const int64_t start = run / 2;
+    EXPECT_FALSE(Check(run, Site("jit_f", 0, 1, is_first ? 5 : 6), 0, here + start).has_value());
+    EXPECT_FALSE(Check(run, Site("jit_f", 0, 1, is_first ? 8 : 9), 2, there + start).has_value());
+  }
+  EXPECT_FALSE(Check(4, Site("jit_f", 0, 1, 6), 0, 1234567 + 2).has_value());
+  EXPECT_TRUE(Check(4, Site("jit_f", 0, 1, 9), 2, 11 + 3).has_value());
 }
 
 TEST_F(InStepTest, RanksOfOneProcessAreOfOneStart) {

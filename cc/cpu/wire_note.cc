@@ -12,7 +12,7 @@ namespace jax_sm_free {
 namespace {
 
 // Changes with every change of what follows.
-constexpr uint64_t kVersion = 0x736d6677'00000001U;
+constexpr uint64_t kVersion = 0x736d6677'00000002U;
 
 enum class What : int32_t { kMessage, kFault };
 
@@ -23,6 +23,7 @@ struct Head {
   int64_t call_site = 0;
   int64_t count = 0;
   int64_t start = 0;
+  int64_t executable = 0;
   What what = What::kMessage;
   int32_t group = 0;
   int32_t from = 0;  // src, or a fault's rank
@@ -64,6 +65,7 @@ std::vector<std::byte> Encode(const WireNote& note) {
   head.call_site = message.key.call_site;
   head.count = message.key.count;
   head.start = message.start;
+  head.executable = message.site.executable;
   head.from = message.src;
   head.to = message.dst;
   head.num_copies = message.site.num_copies;
@@ -98,7 +100,8 @@ std::optional<WireNote> Decode(std::span<const std::byte> bytes) {
                             .site = {.number = head.call_site,
                                      .program = texts[0],
                                      .call = texts[1],
-                                     .num_copies = head.num_copies},
+                                     .num_copies = head.num_copies,
+                                     .executable = head.executable},
                             .start = head.start};
   }
   return note;

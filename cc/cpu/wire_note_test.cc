@@ -22,7 +22,8 @@ WireNote Message() {
                               .site = {.number = 11,
                                        .program = "jit_f",
                                        .call = "dispatch_send 0 (float32[6, 7])",
-                                       .num_copies = 4},
+                                       .num_copies = 4,
+                                       .executable = 14},
                               .start = 13}};
 }
 
@@ -38,6 +39,7 @@ TEST(WireNoteTest, AMessageArrivesAsItWas) {
   EXPECT_EQ(body.dst, sent.dst);
   EXPECT_EQ(body.key, sent.key);
   EXPECT_EQ(body.site, sent.site);
+  EXPECT_EQ(body.site.executable, sent.site.executable);
   EXPECT_EQ(body.start, sent.start);
 }
 

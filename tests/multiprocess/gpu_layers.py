@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import layers
 import rank
+import together
 
 from jax_sm_free.bootstrap import Bootstrap
 
@@ -46,8 +47,10 @@ def fail_once(how: str, place: str, again: bool) -> Failure:
       again: whether all are there for the last run.
     """
     mesh = layers.mesh_of()
-    buffer, inputs, action = layers.open_buffer(mesh), layers.make_inputs(mesh), layers.Action()
+    buffer = layers.open_buffer(mesh, timeout_s=layers.TIMEOUT_S)
+    inputs, action = layers.make_inputs(mesh), layers.Action()
     run = layers.on_ranks(mesh, layers.layer_of(buffer, action))
+    together.compile_and_meet(run, mesh, *inputs)
     layers.check(run(*inputs), inputs)
     if is_last():
         action.place, action.do = place, lambda: layers.act(how, place)
@@ -80,7 +83,7 @@ def die_in_start() -> None:
 def close_early() -> Failure | None:
     """The last process closes its buffer when it has run once; the others run again."""
     mesh = layers.mesh_of()
-    buffer, inputs = layers.open_buffer(mesh, timeout_s=60.0), layers.make_inputs(mesh)
+    buffer, inputs = layers.open_buffer(mesh), layers.make_inputs(mesh)
     run = layers.on_ranks(mesh, layers.layer_of(buffer, layers.Action()))
     layers.check(run(*inputs), inputs)
     if is_last():

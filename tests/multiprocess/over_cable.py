@@ -43,6 +43,7 @@ def exchange_for_ever(timeout_s: float, tokens: int, hidden: int) -> tuple[float
     import jax
     import jax.numpy as jnp
     import numpy as np
+    import together
 
     import jax_sm_free as smf
 
@@ -66,6 +67,7 @@ def exchange_for_ever(timeout_s: float, tokens: int, hidden: int) -> tuple[float
     run = jax.jit(jax.shard_map(received, mesh=mesh, in_specs=spec, out_specs=spec))
     own = np.full((tokens, hidden), rank.number(), np.float32)
     x = jax.make_array_from_process_local_data(jax.NamedSharding(mesh, spec), own)
+    together.compile_and_meet(run, mesh, x)
     for step in range(1_000_000):
         rank.announce(f"step {step}.")
         try:

@@ -7,7 +7,6 @@ Tests that are not about results of whole programs are not for this.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -15,9 +14,8 @@ import jax
 import numpy as np
 import pytest
 import support
+import together
 from jax.experimental import multihost_utils
-
-from jax_sm_free.bootstrap import Bootstrap
 
 _on_ranks = support.on_ranks
 
@@ -26,25 +24,33 @@ class Gathered:
     """A jitted function of this mesh whose results are whole NumPy arrays in every process."""
 
     def __init__(self, ungathered: Callable[..., Any], mesh: jax.sharding.Mesh) -> None:
-        self.ungathered = ungathered
+        self._ungathered = ungathered
         self._mesh = mesh
+        self._has_begun = False
 
     def __call__(self, *args: Any) -> Any:
         if support.ON_CPU:  # Where a run fails for all.
-            return whole(self.ungathered(*args))
+            return whole(self.begin(*args))
         out, error = None, None
         try:
-            out = jax.block_until_ready(self.ungathered(*args))
+            out = jax.block_until_ready(self.begin(*args))
         except support.RUN_ERROR as raised:
             error = str(raised)
         # Who has results would wait for those of who has none.
-        for other in told_to_all(self._mesh, error):
+        for other in together.told_to_all(self._mesh, error):
             if other is not None:
                 raise jax.errors.JaxRuntimeError(error or other)
         return whole(out)
 
+    def begin(self, *args: Any) -> Any:
+        """The results as they are, of this process; no process is still compiling then."""
+        if not self._has_begun:
+            together.compile_and_meet(self._ungathered, self._mesh, *args)
+            self._has_begun = True
+        return self._ungathered(*args)
+
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.ungathered, name)
+        return getattr(self._ungathered, name)
 
 
 def whole(results: Any) -> Any:
@@ -69,21 +75,16 @@ def on_ranks(fn: Callable[..., Any], mesh: Any, *args: Any, **kwargs: Any) -> Ga
     return Gathered(_on_ranks(fn, mesh, *args, **kwargs), mesh)
 
 
-def told_to_all(mesh: jax.sharding.Mesh, what: Any) -> list[Any]:
-    """What every process tells."""
-    with Bootstrap(mesh) as bootstrap:
-        return [pickle.loads(told) for told in bootstrap.exchange(pickle.dumps(what))]
-
-
 def errors_by_rank(buffer: Any, run: Gathered, *args: Any) -> list[str | None]:
     """`support.errors_by_rank`, told by each process to all."""
     here = support.ranks_here(buffer)
     try:
-        out = run.ungathered(*args)
+        out = run.begin(*args)
         errors = {rank: support.error_of_rank(buffer, out, rank) for rank in here}
     except support.RUN_ERROR as error:
         errors = dict.fromkeys(here, str(error))
-    errors = {rank: e for told in told_to_all(buffer.mesh, errors) for rank, e in told.items()}
+    all_told = together.told_to_all(buffer.mesh, errors)
+    errors = {rank: error for told in all_told for rank, error in told.items()}
     return [errors[rank] for rank in sorted(errors)]
 
 

@@ -6,6 +6,7 @@ import re
 import time
 
 import launcher
+import layers
 import over_cable
 import pytest
 
@@ -110,5 +111,5 @@ def test_a_cut_ends_both_sides(hosts):
     for number, end in enumerate(ended):
         assert end.status == 0, end.output
         at, text = end.result
-        assert at - cut < timeout_s + 2
+        assert at - cut < timeout_s + layers.MARGIN_S
         assert f"rank {1 - number}" in text

@@ -11,8 +11,6 @@ from support import assert_matches
 
 pytestmark = pytest.mark.cpu_only
 
-MARGIN_S = 2.0  # how much later than the timeout an error may come
-
 
 @pytest.mark.parametrize(("num_processes", "num_devices"), [(2, 1), (2, 4)])
 def test_many_runs_of_two_buffers(num_processes, num_devices):
@@ -42,12 +40,16 @@ def test_programs_from_a_cache_of_one_process(tmp_path):
         assert list(tmp_path.iterdir())
 
 
+def test_a_process_that_has_compiled_equal_programs_is_in_step():
+    launcher.run(layers.run_after_others_were_compiled, num_processes=2, num_devices=2)
+
+
 # --------------------------------------------------------------------------- opening together
 
 
 @pytest.mark.parametrize(
     ("name", "here", "there"),
-    [("top_k", 2, 1), ("num_slots", 2, 3), ("timeout_s", 3.0, 4.0), ("max_tokens", 5, 6)],
+    [("top_k", 2, 1), ("num_slots", 2, 3), ("timeout_s", 60.0, 61.0), ("max_tokens", 5, 6)],
 )
 def test_buffers_of_different_sizes_do_not_open(name, here, there):
     texts = launcher.run(layers.open_differently, {name: there}, num_processes=2)
@@ -67,7 +69,7 @@ def test_a_process_without_ucx_is_named():
 # ---------------------------------------------------------------------------- what goes wrong
 
 
-def assert_fails_in_time(results, *patterns, seconds=layers.TIMEOUT_S + MARGIN_S):
+def assert_fails_in_time(results, *patterns, seconds=layers.TIMEOUT_S + layers.MARGIN_S):
     for error, took, kept in results:
         assert took < seconds, error
         assert_matches(error, *patterns)
@@ -78,9 +80,8 @@ def assert_fails_in_time(results, *patterns, seconds=layers.TIMEOUT_S + MARGIN_S
 @pytest.mark.parametrize("place", layers.PLACES)
 def test_a_killed_process_is_named(place, num_devices):
     """At once, not after the timeout; the others can go on without it."""
-    with launcher.start(
-        layers.fail_once, "pause", place, 2, num_processes=3, num_devices=num_devices
-    ) as group:
+    args = ("pause", place, 2, layers.LONG_S)
+    with launcher.start(layers.fail_once, *args, num_processes=3, num_devices=num_devices) as group:
         group[2].wait_for(place)
         group[2].kill()
         ended = group.wait()
@@ -89,12 +90,18 @@ def test_a_killed_process_is_named(place, num_devices):
     waits = "dispatch_recv" if place == "before_send" else "(dispatch|combine)_recv"
     bad = "" if place == "between" else rf"peer rank [{2 * num_devices}-{3 * num_devices - 1}]: "
     patterns = (rf"{waits} on rank \d", bad, "expected a message from rank", "process is gone")
-    assert_fails_in_time([end.result for end in ended[:2]], *patterns)
+    results = [end.result for end in ended[:2]]
+    assert_fails_in_time(results, *patterns, seconds=layers.AT_ONCE_S)
 
 
 @pytest.mark.parametrize("place", layers.PLACES)
 def test_a_process_that_raises_is_waited_for_and_named(place):
-    *others, died = launcher.run(layers.fail_once, "raise", place, None, num_processes=3)
+    args = ("raise", place, None, layers.TIMEOUT_S)
+    with launcher.start(layers.fail_once, *args, num_processes=3) as group:
+        for rank in group[:2]:
+            rank.wait_for("has failed")
+        group[2].resume()
+        *others, died = group.results()
     assert_matches(died[0], "this process died")
     assert_fails_in_time(others, r"_recv on rank \d, peer rank 2: ", "none from rank 2")
 
@@ -102,15 +109,17 @@ def test_a_process_that_raises_is_waited_for_and_named(place):
 @pytest.mark.parametrize("place", layers.PLACES)
 def test_a_process_that_raises_and_goes_on_is_named_at_once(place):
     """Its next run is not taken for the one that the others wait in."""
-    *others, died = launcher.run(layers.fail_once, "raise, go on", place, None, num_processes=3)
+    args = ("raise, go on", place, None, layers.LONG_S)
+    *others, died = launcher.run(layers.fail_once, *args, num_processes=3)
     assert_matches(died[0], "this process died")
     text = "started 1 times (more|less) often" if place == "before_send" else "has begun run 2"
-    assert_fails_in_time(others, "rank 2", text, seconds=layers.TIMEOUT_S)
+    assert_fails_in_time(others, "rank 2", text, seconds=layers.AT_ONCE_S)
 
 
 def test_a_process_that_is_stopped_for_long_is_named():
     """It finds out when it goes on, and takes part in the next buffer."""
-    with launcher.start(layers.fail_once, "pause", "before_send", None, num_processes=3) as group:
+    args = ("pause", "before_send", None, layers.TIMEOUT_S)
+    with launcher.start(layers.fail_once, *args, num_processes=3) as group:
         group[2].wait_for("before_send")
         group[2].stop()
         for rank in group[:2]:
@@ -135,7 +144,7 @@ def test_a_process_that_is_stopped_shortly_is_slow():
 def test_a_process_that_closes_its_buffer_is_named():
     *others, _ = launcher.run(layers.close_early, num_processes=3)
     for error, took in others:
-        assert took < MARGIN_S
+        assert took < layers.AT_ONCE_S
         assert_matches(error, r"dispatch_recv on rank \d, peer rank 2: ", "it closed its end")
 
 

@@ -1,0 +1,23 @@
+"""Processes of a group tell each other something, and begin a program together."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jax_sm_free.bootstrap import Bootstrap
+
+
+def told_to_all(mesh: jax.sharding.Mesh, what: Any) -> list[Any]:
+    """What every process of the mesh tells."""
+    with Bootstrap(mesh) as bootstrap:
+        return [pickle.loads(told) for told in bootstrap.exchange(pickle.dumps(what))]
+
+
+def compile_and_meet(run: Callable[..., Any], mesh: jax.sharding.Mesh, *args: Any) -> None:
+    """Compiles a jitted function and waits until all have: nobody waits for it within a run."""
+    run.lower(*args).compile()
+    told_to_all(mesh, None)
