@@ -79,7 +79,6 @@ class BetweenProcesses : public Transport, public std::enable_shared_from_this<B
   InStep in_step_;
   std::vector<int64_t> latest_run_;  // by rank: that it has sent anything of
   std::optional<Fault> ended_;
-  bool closed_ = false;
 };
 
 }  // namespace jax_sm_free

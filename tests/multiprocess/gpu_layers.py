@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import layers
 import rank
-import together
 
 from jax_sm_free.bootstrap import Bootstrap
 
@@ -50,8 +49,7 @@ def fail_once(how: str, place: str, again: bool) -> Failure:
     buffer = layers.open_buffer(mesh, timeout_s=layers.TIMEOUT_S)
     inputs, action = layers.make_inputs(mesh), layers.Action()
     run = layers.on_ranks(mesh, layers.layer_of(buffer, action))
-    together.compile_and_meet(run, mesh, *inputs)
-    layers.check(run(*inputs), inputs)
+    layers.run_well(run, mesh, inputs)
     if is_last():
         action.place, action.do = place, lambda: layers.act(how, place)
     ran_s = seconds_of(lambda: run(*inputs))
@@ -85,7 +83,7 @@ def close_early() -> Failure | None:
     mesh = layers.mesh_of()
     buffer, inputs = layers.open_buffer(mesh), layers.make_inputs(mesh)
     run = layers.on_ranks(mesh, layers.layer_of(buffer, layers.Action()))
-    layers.check(run(*inputs), inputs)
+    layers.run_well(run, mesh, inputs)
     if is_last():
         buffer.close()
         return None

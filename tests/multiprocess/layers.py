@@ -103,6 +103,13 @@ def check(out: Any, inputs: tuple[Any, ...]) -> None:
         np.testing.assert_array_equal(np.asarray(got.data), want)
 
 
+def run_well(run: Callable[..., Any], mesh: jax.sharding.Mesh, inputs: tuple[Any, ...]) -> None:
+    """A good run that all processes begin together, and have ended when this returns."""
+    together.compile_and_meet(run, mesh, *inputs)
+    check(run(*inputs), inputs)
+    together.meet(mesh)
+
+
 def check_new_buffer(processes: int | None = None) -> None:
     """Opens a buffer over the first processes and runs the layer."""
     mesh = mesh_of(processes)
@@ -142,8 +149,7 @@ def fail_once(
     mesh = mesh_of()
     buffer, inputs, action = open_buffer(mesh, timeout_s=timeout_s), make_inputs(mesh), Action()
     run = on_ranks(mesh, layer_of(buffer, action))
-    together.compile_and_meet(run, mesh, *inputs)
-    check(run(*inputs), inputs)
+    run_well(run, mesh, inputs)
     if jax.process_index() == jax.process_count() - 1:
         action.place, action.do = place, lambda: act(how, place)
     error, seconds = error_and_seconds(lambda: run(*inputs))
@@ -191,7 +197,7 @@ def close_early() -> tuple[str, float]:
     mesh = mesh_of()
     buffer, inputs = open_buffer(mesh), make_inputs(mesh)
     run = on_ranks(mesh, layer_of(buffer, Action()))
-    check(run(*inputs), inputs)
+    run_well(run, mesh, inputs)
     if jax.process_index() == jax.process_count() - 1:
         buffer.close()
         return "", 0.0
@@ -229,7 +235,7 @@ def run_differently(how: str) -> tuple[str, float]:
     inputs = make_inputs(mesh)
     buffer = open_buffer(mesh, num_slots=3)
     layer = layer_of(buffer, Action())
-    check(on_ranks(mesh, layer)(*inputs), inputs)
+    run_well(on_ranks(mesh, layer), mesh, inputs)
 
     def ours(x: Any, topk_idx: Any, weights: Any) -> Any:
         return layer(x, topk_idx, weights)

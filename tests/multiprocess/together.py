@@ -17,7 +17,12 @@ def told_to_all(mesh: jax.sharding.Mesh, what: Any) -> list[Any]:
         return [pickle.loads(told) for told in bootstrap.exchange(pickle.dumps(what))]
 
 
+def meet(mesh: jax.sharding.Mesh) -> None:
+    """Waits for every process of the mesh."""
+    told_to_all(mesh, None)
+
+
 def compile_and_meet(run: Callable[..., Any], mesh: jax.sharding.Mesh, *args: Any) -> None:
     """Compiles a jitted function and waits until all have: nobody waits for it within a run."""
     run.lower(*args).compile()
-    told_to_all(mesh, None)
+    meet(mesh)
