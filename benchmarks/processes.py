@@ -5,7 +5,8 @@
 All run on this machine, and take turns: what disturbs it disturbs them alike. The yardstick of the
 link is ucx_perftest, both directions at once, in the same run. Two rates stand beside it: that of
 the whole operation, packing and unpacking included, and over a cable that of TCP while it had
-anything to send. And four processes are started, to see how long the first result takes.
+anything to send. Four processes are started, to see how long the first result takes; and of two
+that exchange all the time one is killed, to see how long the other takes to say so.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import os
 import pathlib
 import statistics
 import sys
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "multiproce
 
 import launcher
 import numpy as np
+import over_cable
 import two_hosts
 from absl import app, flags
 
@@ -42,6 +45,7 @@ _PROCESSES, _DEVICES = 2, 4
 _ALONE, _SHARED = "1 process x 8", "2 x 4, shared memory"
 _HERE = (launcher.Host(), launcher.Host())
 _STARTS, _STARTED = 3, 4
+_KILLS, _KILL_TIMEOUT_S = 3, 5.0
 _COLUMNS = ("ms", "least ms", "/ alone", "MB/s", "wire MB/s", "ucx_perftest", "ratio", "wire ratio")
 _LINE = "{:24} {:10} {:>9} {:>9} {:>9} {:>9} {:>10} {:>13} {:>6} {:>11}"
 _TIMEOUT_S = 600.0
@@ -175,6 +179,29 @@ def _time_starts() -> list[float]:
     return times
 
 
+def _time_kills(how: dict[str, Any]) -> list[float]:
+    """Seconds from killing one of two processes to the other's error, each time."""
+    times = []
+    for _ in range(_KILLS):
+        with launcher.start(
+            over_cable.exchange_for_ever,
+            _KILL_TIMEOUT_S,
+            64,  # tokens
+            256,  # hidden
+            num_processes=2,
+            **how,
+        ) as group:
+            for rank in group:
+                rank.wait_for("step 2.")
+            begin = time.time()
+            group[1].kill()
+            end, error = group.wait(shutdown=False)[0].result
+        if "peer rank 1" not in error:
+            raise RuntimeError(f"expected an error that names rank 1, got {error}")
+        times.append(end - begin)
+    return times
+
+
 def _hidden(name: str, times: dict[str, list[float]], num_bytes: int, link: float) -> str:
     """What of the wire's time disappears behind compute between send and recv."""
     median = {operation: statistics.median(each) for operation, each in times.items()}
@@ -214,6 +241,10 @@ def main(argv: list[str]) -> None:
         settings = _settings(cable, slow)
         num_gemms = {name: _GEMMS.value if name == slow_name else 0 for name in settings}
         measured = _measure(case, settings, num_gemms)
+        kills = {
+            "on a host": _time_kills({}),
+            "over the cable": _time_kills({"hosts": cable.hosts}),
+        }
     times = measured.times
     links = {name: statistics.median(rates) for name, rates in measured.links.items()}
     rows = [
@@ -239,9 +270,21 @@ def main(argv: list[str]) -> None:
         f"{_STARTED} processes: {statistics.median(starts):.1f} s from Buffer(...) to the first "
         f"result of a dispatch, {max(starts):.1f} s at most"
     )
+    for where, seconds in kills.items():
+        print(
+            f"a process killed {where}: the other raises {statistics.median(seconds):.2f} s later, "
+            f"{max(seconds):.2f} s at most, with timeout_s={_KILL_TIMEOUT_S:g}"
+        )
     path = pathlib.Path(_OUT.value)
     report.write(
-        path, rows, links=links, rates=measured.links, summary=summary, times=times, starts=starts
+        path,
+        rows,
+        links=links,
+        rates=measured.links,
+        summary=summary,
+        times=times,
+        starts=starts,
+        kills=kills,
     )
     print(f"all times: {path}")
 

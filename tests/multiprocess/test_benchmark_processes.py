@@ -40,4 +40,5 @@ def test_command(hosts, tmp_path):
     assert 0 < rows[-1]["wire"] < 52e6
     assert len(found["starts"]) == 3
     assert all(0 < seconds < 60 for seconds in found["starts"])
+    assert [len(seconds) for seconds in found["kills"].values()] == [3, 3]
     assert "are hidden" in found["summary"]
