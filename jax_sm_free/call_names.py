@@ -26,7 +26,7 @@ class _Count:
         return found[0].value
 
 
-# How often this process has lowered a call: it is once in a program.
+# Lowerings of each call in this process. A program lowers a call once, so they tell programs apart.
 _lowerings: dict[Any, Any] = collections.defaultdict(itertools.count)
 
 
