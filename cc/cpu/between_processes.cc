@@ -18,7 +18,7 @@ std::shared_ptr<BetweenProcesses> BetweenProcesses::Make(Place place, const Conf
   // The inboxes call this while they are locked.
   const auto on_fail = [weak = made->weak_from_this()](int64_t /*run*/, const Fault& fault) {
     WorkerPool::Get().Run([weak, fault] {
-      if (const auto self = weak.lock()) self->End(fault, /*tell=*/true);
+      if (const auto self = weak.lock()) self->End(fault);
     });
   };
   made->inboxes_ = std::make_shared<InProcess>(config.ep_size, num_here, config.timeout_s, on_fail);
@@ -47,7 +47,7 @@ std::optional<Fault> BetweenProcesses::Begin(Op op, const Exchange& exchange, in
   fault->op = OpName(op);
   if (fault->rank < 0) fault->rank = rank;
   fault->exchange = exchange.Describe();
-  End(*fault, /*tell=*/true);
+  End(*fault);
   return fault;
 }
 
@@ -73,15 +73,15 @@ void BetweenProcesses::Receive(Op op, const Exchange& exchange, int32_t dst, Rec
   inboxes_->Receive(op, exchange, dst, std::move(receiver));
 }
 
-void BetweenProcesses::Fail(int64_t /*run*/, const Fault& fault) { End(fault, /*tell=*/true); }
+void BetweenProcesses::Fail(int64_t /*run*/, const Fault& fault) { End(fault); }
 
-void BetweenProcesses::End(const Fault& fault, bool tell) {
+void BetweenProcesses::End(const Fault& fault) {
   {
     const std::lock_guard lock(mutex_);
     if (ended_) return;
     ended_ = fault;
     on_end_(fault);
-    if (tell) Tell(fault);
+    Tell(fault);
   }
   inboxes_->Close(fault);
 }
@@ -124,7 +124,7 @@ void BetweenProcesses::OnMessage(int32_t process, const MessageNote& note, Block
   if (!fault) return;
   fault->op = "receive";
   if (fault->rank < 0) fault->rank = note.dst;
-  End(*fault, /*tell=*/true);
+  End(*fault);
 }
 
 std::optional<Fault> BetweenProcesses::Accept(const MessageNote& note, Message message) {

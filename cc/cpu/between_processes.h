@@ -27,9 +27,9 @@ namespace jax_sm_free {
 //
 // Messages of other processes are put into the inboxes of this one's ranks as they come. The first
 // fault ends the group, in all processes: after it, nothing says any more that ranks count their
-// runs alike. Each process tells its peers of the fault it sees first; a peer that is gone is seen
-// by the wire, one that left out a part of a run by its next run, one that is silent by the
-// timeout.
+// runs alike. Each process tells all others of the fault it sees first, or is told: so it comes
+// ahead of what the process does next, such as closing. A peer that is gone is seen by the wire,
+// one that left out a part of a run by its next run, one that is silent by the timeout.
 class BetweenProcesses : public Transport, public std::enable_shared_from_this<BetweenProcesses> {
  public:
   struct Place {
@@ -58,7 +58,7 @@ class BetweenProcesses : public Transport, public std::enable_shared_from_this<B
   // What the wire calls back with, for notes of this group.
   BlockPool::Block Allocate(const MessageNote& note, int64_t bytes);
   void OnMessage(int32_t process, const MessageNote& note, BlockPool::Block block, int64_t bytes);
-  void OnFault(const Fault& fault) { End(fault, /*tell=*/false); }
+  void OnFault(const Fault& fault) { End(fault); }
   void OnLost(int32_t process, const std::string& reason);
 
  private:
@@ -67,7 +67,7 @@ class BetweenProcesses : public Transport, public std::enable_shared_from_this<B
   bool IsHere(int32_t rank) const { return place_.process_of[rank] == place_.process; }
   bool IsRank(int32_t rank) const { return rank >= 0 && rank < config_.ep_size; }
   std::optional<Fault> Accept(const MessageNote& note, Message message);
-  void End(const Fault& fault, bool tell);
+  void End(const Fault& fault);
   void Tell(const Fault& fault);
 
   const Place place_;

@@ -1,5 +1,6 @@
 #include "cc/cpu/spanning_buffer.h"
 
+#include <atomic>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
@@ -40,6 +41,7 @@ class Cable {
     void Connect(std::vector<std::string> /*addresses*/) override {}
     void Send(int32_t peer, Header header, std::span<const std::byte> payload,
               OnSent on_sent) override {
+      if (peer == muted_for_) return on_sent();
       End* end = cable_.ends[peer];
       std::vector<std::byte> head(header.begin(), header.end());
       std::vector<std::byte> body(payload.begin(), payload.end());
@@ -55,6 +57,8 @@ class Cable {
       });
       on_sent();
     }
+    // What is sent to `peer` gets lost.
+    void MuteFor(int32_t peer) { muted_for_ = peer; }
     void Lose(int32_t peer) {
       Put([this, peer] { callbacks_.on_lost(peer, "it was cut"); });
     }
@@ -88,6 +92,7 @@ class Cable {
     const int32_t self_;
     const std::string address_;
     const Callbacks callbacks_;
+    std::atomic<int32_t> muted_for_ = -1;
     std::mutex mutex_;
     std::condition_variable changed_;
     std::deque<std::function<void()>> tasks_;
@@ -236,6 +241,15 @@ TEST_F(SpanningBufferTest, AFaultEndsTheBufferInAllProcesses) {
                                 .exchange = {}});
   ExpectEnded(0, exchange, "dispatch_send on rank 3: expected good indices, seen a bad one");
   ExpectEnded(4, other, "dispatch_send on rank 3: expected good indices, seen a bad one");
+}
+
+TEST_F(SpanningBufferTest, AFaultIsPassedOnByWhoIsToldOfIt) {
+  Open();
+  const auto exchange = std::get<Exchange>(Send(4, 1));
+  cable_.ends[1]->MuteFor(2);
+  RankOf(3).transport->Fail(
+      0, {.op = "dispatch_send", .rank = 3, .expected = "x", .seen = "y", .exchange = {}});
+  ExpectEnded(4, exchange, "dispatch_send on rank 3: expected x, seen y");
 }
 
 TEST_F(SpanningBufferTest, ASilentRankEndsTheBufferInAllProcesses) {
