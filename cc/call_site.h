@@ -31,7 +31,7 @@ struct CallSite {
   std::string program;  // "jit_step"
   std::string call;     // "dispatch_send 3 (float32[6,7], int32[6,3])"
   int32_t num_copies = 1;
-  int64_t executable = 0;  // of this call, among those of its process; not so called by others
+  int64_t executable = 0;  // with this call, among those of its process; means nothing to others
 
   // Whether processes mean the same call, each of an executable of its own.
   bool operator==(const CallSite& other) const;

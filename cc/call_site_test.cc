@@ -32,6 +32,7 @@ TEST_F(CallSiteTest, CopiesAreNumberedInTheOrderOfTheirMaking) {
   const auto first = Add("jit_f", 3);
   const auto second = Add("jit_f", 3);
   EXPECT_EQ(second->Site()->number, first->Site()->number + 1);
+  EXPECT_EQ(second->Site()->executable, first->Site()->executable);
   EXPECT_EQ(first->Site()->num_copies, 2);
   EXPECT_EQ(second->Site()->Describe(), "jit_f, dispatch_send 3 (), copy 1 of 2");
 }
@@ -40,6 +41,7 @@ TEST_F(CallSiteTest, EqualProgramsAreToldApartByTheirLowerings) {
   const auto one = Add("jit_f", 0, 0);
   const auto other = Add("jit_f", 0, 1);
   EXPECT_EQ(*one->Site(), *other->Site());
+  EXPECT_NE(one->Site()->executable, other->Site()->executable);
   EXPECT_EQ(one->Site()->num_copies, 1);
 }
 
@@ -48,6 +50,7 @@ TEST_F(CallSiteTest, WhatIsMadeAfterACopyHasRunIsAnotherProgram) {
   const CallSite ran = *first->Site();
   const auto again = Add("jit_f", 0);
   EXPECT_EQ(*again->Site(), ran);
+  EXPECT_NE(again->Site()->executable, ran.executable);
   EXPECT_EQ(*first->Site(), ran);
 }
 

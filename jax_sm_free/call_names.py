@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ class _Count:
 
 
 # Lowerings of each call in this process. A program lowers a call once, so they tell programs apart.
-_lowerings: dict[Any, Any] = collections.defaultdict(itertools.count)
+_lowerings: dict[tuple[int, str, str], Iterator[int]] = collections.defaultdict(itertools.count)
 
 
 def names_of(name: str, buffer_id: int, ctx: Any) -> dict[str, Any]:

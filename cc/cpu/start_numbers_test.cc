@@ -23,7 +23,7 @@ TEST(StartNumbersTest, WhatIsLearnedHoldsBothWays) {
   EXPECT_EQ(numbers.Difference({1, 0}, {0, 0}), -1000);
 }
 
-// In every order in which three edges may join four executables.
+// Of two pairs that are joined, whichever of a pair comes first and by whichever ends.
 TEST(StartNumbersTest, WhatFollowsIsKnown) {
   struct Edge {
     int32_t one, other;
