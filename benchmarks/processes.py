@@ -26,7 +26,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "multiproce
 
 import launcher
 import numpy as np
-import over_cable
+import pair
 import two_hosts
 from absl import app, flags
 
@@ -184,7 +184,7 @@ def _time_kills(how: dict[str, Any]) -> list[float]:
     times = []
     for _ in range(_KILLS):
         with launcher.start(
-            over_cable.exchange_for_ever,
+            pair.exchange_for_ever,
             _KILL_TIMEOUT_S,
             64,  # tokens
             256,  # hidden

@@ -41,4 +41,5 @@ def test_command(hosts, tmp_path):
     assert len(found["starts"]) == 3
     assert all(0 < seconds < 60 for seconds in found["starts"])
     assert [len(seconds) for seconds in found["kills"].values()] == [3, 3]
+    assert all(0 < s < 60 for seconds in found["kills"].values() for s in seconds)
     assert "are hidden" in found["summary"]

@@ -7,7 +7,7 @@ import time
 
 import launcher
 import layers
-import over_cable
+import pair
 import pytest
 
 DEMO = launcher.ROOT / "examples" / "train_moe_lm.py"
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.cpu_only, pytest.mark.long]
 def start_transfer(hosts, num_bytes, **options):
     port = launcher.free_port()
     return launcher.start(
-        over_cable.transfer,
+        pair.transfer,
         port,
         num_bytes,
         num_processes=2,
@@ -95,7 +95,7 @@ def test_a_cut_ends_both_sides(hosts):
     timeout_s = 8.0
     hosts.slow_down(MEGABITS)
     with launcher.start(
-        over_cable.exchange_for_ever,
+        pair.exchange_for_ever,
         timeout_s,
         TOKENS,
         HIDDEN,

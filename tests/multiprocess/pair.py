@@ -1,4 +1,4 @@
-"""What runs on two hosts: plain TCP, and exchanges between the processes."""
+"""What a pair of processes runs, on one host or two: plain TCP, and exchanges until one fails."""
 
 from __future__ import annotations
 
