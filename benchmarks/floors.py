@@ -17,27 +17,28 @@ floors (rows counted from the routing, of the rank that has most):
   unpack        (rows received, read + recv_capacity rows written) / local
   reduce-pack   (expert rows read + rows written, one for each of a token's ranks) / local
   sum           (rows received, read + token rows written) / local
+  spread        (rows received and expert rows, read + recv_capacity rows written) / local
   end to end    the longer of the wire and of all the others together
   exposed       all the others, and what the wire is longer than the GEMMs"""
 
 
 @dataclasses.dataclass(frozen=True)
 class Floors:
-    """Microseconds of each phase; `dispatch` and `combine` are the others' sums on SMs."""
+    """The least that exchanges take.
 
-    route_pack: float
-    dispatch_wire: float
-    unpack: float
-    reduce_pack: float
-    combine_wire: float
-    sum: float
+    Attributes:
+      phases: microseconds of each phase, by exchange: "dispatch", "combine", and the ones for the
+        gradients of both, "dispatch gradient" and "combine gradient".
+    """
+
+    phases: dict[str, dict[str, float]]
 
     def sms(self, op: str) -> float:
         """All that SMs have to do for "dispatch" or "combine"."""
-        return self.route_pack + self.unpack if op == "dispatch" else self.reduce_pack + self.sum
+        return sum(self.phases[op].values()) - self.wire(op)
 
     def wire(self, op: str) -> float:
-        return self.dispatch_wire if op == "dispatch" else self.combine_wire
+        return self.phases[op]["wire"]
 
     def end_to_end(self, op: str) -> float:
         return max(self.sms(op), self.wire(op))
@@ -59,13 +60,26 @@ def of_case(case: Case, load: Load, bandwidths: Bandwidths) -> Floors:
     def wire(num_bytes: np.ndarray) -> float:
         return float(num_bytes.max()) / bandwidths.link * 1e6 if bandwidths.link else 0.0
 
+    def there(sent_row: int) -> dict[str, float]:
+        return {
+            "route + pack": local(case.tokens * row + sent * sent_row),
+            "wire": wire((sent - own) * sent_row),
+        }
+
+    back = {
+        "reduce-pack": local((load.expert_rows_of + received) * row),
+        "wire": wire((received - own) * row),
+        "sum": local((sent + case.tokens) * row),
+    }
+    unpack = local(received * dispatched + load.recv_capacity * row)
+    spread = local((received + load.expert_rows_of + load.recv_capacity) * row)
     return Floors(
-        route_pack=local(case.tokens * row + sent * dispatched),
-        dispatch_wire=wire((sent - own) * dispatched),
-        unpack=local(received * dispatched + load.recv_capacity * row),
-        reduce_pack=local((load.expert_rows_of + received) * row),
-        combine_wire=wire((received - own) * row),
-        sum=local((sent + case.tokens) * row),
+        {
+            "dispatch": {**there(dispatched), "unpack": unpack},
+            "combine": back,
+            "dispatch gradient": back,
+            "combine gradient": {**there(row), "spread": spread},
+        }
     )
 
 

@@ -28,11 +28,12 @@ from benchmarks import floors, plots, report, rows, variants
 from benchmarks.cases import Case
 from benchmarks.deadline import deadline
 from benchmarks.layer import Widths
-from benchmarks.rows import OPS, Runs, Setting
+from benchmarks.rows import OPS, Runs
+from benchmarks.setting import Plan, Setting
 from benchmarks.table import CONTESTANTS, Table
 from jax_sm_free.doctor import bandwidth
 
-ROWS = (*OPS, "phases", "exposed", "layer")
+ROWS = (*OPS, "phases", "exposed", "gradients", "layer")
 SWEEPS = ("tokens", "ep", "wire")
 _SWEPT_TOKENS = (128, 256, 512, 1024, 2048, 4096, 8192)
 _SWEPT_RANKS = (2, 4, 8)
@@ -88,8 +89,8 @@ def _swept(headline: Case) -> list[Case]:
     return list(dict.fromkeys(cases))
 
 
-def _plan(out: pathlib.Path) -> rows.Plan:
-    return rows.Plan(
+def _plan(out: pathlib.Path) -> Plan:
+    return Plan(
         num_gemms=tuple(float(num) for num in _GEMMS.value),
         gemm_rows=_GEMM_ROWS.value,
         steps=_STEPS.value,
@@ -150,6 +151,10 @@ def _run(setting: Setting, who: str, wanted: list[str], table: Table) -> None:
         for op in OPS:
             with runs.row(f"{op} exposed"):
                 runs.exposed(op)
+    if "gradients" in wanted:
+        for op in OPS:
+            with runs.row(f"{op} + gradient"):
+                runs.gradient(op)
     if "layer" in wanted:
         with runs.row("layer"):
             runs.layer()
@@ -205,7 +210,7 @@ def main(argv: list[str]) -> None:
     work += [(case, list(OPS)) for case in _swept(headline) if not (work and case == headline)]
     for case, wanted in work:
         setting = Setting(case, plan, bandwidths)
-        rows.put_floors(setting, bandwidths, table)
+        rows.put_floors(setting, table)
         for who in _CONTESTANTS.value:
             if who != "ours" and case.wire_dtype is not None:
                 continue  # The others have no such option.

@@ -32,13 +32,20 @@ class Phases:
     sm_us: float | None
 
 
-def of_ours(events: list[Event], num_sms: int) -> Phases | None:
-    """The phases of our exchanges; None if there are none in the events."""
+def of_ours(events: list[Event], num_sms: int, having: str | None = None) -> Phases | None:
+    """The phases of our exchanges; None if there are none in the events.
+
+    Args:
+      events: of loops of exchanges.
+      num_sms: of a GPU.
+      having: a phase that the exchanges in question have; None for all exchanges.
+    """
     parts = [
         _of_exchange(part, num_sms)
         for mine in trace.by_gpu(events).values()
         for part in _warm(trace.exchanges(mine))
     ]
+    parts = [part for part in parts if having is None or having in part.kernels_us]
     if not parts:
         return None
     names = dict.fromkeys(name for part in parts for name in part.kernels_us)

@@ -59,6 +59,11 @@ def combine(one: Any) -> Step:
     return lambda carry, y, handle, weights: one.combine(y, handle, after(weights, carry))
 
 
+def chained(fn: Callable[..., Any]) -> Step:
+    """`fn` of a step's arguments, the second of which it cannot have before the step before."""
+    return lambda carry, first, second, *rest: fn(first, after(second, carry), *rest)
+
+
 def dispatch_beside_gemms(one: Any, count: int) -> Step:
     """Dispatch with `count` products between send and recv."""
 

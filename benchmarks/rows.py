@@ -6,52 +6,25 @@ What fails becomes the row's error, and the next row goes on.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
-import pathlib
 import statistics
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import Array, P
-from jax.sharding import Mesh, NamedSharding
 
-from benchmarks import contestants, floors, layer, phases, programs, timing, trace
-from benchmarks.cases import Case, make_inputs, measure_load
+from benchmarks import contestants, layer, phases, programs, timing, trace
+from benchmarks.setting import SHORT_GEMMS, Setting, count_of
 from benchmarks.table import Table
 from benchmarks.variants import Variant
-from jax_sm_free.doctor.bandwidth import Bandwidths
 
 OPS = ("dispatch", "combine")
-# GEMMs so short that some have a copy beside all of them, and some none.
-_SHORT_GEMMS = 8
+# A phase that exchanges of their gradients have, and those of the forward pass do not.
+_BACKWARD = {"dispatch": "sum", "combine": "spread"}
+# What a floor is known of.
+_PHASES = ("route + pack", "unpack", "reduce-pack", "sum", "spread")
 _LEAST_ROUNDS = 5
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is run.
-
-    Attributes:
-      num_gemms: how many GEMMs lie between send and recv, for each exposed row; below 1 one of
-        fewer rows.
-      gemm_rows: rows of a whole GEMM.
-      steps: of a loop of exchanges.
-      layer_steps: of a loop of layers.
-      seconds: of a race, at most, after its least number of rounds.
-      widths: of the layer's experts.
-      traces: a directory for profiles.
-    """
-
-    num_gemms: tuple[float, ...]
-    gemm_rows: int
-    steps: int
-    layer_steps: int
-    seconds: float
-    widths: layer.Widths
-    traces: pathlib.Path
 
 
 def describe(error: Exception) -> str:
@@ -65,61 +38,6 @@ def _close(one: Any) -> None:
             one.buffer.check()
         finally:
             one.buffer.close()
-
-
-def _count(num_gemms: float) -> int:
-    return max(1, int(num_gemms))
-
-
-class Setting:
-    """One case: mesh, inputs on the devices, and floors."""
-
-    def __init__(self, case: Case, plan: Plan, bandwidths: Bandwidths) -> None:
-        self.case, self.plan = case, plan
-        self.mesh: Mesh = contestants.make_mesh(case.ep_size)
-        inputs = make_inputs(case)
-        self.topk_idx = inputs.topk_idx
-        self.load = measure_load(case, inputs.topk_idx)
-        self.inputs = contestants.put(inputs, case, self.mesh)
-        self.floors = floors.of_case(case, self.load, bandwidths)
-        self.num_sms = int(getattr(self.mesh.devices.flat[0], "core_count", 0) or 0)
-        self._gemm_inputs: dict[int, Array] = {}
-        self._alone: dict[float, Callable[[], Any]] = {}
-
-    @functools.cached_property
-    def _matrix(self) -> Array:
-        return self._random(self.case.hidden, self.case.hidden**-0.5)
-
-    def gemm_args(self, num_gemms: float) -> tuple[Array, Array]:
-        """[rows, hidden] and [hidden, hidden] of each rank; below 1, a part of the rows."""
-        rows = max(1, int(self.plan.gemm_rows * min(1.0, num_gemms)))
-        if rows not in self._gemm_inputs:
-            self._gemm_inputs[rows] = self._random(rows, 1.0)
-        return self._gemm_inputs[rows], self._matrix
-
-    def alone(self, num_gemms: float) -> Callable[[], Any]:
-        """Runs a loop of the GEMMs alone. The same for all contestants."""
-        if num_gemms not in self._alone:
-            self._alone[num_gemms] = self._gemms(_count(num_gemms), self.gemm_args(num_gemms))
-        return self._alone[num_gemms]
-
-    @functools.cached_property
-    def short_gemms(self) -> list[trace.Event]:
-        run = self._gemms(_SHORT_GEMMS, self.gemm_args(1 / _SHORT_GEMMS))
-        return trace.record(run, self.plan.traces / "gemms")
-
-    def _gemms(self, count: int, args: tuple[Array, Array]) -> Callable[[], Any]:
-        run = programs.loop(programs.gemms(count), self.plan.steps)
-        return programs.compile_one(contestants.on_ranks(run, self.mesh), args)
-
-    def _random(self, rows: int, scale: float) -> Array:
-        """[rows, hidden] on each rank."""
-        shape = (self.case.ep_size * rows, self.case.hidden)
-        sharding = NamedSharding(self.mesh, P(contestants.AXIS))
-        make = lambda: (scale * jax.random.normal(jax.random.key(3), shape)).astype(  # noqa: E731
-            self.case.dtype
-        )
-        return jax.jit(make, out_shardings=sharding)()
 
 
 class Runs:
@@ -149,12 +67,24 @@ class Runs:
         """The same by phase, from a profile."""
         self._put_phases(op, self._trace(op, self._run(op)))
 
+    def gradient(self, op: str) -> None:
+        """A dispatch or a combine with its gradients; by phase those of the exchange for them."""
+        name = f"{op} + gradient"
+        fn, args = self._with_gradient(op)
+        run = programs.compile_one(*self._loop(programs.chained(fn), args))
+        self._put(name, self._race({name: run})[name])
+        if self.who == "ours":
+            label = f"{op} gradient"
+            _put_floors_of_phases(self.setting, self.table, label, label)
+            events = self._trace(f"{op}_gradient", run)
+            self._put_phases(label, events, having=_BACKWARD[op], details=False)
+
     def exposed(self, op: str) -> None:
         """What communication adds to a step with GEMMs between send and recv."""
         setting = self.setting
         alone = {num: setting.alone(num) for num in self.plan.num_gemms}
         beside = programs.compile_all(
-            {num: self._beside(op, _count(num), num) for num in self.plan.num_gemms}
+            {num: self._beside(op, count_of(num), num) for num in self.plan.num_gemms}
         )
         for num in self.plan.num_gemms:
             name = f"{op} exposed, {num:g} GEMMs"
@@ -166,9 +96,13 @@ class Runs:
                     self.table.put(self.case, name, "floor", floor)
         name = f"{op} slows GEMMs by"
         with self.row(name):
-            run = programs.compile_one(*self._beside(op, _SHORT_GEMMS, 1 / _SHORT_GEMMS))
-            slowdown = phases.gemm_slowdown(setting.short_gemms, self._trace(f"{op}_gemms", run))
+            run = programs.compile_one(*self._beside(op, SHORT_GEMMS, 1 / SHORT_GEMMS))
+            events = self._trace(f"{op}_gemms", run)
+            slowdown = phases.gemm_slowdown(setting.short_gemms, events)
             self._put(name, None if slowdown is None else 100 * slowdown, unit="%")
+            label = f"{op} beside GEMMs"
+            _put_floors_of_phases(setting, self.table, label, op)
+            self._put_phases(label, events, details=False)
 
     # ------------------------------------------------------------------------------------ layer
 
@@ -223,6 +157,13 @@ class Runs:
             self._runs[op] = programs.compile_one(*self._loop(step, self._inputs(op)))
         return self._runs[op]
 
+    def _with_gradient(self, op: str) -> tuple[Callable[..., Any], tuple]:
+        if op == "dispatch":
+            grouped, _, weights = self._combine_inputs
+            args = (*self.setting.inputs, (grouped, weights))
+            return contestants.dispatch_and_back(self.one), args
+        return contestants.combine_and_back(self.one), (*self._combine_inputs, self.setting.inputs[0])
+
     def _beside(self, op: str, count: int, size: float) -> tuple:
         """A loop of exchanges with `count` GEMMs between send and recv, of `size` if below 1."""
         make = {
@@ -251,40 +192,48 @@ class Runs:
     def _put(self, name: str, value: float | None, *, unit: str = "us", **detail: Any) -> None:
         self.table.put(self.case, name, self.who, value, unit=unit, **detail)
 
-    def _put_phases(self, op: str, events: list[trace.Event]) -> None:
-        ours = self.who == "ours"
+    def _put_phases(
+        self,
+        label: str,
+        events: list[trace.Event],
+        having: str | None = None,
+        details: bool = True,
+    ) -> None:
+        """Of exchanges that have a phase; without `details`, what floors are known of."""
         num_sms = self.setting.num_sms
+        ours = self.who == "ours"
         found = (
-            phases.of_ours(events, num_sms)
+            phases.of_ours(events, num_sms, having)
             if ours
             else phases.of_peer(events, self.plan.steps, num_sms)
         )
         if found is None:  # A profile of a CPU.
-            self._put(f"{op}: wire", None)
+            self._put(f"{label}: wire", None)
             return
         times = dict(found.kernels_us)
         if {"route", "pack"} <= set(times):
             times["route + pack"] = times["route"] + times["pack"]
         for phase, value in times.items():
-            self._put(f"{op}: {phase}", value)
-        self._put(f"{op}: wire", found.wire_us)
+            if details or phase in _PHASES:
+                self._put(f"{label}: {phase}", value)
+        self._put(f"{label}: wire", found.wire_us)
         if ours:
-            self._put(f"{op}: wire, while copying", found.busy_us)
-            self._put(f"{op}: egress while copying", found.egress, unit="GB/s")
-        self._put(f"{op}: SM time", found.sm_us)
+            self._put(f"{label}: egress while copying", found.egress, unit="GB/s")
+        if details:
+            self._put(f"{label}: wire, while copying", found.busy_us)
+            self._put(f"{label}: SM time", found.sm_us)
 
 
-def put_floors(setting: Setting, bandwidths: Bandwidths, table: Table) -> None:
+def put_floors(setting: Setting, table: Table) -> None:
     """The floors of the rows that do not depend on a contestant."""
-    found = setting.floors
-    phases_of = {
-        "dispatch": {"route + pack": found.route_pack, "unpack": found.unpack},
-        "combine": {"reduce-pack": found.reduce_pack, "sum": found.sum},
-    }
     for op in OPS:
-        put = functools.partial(table.put, setting.case, who="floor")
-        put(name=op, value=found.end_to_end(op))
-        for phase, value in {**phases_of[op], "wire": found.wire(op)}.items():
-            put(name=f"{op}: {phase}", value=value)
-        if bandwidths.link:
-            put(name=f"{op}: egress while copying", value=bandwidths.link / 1e9, unit="GB/s")
+        table.put(setting.case, op, "floor", setting.floors.end_to_end(op))
+        _put_floors_of_phases(setting, table, op, op)
+
+
+def _put_floors_of_phases(setting: Setting, table: Table, label: str, exchange: str) -> None:
+    for phase, value in setting.floors.phases[exchange].items():
+        table.put(setting.case, f"{label}: {phase}", "floor", value)
+    if setting.bandwidths.link:
+        egress = setting.bandwidths.link / 1e9
+        table.put(setting.case, f"{label}: egress while copying", "floor", egress, unit="GB/s")

@@ -121,12 +121,14 @@ def test_floors():
     case = Case(10, 100, 2)
     load = Load(np.array([[8, 6], [7, 9]]), np.array([20, 30]), 32, 9, 5)
     found = floors.of_case(case, load, bandwidth.Bandwidths(1e9, 1e8))
-    assert found.route_pack == pytest.approx((10 + 16) * 0.2)
-    assert found.dispatch_wire == pytest.approx(7 * 2)
-    assert found.unpack == pytest.approx((15 + 32) * 0.2)
-    assert found.reduce_pack == pytest.approx((30 + 15) * 0.2)
-    assert found.combine_wire == pytest.approx(7 * 2)
-    assert found.sum == pytest.approx((16 + 10) * 0.2)
+    there, back = found.phases["dispatch"], found.phases["combine"]
+    assert there["route + pack"] == pytest.approx((10 + 16) * 0.2)
+    assert there["wire"] == pytest.approx(7 * 2)
+    assert there["unpack"] == pytest.approx((15 + 32) * 0.2)
+    assert back["reduce-pack"] == pytest.approx((30 + 15) * 0.2)
+    assert back["wire"] == pytest.approx(7 * 2)
+    assert back["sum"] == pytest.approx((16 + 10) * 0.2)
+    assert found.phases["combine gradient"]["spread"] == pytest.approx((15 + 30 + 32) * 0.2)
     assert found.end_to_end("dispatch") == pytest.approx(14.6)
     assert found.exposed("combine", 4.0) == pytest.approx(9 + 5.2 + 10)
     assert floors.of_case(case, load, bandwidth.Bandwidths(1e9, None)).wire("combine") == 0
@@ -153,6 +155,7 @@ def test_command(tmp_path):
     rows = {row["row"]: row["cells"] for row in report["rows"] if row["case"]["wire_dtype"] is None}
     assert not [name for name in rows if name.endswith("phases")]
     timed = ["dispatch", "combine", "layer forward", "layer forward + backward"]
+    timed += ["dispatch + gradient", "combine + gradient"]
     timed += [f"{op} exposed, 2 GEMMs" for op in ("dispatch", "combine")]
     for name in timed:
         for who in ("ours", "all_to_all"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import pathlib
@@ -150,14 +151,26 @@ def test_self_test_sees_one_wrong_bit(monkeypatch):
 def test_exchange_counts_what_leaves(monkeypatch):
     """In a microsecond, and a mebibyte less what is not a whole token to each other rank."""
 
-    def best(run):
+    def interval(run):
         run()
         return 1e-6
 
-    monkeypatch.setattr(exchange, "_best", best)
+    monkeypatch.setattr(exchange, "interval", interval)
     config = support.make_config(jax.device_count(), num_experts=jax.device_count(), hidden=64)
     (text,) = texts(exchange.check_exchange(config, 1 << 20, 20.0), "ok")
     assert 1046 < float(re.search(r"(\S+) GB/s leave", text)[1]) <= 1048.58
+
+
+def test_an_exchange_takes_until_the_next_has_ended(monkeypatch):
+    """Of two processes the later one finds half of what it waits for done, every other time."""
+    now, lengths = 0.0, itertools.cycle([0.5, 1.5])
+
+    def run():
+        nonlocal now
+        now += next(lengths)
+
+    monkeypatch.setattr(exchange.time, "perf_counter", lambda: now)
+    assert exchange.interval(run) == 1.0
 
 
 class FakeDriver:

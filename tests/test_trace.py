@@ -195,6 +195,15 @@ def test_phases_leave_out_the_start_of_a_loop(tmp_path):
     assert found.sm_us is None
 
 
+def test_phases_of_exchanges_that_have_one(tmp_path):
+    kinds = [dispatch, combine] * 4
+    entries = [entry for i, kind in enumerate(kinds) for entry in kind(1000.0 * i)]
+    events = profile(tmp_path, entries)
+    combines = phases.of_ours(events, num_sms=132, having="sum")
+    assert combines.kernels_us == {"route": 6, "reduce-pack": 100, "wait": 4, "sum": 40}
+    assert phases.of_ours(events, num_sms=132, having="spread") is None
+
+
 def test_phases_of_collectives(tmp_path):
     entries = [kernel("ncclDevKernel_SendRecv()", 100.0 * i, 50, blocks=33) for i in range(4)]
     entries += [kernel("loop_select_fusion", 100.0 * i + 60, 10) for i in range(4)]

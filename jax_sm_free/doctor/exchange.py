@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import statistics
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -73,7 +75,7 @@ def check_exchange(config: Config, num_bytes: int, timeout_s: float) -> Iterator
     with _open(Buffer, small, mesh) as buffer:
         run = _on_ranks(lambda *args: buffer.dispatch(*args).x[:1], mesh)
         inputs = _next_ranks(small, mesh)
-        seconds = _best(lambda: jax.block_until_ready(run(*inputs)))
+        seconds = interval(lambda: jax.block_until_ready(run(*inputs)))
         buffer.check()
         egress = num_others * tokens * small.dispatched_row_bytes / seconds
         yield ok(
@@ -161,12 +163,15 @@ def _differing_ranks(got: Any, want: Any) -> set[int]:
     return differing
 
 
-def _best(run: Callable[[], Any]) -> float:
-    """Seconds of the fastest run; the first compiles."""
+def interval(run: Callable[[], Any]) -> float:
+    """Seconds from the end of one run to that of the next, the median; the first compiles.
+
+    Not how long a run takes: of a process that begins later than its peers, much of the exchange
+    has happened by then.
+    """
     run()
-    times = []
-    for _ in range(_TIMED):
-        begin = time.perf_counter()
+    ends = []
+    for _ in range(_TIMED + 1):
         run()
-        times.append(time.perf_counter() - begin)
-    return min(times)
+        ends.append(time.perf_counter())
+    return statistics.median(after - before for before, after in itertools.pairwise(ends))
