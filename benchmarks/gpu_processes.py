@@ -33,7 +33,7 @@ _ROUNDS = flags.DEFINE_integer("rounds", 2, "In which both settings run.")
 _SECONDS = flags.DEFINE_float("seconds", 600, "For each run of each setting; then all ends.")
 _OUT = flags.DEFINE_string("out", "out", "Where the tables, the profiles and all numbers go.")
 
-_LINE = "{:34} {:5} {:>11} {:>13} {:>6}"
+_LINE = "{:43} {:5} {:>11} {:>13} {:>6}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,7 +20,7 @@ def draw(table: Table, headline: Case, path: pathlib.Path) -> None:
     """Bars of the headline's times that more than one contestant has; lines over the tokens."""
     cases = [case for case in table.cases() if _but_tokens(case) == _but_tokens(headline)]
     num_panels = 2 if len(cases) > 1 else 1
-    figure, panels = plt.subplots(1, num_panels, figsize=(9 * num_panels, 7), squeeze=False)
+    figure, panels = plt.subplots(1, num_panels, figsize=(9 * num_panels, 10), squeeze=False)
     _bars(panels[0][0], table, headline)
     if num_panels > 1:
         _sweep(panels[0][1], table, sorted(cases, key=lambda case: case.tokens))

@@ -13,7 +13,7 @@ CONTESTANTS = ("ours", "all_to_all", "ragged")
 COLUMNS = (*CONTESTANTS, "floor")
 _PEERS = ("all_to_all", "ragged")
 _HEADINGS = ("", "unit", *COLUMNS, "ours/floor", "ours/peers")
-_WIDTHS = (34, 5, 9, 10, 9, 9, 10, 10)
+_WIDTHS = (43, 5, 9, 10, 9, 9, 10, 10)
 
 
 @dataclasses.dataclass

@@ -9,6 +9,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "cc/operands.h"
 
@@ -38,6 +39,12 @@ template <typename T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Vector {
   T elements[kWidth];
 };
+
+// Its bits. An array of them stays in registers; one of vectors the compiler takes apart, element
+// by element, where not all are always there.
+template <typename V>
+using BitsOf = std::conditional_t<sizeof(V) == sizeof(uint4), uint4,
+                                  std::conditional_t<sizeof(V) == 4, uint32_t, uint16_t>>;
 
 // Calls fn<T, kWidth> for the dtype of `matrix`, with 16-byte vectors where rows allow them.
 template <typename Fn>

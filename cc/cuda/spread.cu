@@ -2,7 +2,7 @@
 
 #include <cuda_runtime.h>
 
-#include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 
@@ -20,59 +20,49 @@ __device__ float WarpTotal(float value) {
   return value;
 }
 
-// Vectors of a token row's gradient that a thread holds: it is read once, for all expert rows.
-constexpr int kPerThread = 4;
-// That an SM should have room for: loads of some are on their way while others multiply.
-constexpr int kSpreadBlocks = 4;
+// Blocks that an SM should have room for: loads in flight matter more than warps.
+constexpr int kSpreadBlocks = 2;
 
-// The gradient of one token row to its expert rows, by all threads of a block.
+// y_grad = weight * grad; returns the dot product of grad and y, in all lanes. Each lane has
+// several loads in flight before it stores: to the compiler, what it stores might be what it loads
+// next.
 template <typename T, int kWidth>
-class TokenRowGradient {
- public:
+__device__ float ScaleAndDot(const std::byte* grad, const std::byte* y, float weight,
+                             int64_t hidden, std::byte* y_grad) {
   using V = Vector<T, kWidth>;
-
-  // Of vectors [begin, end) of the row `grad`; at most kPerThread for each thread.
-  __device__ TokenRowGradient(const std::byte* grad, int64_t begin, int64_t end)
-      : first_(begin + threadIdx.x), end_(end) {
-    ForEach([&](int u, int64_t i) { grad_[u] = reinterpret_cast<const V*>(grad)[i]; });
-  }
-
-  __device__ void Copy(std::byte* y_grad) const {
-    ForEach([&](int u, int64_t i) { reinterpret_cast<V*>(y_grad)[i] = grad_[u]; });
-  }
-
-  // y_grad = weight * grad; returns this warp's part of the dot product of grad and y.
-  __device__ float ScaleAndDot(const std::byte* y, float weight, std::byte* y_grad) const {
-    V values[kPerThread];
-    ForEach([&](int u, int64_t i) { values[u] = reinterpret_cast<const V*>(y)[i]; });
-    float dot = 0;
-    ForEach([&](int u, int64_t i) {
+  using Bits = BitsOf<V>;
+  constexpr int kUnroll = kCopyUnroll;
+  const int64_t count = hidden / kWidth;
+  float dot = 0;
+  for (int64_t first = threadIdx.x % kWarpSize; first < count; first += kUnroll * kWarpSize) {
+    Bits gradients[kUnroll];
+    Bits values[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t i = first + u * kWarpSize;
+      if (i < count) {
+        gradients[u] = reinterpret_cast<const Bits*>(grad)[i];
+        values[u] = __ldcs(reinterpret_cast<const Bits*>(y) + i);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int64_t i = first + u * kWarpSize;
+      if (i >= count) continue;
+      const V g = std::bit_cast<V>(gradients[u]);
+      const V value = std::bit_cast<V>(values[u]);
       V scaled;
 #pragma unroll
       for (int c = 0; c < kWidth; ++c) {
-        const float gradient = ToFloat(grad_[u].elements[c]);
-        dot += gradient * ToFloat(values[u].elements[c]);
+        const float gradient = ToFloat(g.elements[c]);
+        dot += gradient * ToFloat(value.elements[c]);
         scaled.elements[c] = FromFloat<T>(__fmul_rn(weight, gradient));
       }
-      reinterpret_cast<V*>(y_grad)[i] = scaled;
-    });
-    return WarpTotal(dot);
-  }
-
- private:
-  template <typename Fn>
-  __device__ void ForEach(const Fn& fn) const {
-#pragma unroll
-    for (int u = 0; u < kPerThread; ++u) {
-      const int64_t i = first_ + u * int64_t{blockDim.x};
-      if (i < end_) fn(u, i);
+      __stcs(reinterpret_cast<Bits*>(y_grad) + i, std::bit_cast<Bits>(scaled));
     }
   }
-
-  const int64_t first_;
-  const int64_t end_;
-  V grad_[kPerThread];
-};
+  return WarpTotal(dot);
+}
 
 // Marks the expert rows that the layout names; the others have no gradient.
 __global__ void MarkKernel(const RankView view, const SpreadArgs args) {
@@ -91,50 +81,29 @@ __global__ void MarkKernel(const RankView view, const SpreadArgs args) {
   }
 }
 
-// By a block.
+// The gradient of a token row to one of its expert rows, by a warp.
 template <typename T, int kWidth>
-__device__ void SpreadTokenRow(const RankView& view, const SpreadArgs& args, int32_t source,
-                               int64_t i) {
-  __shared__ float dots[kRowThreads / kWarpSize][kWarpSize];  // by warp and expert row
-  const DeviceState* state = view.state;
-  const int lane = threadIdx.x % kWarpSize;
-  const int warp = threadIdx.x / kWarpSize;
+__device__ void SpreadEntry(const SpreadArgs& args, const std::byte* grad, int64_t row) {
   const int64_t row_bytes = args.matrix.row_bytes();
-  const std::byte* message = InMessage(view, state->current.slot, source);
-  const MessageLayout layout = LayoutOf(view.config, HeaderOf(message));
-  const std::byte* grad =
-      message + layout.rows + (i - state->first_row[source]) * layout.row_stride;
-  const int32_t mine =
-      lane < args.layout.fanout ? args.layout.rows[i * args.layout.fanout + lane] : -1;
-  const bool valid = mine >= 0 && mine < args.layout.num_rows;
-  const unsigned present = __ballot_sync(kFullWarp, valid);
+  std::byte* y_grad = args.y_grad + row * row_bytes;
+  if (args.weights == nullptr) {
+    WarpCopy(y_grad, grad, row_bytes);
+    return;
+  }
+  const float dot = ScaleAndDot<T, kWidth>(grad, args.y + row * row_bytes, args.weights[row],
+                                           args.matrix.hidden, y_grad);
+  if (threadIdx.x % kWarpSize == 0) args.weight_grads[row] = dot;
+}
 
-  dots[warp][lane] = 0;
-  __syncwarp();
-  const int64_t end = args.matrix.hidden / kWidth;
-  const int64_t step = kPerThread * int64_t{blockDim.x};
-  for (int64_t begin = 0; begin < end; begin += step) {
-    const TokenRowGradient<T, kWidth> gradient(grad, begin, min(begin + step, end));
-    for (unsigned left = present; left != 0; left &= left - 1) {
-      const int k = __ffs(static_cast<int>(left)) - 1;
-      const int64_t row = __shfl_sync(kFullWarp, mine, k);
-      std::byte* y_grad = args.y_grad + row * row_bytes;
-      if (args.weights == nullptr) {
-        gradient.Copy(y_grad);
-        continue;
-      }
-      const float dot = gradient.ScaleAndDot(args.y + row * row_bytes, args.weights[row], y_grad);
-      if (lane == 0) dots[warp][k] += dot;
-    }
-  }
-  if (args.weights == nullptr) return;
-  __syncthreads();
-  if (warp == 0 && valid) {
-    float total = 0;
-    for (int w = 0; w < blockDim.x / kWarpSize; ++w) total += dots[w][lane];
-    args.weight_grads[mine] = total;
-  }
-  __syncthreads();  // before the next row's
+// The gradients that one message brought.
+struct MessageRows {
+  const std::byte* first;
+  int64_t row_stride;
+};
+__device__ MessageRows RowsOf(const RankView& view, int32_t source) {
+  const std::byte* message = InMessage(view, view.state->current.slot, source);
+  const MessageLayout layout = LayoutOf(view.config, HeaderOf(message));
+  return {message + layout.rows, layout.row_stride};
 }
 
 template <typename T, int kWidth>
@@ -146,10 +115,18 @@ __global__ void __launch_bounds__(kRowThreads, kSpreadBlocks)
   const Warps warps = WarpsOfGrid();
   const bool ok = current.failed == kOk;
   if (ok) {
+    // Expert rows of one token row go to warps side by side: memory is asked for its gradient once.
+    const uint32_t fanout = args.layout.fanout;
+    const uint32_t used = state->first_row[view.config.ep_size] * fanout;
     int32_t source = 0;
-    for (int64_t i = blockIdx.x; i < state->first_row[view.config.ep_size]; i += gridDim.x) {
-      while (i >= state->first_row[source + 1]) ++source;
-      SpreadTokenRow<T, kWidth>(view, args, source, i);
+    MessageRows gradients = RowsOf(view, source);
+    for (uint32_t entry = warps.index; entry < used; entry += warps.count) {
+      const int32_t row = args.layout.rows[entry];
+      if (row < 0 || row >= args.layout.num_rows) continue;
+      const int32_t token_row = static_cast<int32_t>(entry / fanout);
+      while (token_row >= state->first_row[source + 1]) gradients = RowsOf(view, ++source);
+      const int32_t i = token_row - state->first_row[source];
+      SpreadEntry<T, kWidth>(args, gradients.first + i * gradients.row_stride, row);
     }
   }
   for (int64_t row = warps.index; row < args.layout.num_rows; row += warps.count) {
@@ -162,13 +139,6 @@ __global__ void __launch_bounds__(kRowThreads, kSpreadBlocks)
   if (current.failed != kNothing && IsLastBlock(view.state)) Acknowledge(view);
 }
 
-// Threads for a row of `num_vectors`: whole warps, all of which have something to do.
-int RowThreads(int64_t num_vectors) {
-  constexpr int64_t kPerWarp = kPerThread * kWarpSize;
-  const int64_t num_warps = (num_vectors + kPerWarp - 1) / kPerWarp;
-  return static_cast<int>(std::clamp<int64_t>(num_warps * kWarpSize, kWarpSize, kRowThreads));
-}
-
 struct Launch {
   const RankView& view;
   const SpreadArgs& args;
@@ -176,9 +146,8 @@ struct Launch {
   template <typename T, int kWidth>
   void operator()() const {
     const auto kernel = SpreadKernel<T, kWidth>;
-    static const int full = FullGrid(kernel);
-    const int threads = RowThreads(args.matrix.hidden / kWidth);
-    EnqueueBehind(kernel, {full * kRowThreads / threads, threads}, stream, view, args);
+    static const int blocks = FullGrid(kernel);
+    EnqueueBehind(kernel, {blocks, kRowThreads}, stream, view, args);
   }
 };
 

@@ -90,9 +90,7 @@ __device__ inline void WarpCopy(std::byte* out, const std::byte* in, int64_t byt
   const auto all = reinterpret_cast<uintptr_t>(out) | reinterpret_cast<uintptr_t>(in) |
                    static_cast<uintptr_t>(bytes);
   if (all % sizeof(uint4) == 0) {
-    for (int64_t i = lane; i < bytes / 16; i += kWarpSize) {
-      reinterpret_cast<uint4*>(out)[i] = reinterpret_cast<const uint4*>(in)[i];
-    }
+    WarpCopyToAll(lane == 0 ? out : nullptr, in, 0, static_cast<int32_t>(bytes / sizeof(uint4)));
   } else if (all % sizeof(uint32_t) == 0) {
     for (int64_t i = lane; i < bytes / 4; i += kWarpSize) {
       reinterpret_cast<uint32_t*>(out)[i] = reinterpret_cast<const uint32_t*>(in)[i];
