@@ -162,7 +162,8 @@ class Runs:
             grouped, _, weights = self._combine_inputs
             args = (*self.setting.inputs, (grouped, weights))
             return contestants.dispatch_and_back(self.one), args
-        return contestants.combine_and_back(self.one), (*self._combine_inputs, self.setting.inputs[0])
+        args = (*self._combine_inputs, self.setting.inputs[0])
+        return contestants.combine_and_back(self.one), args
 
     def _beside(self, op: str, count: int, size: float) -> tuple:
         """A loop of exchanges with `count` GEMMs between send and recv, of `size` if below 1."""
