@@ -32,6 +32,7 @@ def test_command(tmp_path):
     assert found["processes"] == 2
     names = [row["name"] for row in found["rows"]]
     timed = ["dispatch", "combine", "layer forward", "layer forward + backward"]
+    timed += ["dispatch + gradient", "combine + gradient"]
     timed += [f"{op} exposed, 2 GEMMs" for op in ("dispatch", "combine")]
     assert sorted(names) == sorted(timed)
     for row in found["rows"]:
