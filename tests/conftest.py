@@ -44,7 +44,7 @@ else:
 MARKERS = {
     "cpu_only": "shows something of the CPU platform alone",
     "gpu_only": "needs GPUs (JAX_PLATFORMS=cuda)",
-    "alone": "reads times off the GPUs, which no other process may use meanwhile",
+    "alone": "reads times or memory off the GPUs, which no other process may use meanwhile",
     "long": "takes a while, and little of it depends on JAX's version",
 }
 

@@ -196,6 +196,7 @@ def start(
     hosts: Sequence[Host] = (Host(),),
     port: int | None = None,
     gpus: str = "CUDA_VISIBLE_DEVICES",
+    num_gpus: int | None = None,
 ) -> Iterator[Group]:
     """Starts a group of processes; at the end of the context none of them is left.
 
@@ -212,6 +213,7 @@ def start(
       hosts: where rank i runs: hosts[i % len(hosts)]. The coordinator is on the first.
       port: of the coordinator; None for a free one.
       gpus: the variable that gives a process its GPU, CUDA_VISIBLE_DEVICES or JAX_LOCAL_DEVICE_IDS.
+      num_gpus: GPUs that there are; if they are fewer than the processes, several have the same.
     """
     address = f"{hosts[0].address}:{port or free_port()}"
     spec = _make_spec(target, args, distributed)
@@ -226,7 +228,7 @@ def start(
                     str(folder / "spec"),
                     str(folder / f"result{number}"),
                 ]
-                place = _place(number, num_processes, num_devices, address, gpus)
+                place = _place(number, num_processes, num_devices, address, gpus, num_gpus)
                 group.ranks.append(Rank(number, group.log, command, {**place, **(env or {})}))
             yield group
 
@@ -246,7 +248,12 @@ def _make_spec(target: Any, args: tuple[Any, ...], distributed: Any) -> rank_lib
 
 
 def _place(
-    number: int, num_processes: int, num_devices: int, address: str, gpus: str
+    number: int,
+    num_processes: int,
+    num_devices: int,
+    address: str,
+    gpus: str,
+    num_gpus: int | None,
 ) -> dict[str, str]:
     """The environment of a rank."""
     env = dict(os.environ)
@@ -258,5 +265,8 @@ def _place(
     env[rank_lib.NUM_PROCESSES] = str(num_processes)
     env[rank_lib.PROCESS_ID] = str(number)
     if "cuda" in env.get("JAX_PLATFORMS", ""):
-        env[gpus] = str(number)
+        env[gpus] = str(number % (num_gpus or num_processes))
+        if num_gpus is not None and num_gpus < num_processes:
+            env["JAX_SM_FREE_SHARED_GPUS"] = "1"
+            env["NCCL_HOSTID"] = str(number)  # It refuses two processes of one host on one GPU.
     return env

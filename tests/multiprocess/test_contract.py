@@ -7,9 +7,9 @@ import pathlib
 import sys
 from typing import Any
 
+import jax
 import launcher
 import pytest
-import support
 
 pytestmark = [pytest.mark.timeout(1000), pytest.mark.long]
 
@@ -34,9 +34,12 @@ def test_over_cpu_processes(part):
 @pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("num_processes", [2, 4])
 def test_over_gpu_processes(num_processes, part):
-    if num_processes > support.MAX_RANKS:
-        pytest.skip(f"needs {num_processes} GPUs")
-    run(part, num_processes=num_processes, gpus="JAX_LOCAL_DEVICE_IDS")
+    run(
+        part,
+        num_processes=num_processes,
+        gpus="JAX_LOCAL_DEVICE_IDS",
+        num_gpus=jax.device_count(),
+    )
 
 
 def run(part: str, **places: Any) -> None:

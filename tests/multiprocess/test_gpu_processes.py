@@ -6,6 +6,7 @@ import os
 import time
 
 import gpu_layers
+import jax
 import launcher
 import layers
 import pytest
@@ -20,6 +21,13 @@ pytestmark = [
 MARGIN_S = 2.0  # how much later than the timeout an error may come
 PLACES = {"num_processes": support.MAX_RANKS, "timeout_s": 120.0}
 LAST = support.MAX_RANKS - 1
+# On two GPUs, two processes each.
+FOUR = {
+    "num_processes": 4,
+    "gpus": "JAX_LOCAL_DEVICE_IDS",
+    "num_gpus": jax.device_count(),
+    "timeout_s": 120.0,
+}
 
 
 @pytest.mark.parametrize("env", [{}, {"JAX_SM_FREE_NVSHMEM_PUTS": "1"}], ids=["pointers", "puts"])
@@ -27,14 +35,19 @@ def test_many_runs_of_two_buffers(env):
     launcher.run(layers.run_many, 100, 8, env=env, **PLACES)
 
 
+def test_many_runs_of_four_processes():
+    launcher.run(layers.run_many, 40, 8, **FOUR)
+
+
 def test_every_process_may_see_all_gpus():
     launcher.run(layers.run_many, 4, 2, gpus="JAX_LOCAL_DEVICE_IDS", **PLACES)
 
 
 def test_groups():
-    launcher.run(layers.run_in_groups, **PLACES)
+    launcher.run(layers.run_in_groups, **FOUR)
 
 
+@pytest.mark.alone
 def test_memory_of_closed_buffers_is_used_again():
     for in_use in launcher.run(gpu_layers.open_often, 6, **PLACES):
         assert in_use[-1] - in_use[1] < 100 << 20, in_use
@@ -74,17 +87,19 @@ def assert_fails_in_time(failures, *patterns, seconds=layers.TIMEOUT_S + MARGIN_
         assert failure.closed_s < MARGIN_S
 
 
+@pytest.mark.parametrize("places", [PLACES, FOUR], ids=["all", "four"])
 @pytest.mark.parametrize("place", layers.PLACES)
-def test_a_killed_process_is_named(place):
-    with launcher.start(gpu_layers.fail_once, "pause", place, False, **PLACES) as group:
-        group[LAST].wait_for(place)
-        group[LAST].kill()
+def test_a_killed_process_is_named(place, places):
+    with launcher.start(gpu_layers.fail_once, "pause", place, False, **places) as group:
+        last = len(group) - 1
+        group[last].wait_for(place)
+        group[last].kill()
         ended = group.wait()
-    assert [end.status for end in ended] == [*[0] * LAST, -9], group.output()
+    assert [end.status for end in ended] == [*[0] * last, -9], group.output()
     # Rows that had left before may have arrived or not.
     waits = "dispatch_recv" if place == "before_send" else "(dispatch|combine)_recv"
-    pattern = rf"{waits} on rank \d.*none from rank.* {LAST}"
-    assert_fails_in_time([end.result for end in ended[:LAST]], pattern)
+    pattern = rf"{waits} on rank \d.*none from rank.* {last}"
+    assert_fails_in_time([end.result for end in ended[:last]], pattern)
 
 
 def test_a_death_while_nvshmem_starts_ends_all():
