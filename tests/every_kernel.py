@@ -4,7 +4,8 @@
     python tests/every_kernel.py float32    # one dtype
 
 Rows of whole 16-byte words and others, of all dtypes, on a float8 wire too, forward and backward,
-by experts and by tokens, with and without weights. It says nothing of the numbers: tests do that.
+by experts and by tokens, with and without weights, in messages that leave whole and in parts. It
+says nothing of the numbers: tests do that.
 """
 
 from __future__ import annotations
@@ -65,6 +66,9 @@ def main() -> None:
             run(make(dtype=dtype, hidden=hidden))
             run(make(dtype=dtype, hidden=hidden, wire_dtype=jnp.float8_e4m3fn))
     run_pair(make(dtype=jnp.bfloat16, hidden=512))
+    in_parts = functools.partial(make, dtype=jnp.bfloat16, max_tokens=1100, recv_capacity=2000)
+    run(in_parts(hidden=2048))
+    run(in_parts(hidden=4096, wire_dtype=jnp.float8_e4m3fn))
 
 
 if __name__ == "__main__":

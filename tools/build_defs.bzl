@@ -8,11 +8,11 @@ _COPTS = [
     "-Wno-restrict",
 ]
 
-def smf_cc_library(name, deps = [], **kwargs):
-    """A library of <name>.h and <name>.cc, of which either may be missing."""
+def smf_cc_library(name, deps = [], more_srcs = [], **kwargs):
+    """A library of <name>.h and <name>.cc, of which either may be missing, and of `more_srcs`."""
     native.cc_library(
         name = name,
-        srcs = native.glob([name + ".cc"]),
+        srcs = native.glob([name + ".cc"]) + more_srcs,
         hdrs = native.glob([name + ".h"]),
         copts = _COPTS,
         # Extensions and tests contain all they need; shared libraries would export nothing.

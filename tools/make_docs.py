@@ -1,4 +1,4 @@
-"""Runs the Python blocks of the Markdown files, and writes the API reference.
+"""Checks the links of the Markdown files, runs their Python blocks, and writes the API reference.
 
 Usage: make_docs.py OUT, in the root of the checkout. The reference goes to OUT as HTML.
 
@@ -16,9 +16,11 @@ import textwrap
 
 import pdoc
 
-FILES = ["README.md", *map(str, sorted(pathlib.Path("docs").glob("*.md")))]
+PAGES = sorted(pathlib.Path().glob("*.md")) + sorted(pathlib.Path("docs").glob("*.md"))
+FILES = [str(page) for page in PAGES if page.name not in ("CHANGELOG.md", "CONTRIBUTING.md")]
 MODULES = ["jax_sm_free", "jax_sm_free.reference"]
 _BLOCK = re.compile(r"^```python(?: raises=(\w+))?\n(.*?)^```", re.MULTILINE | re.DOTALL)
+_LINK = re.compile(r"\]\((?!https?://)([^)#\s]+)")
 _RAISING = """\
 try:
 {block}
@@ -27,6 +29,16 @@ except {error} as error:
 else:
     raise SystemExit("expected {error} from:\\n" + {block!r})
 """
+
+
+def broken_links() -> list[str]:
+    """Links between files of the checkout that lead nowhere, each with its page."""
+    return [
+        f"{page}: {target}"
+        for page in PAGES
+        for target in _LINK.findall(page.read_text())
+        if not (page.parent / target).exists()
+    ]
 
 
 def script(text: str) -> str:
@@ -61,6 +73,11 @@ def run_blocks(path: str) -> bool:
 
 
 def main(out: str) -> int:
+    if broken := broken_links():
+        print(
+            "expected files behind all links, got none behind", *broken, file=sys.stderr, sep="\n"
+        )
+        return 1
     failed = [path for path in FILES if not run_blocks(path)]
     if failed:
         print(f"blocks failed in {', '.join(failed)}", file=sys.stderr)

@@ -9,8 +9,13 @@
 
 namespace jax_sm_free {
 
+std::vector<HandlerEntry> CpuSendHandlers();
+std::vector<HandlerEntry> CpuReceiveHandlers();
+
 // Every target of this platform.
-std::vector<HandlerEntry> CpuHandlers();
+inline std::vector<HandlerEntry> CpuHandlers() {
+  return Joined(CpuSendHandlers(), CpuReceiveHandlers());
+}
 
 }  // namespace jax_sm_free
 

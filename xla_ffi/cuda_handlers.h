@@ -8,8 +8,17 @@
 #include "xla_ffi/handler_entry.h"
 
 namespace jax_sm_free {
+namespace cuda {
 
-std::vector<HandlerEntry> CudaHandlers();
+std::vector<HandlerEntry> SendHandlers();
+std::vector<HandlerEntry> ReceiveHandlers();
+
+}  // namespace cuda
+
+// Every target of this platform.
+inline std::vector<HandlerEntry> CudaHandlers() {
+  return Joined(cuda::SendHandlers(), cuda::ReceiveHandlers());
+}
 
 }  // namespace jax_sm_free
 

@@ -1,5 +1,5 @@
-// Operands of XLA FFI calls as views, and checks of their sizes: what all platforms' handlers
-// share.
+// Operands of XLA FFI calls as views, and checks of who calls and of their sizes: what all
+// platforms' handlers share.
 
 #ifndef JAX_SM_FREE_XLA_FFI_DECODE_H_
 #define JAX_SM_FREE_XLA_FFI_DECODE_H_
@@ -10,6 +10,7 @@
 #include <string>
 
 #include "cc/config.h"
+#include "cc/op.h"
 #include "cc/operands.h"
 #include "cc/quantized.h"
 #include "xla/ffi/api/ffi.h"
@@ -21,6 +22,18 @@ using S32 = ffi::Buffer<ffi::S32>;
 using F32 = ffi::Buffer<ffi::F32>;
 template <typename T>
 using Out = ffi::Result<T>;
+
+// Why an op finds no rank to work for.
+inline ffi::Error IsClosed(Op op, int64_t buffer_id) {
+  return {ffi::ErrorCode::kFailedPrecondition,
+          std::string("jax_sm_free: ") + OpName(op) + ": expected buffer " +
+              std::to_string(buffer_id) + " to be open, but it is closed"};
+}
+inline ffi::Error IsOutside(Op op, int64_t buffer_id, int32_t device) {
+  return {ffi::ErrorCode::kFailedPrecondition,
+          std::string("jax_sm_free: ") + OpName(op) + ": expected a device of the mesh of buffer " +
+              std::to_string(buffer_id) + ", seen device " + std::to_string(device)};
+}
 
 // Bytes of one row: of everything behind the first dimension.
 inline int64_t RowBytes(const ffi::AnyBuffer& buffer) {

@@ -15,6 +15,12 @@
 
 namespace jax_sm_free::cuda {
 
+// As many bytes as shared memory has room for, in few large pieces: what a piece costs in
+// instructions does not depend on its size.
+inline constexpr int kBulkStages = 4;
+inline constexpr int kBulkPerLane = 4;
+inline constexpr int32_t kBulkWords = kBulkPerLane * kWarpSize;
+
 // As DirectSum, for blocks of one warp and rows of whole 16-byte words; Sum is called for items
 // blockIdx.x, blockIdx.x + gridDim.x, ... in order, all of them. `terms_of` is called twice for
 // each: when its rows are sent for, and when they are added.
@@ -75,11 +81,9 @@ class BulkSum {
   }
 
  private:
-  // As many bytes as shared memory has room for, in few large pieces: what a piece costs in
-  // instructions does not depend on its size.
-  static constexpr int kStages = 4;
-  static constexpr int kPerLane = 4;
-  static constexpr int32_t kWords = kPerLane * kWarpSize;
+  static constexpr int kStages = kBulkStages;
+  static constexpr int kPerLane = kBulkPerLane;
+  static constexpr int32_t kWords = kBulkWords;
   static constexpr int kWidth = sizeof(uint4) / sizeof(T);
   static constexpr int32_t kWordBytes = sizeof(uint4);
   using V = Vector<T, kWidth>;
@@ -165,11 +169,14 @@ template <typename T, int kWidth, bool kWeighted, bool kBulk, typename TermsOf>
 using SumOf = std::conditional_t<kBulk && kHasBulkCopies, BulkSum<T, kWeighted, TermsOf>,
                                  DirectSum<T, kWidth, kWeighted, TermsOf>>;
 
-// Threads of its blocks, and how many blocks an SM should have room for at least.
+// Threads of its blocks, how many blocks an SM should have room for at least, and words of a
+// segment.
 template <bool kBulk>
 inline constexpr int kSumThreads = kBulk ? kWarpSize : kRowThreads;
 template <bool kBulk>
 inline constexpr int kSumBlocks = kBulk ? 1 : 4;
+template <bool kBulk>
+inline constexpr int32_t kSumWords = kBulk ? kBulkWords : kDirectWords;
 
 // Rows for which it pays, on a device that can.
 inline bool GoesInBulk(const Matrix& matrix) {

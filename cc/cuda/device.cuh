@@ -190,20 +190,37 @@ __device__ inline bool IsLastBlock(DeviceState* state) {
   return last;
 }
 
-// True in all lanes of the warp of the grid that is the last to finish a step of the kernel, of
-// which there are at most kMaxSteps. Everything the other warps wrote before is visible to it.
-// Nobody waits: other warps go on with the next step.
-__device__ inline bool IsLastWarp(DeviceState* state, int step) {
-  __threadfence();
-  __syncwarp();
-  uint32_t before = 0;
-  if (threadIdx.x % kWarpSize == 0) before = atomicAdd(&state->warps_done[step], 1U);
-  before = __shfl_sync(kFullWarp, before, 0);
-  if (before != gridDim.x * (blockDim.x / kWarpSize) - 1) return false;
-  state->warps_done[step] = 0;
-  __threadfence();
-  return true;
-}
+// Finds the last warp of the grid to finish a step of the kernel, of which there are at most
+// kMaxSteps. Nobody waits: other warps go on with the next step. The warps of a block are counted
+// in its shared memory, so that one atomic of each block meets those of all others. One of these to
+// a kernel, made by all threads.
+class Steps {
+ public:
+  __device__ explicit Steps(DeviceState* state) : state_(state) {
+    __shared__ uint32_t warps_done[kMaxSteps];
+    warps_done_ = warps_done;
+    for (int step = threadIdx.x; step < kMaxSteps; step += blockDim.x) warps_done[step] = 0;
+    __syncthreads();
+  }
+
+  // By all lanes of a warp; true in its first one alone. Everything that other warps wrote before
+  // is visible to it.
+  __device__ bool IsLastWarp(int step) const {
+    __threadfence_block();
+    __syncwarp();
+    if (threadIdx.x % kWarpSize != 0) return false;
+    if (atomicAdd_block(warps_done_ + step, 1U) != blockDim.x / kWarpSize - 1) return false;
+    __threadfence();
+    if (atomicAdd(&state_->steps_done[step], 1U) != gridDim.x - 1) return false;
+    state_->steps_done[step] = 0;
+    __threadfence();
+    return true;
+  }
+
+ private:
+  DeviceState* state_;
+  uint32_t* warps_done_;
+};
 
 // Tells every source that its message in this slot has been read, and frees the slot. By one block.
 __device__ inline void Acknowledge(const RankView& view) {

@@ -50,7 +50,7 @@ inline constexpr int kMailboxEntries =
 
 // A dispatch's messages leave in parts, so that the first is on its way while the second is packed,
 // and is unpacked while the second is on its way. So do those of a combine's gradient, and the
-// first one of a combine. Other messages are one part, the last.
+// first one of a combine. Small messages and others are one part, the last.
 inline constexpr int kNumParts = 2;
 inline constexpr int kLastPart = kNumParts - 1;
 
@@ -165,20 +165,25 @@ struct MailboxEntry {
 
 constexpr uint64_t SignalOf(uint64_t sequence, int part) { return sequence * kNumParts + part; }
 
-// Tokens of the first part: half of them, in whole tiles.
-constexpr int64_t FirstPartTokens(const Config& config, int64_t num_tokens) {
+// Whether rows go sooner in parts: a copy more, or a launch that unpacks a part, costs some 5 us.
+constexpr bool GoInParts(int64_t num_rows, int64_t row_bytes) {
+  constexpr int64_t kLeastBytes = int64_t{4} << 20;
+  return num_rows * row_bytes >= kLeastBytes;
+}
+
+// Tokens of the first part: half of them, in whole tiles; 0 where messages leave whole.
+constexpr int64_t FirstPartTokens(const Config& config, int64_t num_tokens, int64_t row_bytes) {
+  if (!GoInParts(num_tokens, row_bytes)) return 0;
   const int64_t half = RoundUp((num_tokens + 1) / 2, TileTokens(config));
-  return half < num_tokens ? half : num_tokens;
+  return half < num_tokens ? half : 0;
 }
 
 // Rows of the first part of a combine's first message; 0 if it leaves whole. With a part f of them,
 // the wire begins after f of the time that the message takes to sum, S, and is never idle if that
 // part travels until the rest is summed: f S + f W >= S, where W is the time of the message on the
-// wire. W was 1.6 S on 2 H200s and 2.5 S on 4, so that f is 0.38 and 0.29. A copy more costs some
-// 5 us, what S is for 3 MB.
+// wire. W was 1.6 S on 2 H200s and 2.5 S on 4, so that f is 0.38 and 0.29.
 constexpr int32_t FirstPartRows(int32_t num_rows, int64_t row_bytes) {
-  constexpr int64_t kLeastBytes = int64_t{4} << 20;
-  return num_rows * row_bytes < kLeastBytes ? 0 : static_cast<int32_t>(int64_t{num_rows} * 3 / 8);
+  return GoInParts(num_rows, row_bytes) ? static_cast<int32_t>(int64_t{num_rows} * 3 / 8) : 0;
 }
 
 // One exchange while the kernels of one op pass it on.
@@ -198,7 +203,7 @@ struct DeviceState {
   uint64_t slot_sequence[kMaxSlots];
   int32_t slot_phase[kMaxSlots];   // SlotPhase
   uint32_t blocks_done;            // of the running kernel
-  uint32_t warps_done[kMaxSteps];  // of the running kernel, with each of its steps
+  uint32_t steps_done[kMaxSteps];  // blocks of the running kernel, with each of its steps
   int32_t num_rows[kMaxRanks];     // of the messages being packed or unpacked, by peer
   unsigned long long bad_entry;    // of the running route: see there
   int32_t routed_rows[kMaxRanks];  // tokens that the last route sent to each rank

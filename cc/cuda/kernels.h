@@ -82,6 +82,7 @@ struct ExpertsOut {
   int32_t* dropped;        // []
   int32_t* layout_rows;    // [max_recv_tokens, top_k]
   int32_t* num_rows_from;  // [ep_size]
+  bool all_here;           // LaunchWait has waited for the messages, not for notices alone
 };
 // Places the groups, for LaunchUnpackExperts. One block.
 void LaunchPlan(const RankView& view, const ExpertsOut& out, cudaStream_t stream);

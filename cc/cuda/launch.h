@@ -23,11 +23,14 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cc/cuda/warp.cuh"
+
 namespace jax_sm_free::cuda {
 
 inline constexpr int kRowThreads = 256;  // of a block that moves rows: eight warps, a row each
 
-// As many blocks as the device holds at once: each takes its share of the rows.
+// As many blocks as the device holds at once: each takes its share of the rows. At most that many
+// are launched.
 template <typename Kernel>
 int FullGrid(Kernel kernel, int threads = kRowThreads) {
   int device = 0;
@@ -37,6 +40,13 @@ int FullGrid(Kernel kernel, int threads = kRowThreads) {
   (void)cudaDeviceGetAttribute(&num_sms, cudaDevAttrMultiProcessorCount, device);
   (void)cudaOccupancyMaxActiveBlocksPerMultiprocessor(&per_sm, kernel, threads, 0);
   return num_sms * std::max(per_sm, 1);
+}
+
+// Blocks for the work of so many warps: no more of them than are of use.
+inline int BlocksFor(int64_t num_warps, int most, int threads = kRowThreads) {
+  const int64_t per_block = threads / kWarpSize;
+  const int64_t needed = (num_warps + per_block - 1) / per_block;
+  return static_cast<int>(std::clamp<int64_t>(needed, 1, most));
 }
 
 // Whether the device has what came with Hopper: bulk copies, and launches behind another kernel.

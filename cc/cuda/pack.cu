@@ -11,6 +11,11 @@
 namespace jax_sm_free::cuda {
 namespace {
 
+// Of rows in one part alone.
+__host__ __device__ Segments SegmentsOf(const PackArgs& args) {
+  return {args.rows.scales_bytes == 0 ? args.rows.values_bytes : 1, kCopyWords};
+}
+
 // One segment of a token's row, to all ranks that get the token.
 __device__ void PackSegment(const ConstRows& rows, std::byte* target, const Segments& segments,
                             int64_t token, int32_t segment) {
@@ -29,7 +34,7 @@ __device__ void PackSegment(const ConstRows& rows, std::byte* target, const Segm
 __global__ void __launch_bounds__(kRowThreads)
     PackKernel(const RankView view, const PackArgs args) {
   const Warps warps = WarpsOfGrid();
-  const Segments segments(args.rows.scales_bytes == 0 ? args.rows.values_bytes : 1, kCopyWords);
+  const Segments segments = SegmentsOf(args);
   const auto pack = [&](const OutRows* outs, int64_t first, int64_t end) {
     const int64_t num_items = (end - first) * segments.per_row;
     for (int64_t item = warps.index; item < num_items; item += warps.count) {
@@ -44,8 +49,9 @@ __global__ void __launch_bounds__(kRowThreads)
 }  // namespace
 
 void LaunchPack(const RankView& view, const PackArgs& args, cudaStream_t stream) {
-  static const int blocks = FullGrid(PackKernel);
-  EnqueueBehind(PackKernel, {blocks, kRowThreads}, stream, view, args);
+  static const int most = FullGrid(PackKernel);
+  const int64_t warps = args.num_tokens * SegmentsOf(args).per_row;
+  EnqueueBehind(PackKernel, {BlocksFor(warps, most), kRowThreads}, stream, view, args);
 }
 
 cudaError_t LoadPack() { return Load(PackKernel); }

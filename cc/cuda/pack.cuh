@@ -28,7 +28,7 @@ __device__ inline std::byte* PackTarget(const RankView& view, const OutRows* out
 }
 
 // Calls pack(outs, first, end) for the tokens of one part after the other, in all threads of the
-// grid, and posts each when all warps have packed it, while others go on with the next. With
+// grid, and posts each when all warps have packed it, while some go on with the next. With
 // `leaves_own`, our own rows have no place. Behind the route.
 template <typename Pack>
 __device__ void PackParts(const RankView& view, int64_t num_tokens, bool leaves_own,
@@ -38,6 +38,7 @@ __device__ void PackParts(const RankView& view, int64_t num_tokens, bool leaves_
   const Current current = view.state->current;
   if (current.failed == kNothing) return;
   const bool ok = current.failed == kOk;
+  const Steps steps(view.state);
   for (int32_t dst = threadIdx.x; ok && dst < view.config.ep_size; dst += blockDim.x) {
     std::byte* message = OutMessage(view, current.slot, dst);
     const MessageLayout layout = LayoutOf(view.config, HeaderOf(message));
@@ -45,11 +46,13 @@ __device__ void PackParts(const RankView& view, int64_t num_tokens, bool leaves_
     outs[dst] = {packs ? message + layout.rows : nullptr, layout.row_stride};
   }
   __syncthreads();
+  const int64_t row_bytes = HeaderOf(OutMessage(view, current.slot, view.rank)).row_bytes;
+  const int64_t first_part = FirstPartTokens(view.config, num_tokens, row_bytes);
   int64_t first = 0;
-  for (int part = 0; part < kNumParts; ++part) {
-    const int64_t end = part == kLastPart ? num_tokens : FirstPartTokens(view.config, num_tokens);
+  for (int part = first_part == 0 ? kLastPart : 0; part < kNumParts; ++part) {
+    const int64_t end = part == kLastPart ? num_tokens : first_part;
     if (ok) pack(outs, first, end);
-    if (IsLastWarp(view.state, part) && threadIdx.x % kWarpSize == 0) {
+    if (steps.IsLastWarp(part)) {
       for (int32_t i = 1; i <= view.config.ep_size; ++i) {  // ranks start at different peers
         PostPart(view, (view.rank + i) % view.config.ep_size, part);
       }

@@ -99,6 +99,7 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
   const int lane = threadIdx.x % kWarpSize;
   const int32_t ep_size = view.config.ep_size;
   const int32_t top_k = view.config.top_k;
+  const Steps steps(view.state);
   const RingOrder order(view);
   const auto terms_of = [&](int64_t i) { return TermsOf(view, args, order.row(i)); };
   SumOf<T, kWidth, kWeighted, kBulk, decltype(terms_of)> sum(args.matrix, order.count, terms_of);
@@ -109,9 +110,8 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
     std::byte* message = OutMessage(view, current.slot, dst);
     const MessageHeader& header = HeaderOf(message);
     const MessageLayout layout = LayoutOf(view.config, header);
-    const bool in_parts = header.first_part > 0;
     const int64_t first = state->first_row[dst];
-    for (int part = in_parts ? 0 : kLastPart; part < kNumParts; ++part) {
+    for (int part = header.first_part > 0 ? 0 : kLastPart; part < kNumParts; ++part) {
       const int64_t rows = part == kLastPart ? header.num_rows : header.first_part;
       const int64_t end = (before + rows) * sum.segments().per_row;
       for (; current.failed == kOk && item < end; item += warps.count) {
@@ -123,8 +123,10 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
               args.weight_grads[token_row * top_k + lane];
         }
       }
-      if (!IsLastWarp(view.state, i - 1 + part) || lane != 0) continue;
-      in_parts ? PostPart(view, dst, part) : Post(view, dst);
+      // Our own is read by later kernels, whoever ends it.
+      const bool ends =
+          dst == view.rank ? warps.index == 0 && lane == 0 : steps.IsLastWarp(i - 1 + part);
+      if (ends) PostPart(view, dst, part);
     }
     before += header.num_rows;
   }
@@ -139,8 +141,10 @@ struct Launch {
   void Run() const {
     constexpr int kThreads = kSumThreads<kBulk>;
     const auto kernel = PackSumsKernel<T, kWidth, kWeighted, kBulk>;
-    static const int blocks = FullGrid(kernel, kThreads);
-    EnqueueBehind(kernel, {blocks, kThreads}, stream, view, args);
+    static const int most = FullGrid(kernel, kThreads);
+    const Segments segments(args.matrix.row_bytes(), kSumWords<kBulk>);
+    const int64_t warps = view.config.max_recv_tokens() * segments.per_row;
+    EnqueueBehind(kernel, {BlocksFor(warps, most, kThreads), kThreads}, stream, view, args);
   }
   template <typename T, int kWidth, bool kWeighted>
   void Run() const {

@@ -26,9 +26,9 @@ __device__ inline void SendNotice(const RankView& view, int32_t dst) {
 }
 
 // Hands a part of a packed message over: to the mover for another rank, by a signal for our own. By
-// one thread, of the warp or block that IsLastWarp or IsLastBlock has chosen: the rows are then in
-// L2, through which copy engines and peers read. Bytes [begin, end) of the message. Warps that end
-// different steps may post at the same time, but the parts of a message one after the other.
+// one thread, of the warp that Steps has chosen: the rows are then in L2, through which copy
+// engines and peers read. Bytes [begin, end) of the message. Warps that end different steps may
+// post at the same time, but the parts of a message one after the other.
 __device__ inline void PostBytes(const RankView& view, int32_t dst, int part, int64_t begin,
                                  int64_t end) {
   DeviceState* state = view.state;
@@ -56,14 +56,14 @@ __device__ inline void Post(const RankView& view, int32_t dst) {
   PostBytes(view, dst, kLastPart, 0, end);
 }
 
-// Hands over a part of a message; what lies before the rows goes with the first. By one thread.
+// Hands over a part of a message; what lies before the rows goes with the first. One that leaves
+// whole goes with the last. By one thread.
 __device__ inline void PostPart(const RankView& view, int32_t dst, int part) {
-  const Current current = view.state->current;
-  if (current.failed != kOk) {
+  const MessageHeader& header = HeaderOf(OutMessage(view, view.state->current.slot, dst));
+  if (header.first_part == 0) {
     if (part == kLastPart) Post(view, dst);
     return;
   }
-  const MessageHeader& header = HeaderOf(OutMessage(view, current.slot, dst));
   const MessageLayout layout = LayoutOf(view.config, header);
   const int64_t middle = layout.rows + header.first_part * layout.row_stride;
   PostBytes(view, dst, part, part == 0 ? 0 : middle, part == 0 ? middle : layout.total);

@@ -101,8 +101,8 @@ __device__ void RaiseBadEntry(const RankView& view, const RouteArgs& args) {
 // Headers of all messages. By one block.
 __device__ void WriteHeaders(const RankView& view, const RouteArgs& args, const int32_t* totals) {
   const Config& config = view.config;
-  const int64_t first_tile = FirstPartTokens(config, args.num_tokens) / TileTokens(config);
-  const bool whole = FirstPartTokens(config, args.num_tokens) == args.num_tokens;
+  const int64_t first_part = FirstPartTokens(config, args.num_tokens, args.row_bytes);
+  const int64_t first_tile = first_part / TileTokens(config);
   const int32_t* first_places = view.tile_counts + first_tile * NumKeys(config);
   const bool failed = view.state->current.failed != kOk;
   for (int32_t dst = threadIdx.x; dst < config.ep_size; dst += blockDim.x) {
@@ -111,8 +111,7 @@ __device__ void WriteHeaders(const RankView& view, const RouteArgs& args, const 
     header.num_rows = failed ? 0 : totals[config.num_experts + dst];
     header.row_bytes = args.row_bytes;
     header.num_tokens = args.num_tokens;
-    header.first_part = whole ? header.num_rows : first_places[config.num_experts + dst];
-    if (failed) header.first_part = 0;
+    header.first_part = failed ? 0 : first_places[config.num_experts + dst];
     WriteHeader(view, dst, header);
   }
 }

@@ -101,8 +101,10 @@ struct Launch {
   void Run() const {
     constexpr int kThreads = kSumThreads<kBulk>;
     const auto kernel = SumKernel<T, kWidth, kBulk>;
-    static const int blocks = FullGrid(kernel, kThreads);
-    EnqueueBehind(kernel, {blocks, kThreads}, stream, view, args);
+    static const int most = FullGrid(kernel, kThreads);
+    const Segments segments(args.matrix.row_bytes(), kSumWords<kBulk>);
+    const int64_t warps = args.num_tokens * segments.per_row;
+    EnqueueBehind(kernel, {BlocksFor(warps, most, kThreads), kThreads}, stream, view, args);
   }
   template <typename T, int kWidth>
   void operator()() const {

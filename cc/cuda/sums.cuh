@@ -39,15 +39,19 @@ __device__ Vector<T, kWidth> Cast(const float (&total)[kWidth], bool poisoned) {
   return cast;
 }
 
+// Words of a segment of a row: a few for each lane.
+inline constexpr int kDirectLoads = 2;  // in flight
+inline constexpr int32_t kDirectWords = kDirectLoads * kWarpSize;
+
 // out = sum over the terms of weight * row, from zero, in float32, cast once: a segment of a row at
 // a time, read from memory into registers. `terms_of(row)` is called by all lanes of a warp.
 template <typename T, int kWidth, bool kWeighted, typename TermsOf>
 class DirectSum {
  public:
-  static constexpr int kLoads = kWidth == 1 ? 1 : 2;  // of a lane in flight
+  static constexpr int kLoads = kWidth == 1 ? 1 : kDirectLoads;
 
   __device__ DirectSum(const Matrix& matrix, int64_t num_rows, const TermsOf& terms_of)
-      : segments_(matrix.row_bytes(), 2 * kWarpSize),
+      : segments_(matrix.row_bytes(), kDirectWords),
         // Rows that are not whole 16-byte words are one segment, of elements.
         num_vectors_(static_cast<int32_t>(kWidth == 1 ? matrix.hidden : segments_.num_words)),
         num_items_(num_rows * segments_.per_row),

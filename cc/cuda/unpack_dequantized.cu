@@ -168,7 +168,7 @@ struct LoadAll {
 void LaunchUnpackExpertsDequantized(const RankView& view, const ExpertsOut& out,
                                     const Matrix& matrix, cudaStream_t stream) {
   LaunchPlan(view, out, stream);
-  ForEachTurn(view.config.ep_size, [&](const Turn& turn, const Turn& next) {
+  ForEachTurn(view.config.ep_size, out.all_here, [&](const Turn& turn, const Turn& next) {
     Dispatch(matrix, LaunchExpertsTurn{view, out, matrix.hidden, turn, next, stream});
   });
 }

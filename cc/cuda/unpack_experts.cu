@@ -47,7 +47,7 @@ __global__ void __launch_bounds__(kRowThreads)
 void LaunchUnpackExperts(const RankView& view, const ExpertsOut& out, cudaStream_t stream) {
   static const int blocks = FullGrid(UnpackExpertsKernel);
   LaunchPlan(view, out, stream);
-  ForEachTurn(view.config.ep_size, [&](const Turn& turn, const Turn& next) {
+  ForEachTurn(view.config.ep_size, out.all_here, [&](const Turn& turn, const Turn& next) {
     EnqueueBehind(UnpackExpertsKernel, {blocks, kRowThreads}, stream, view, out, turn, next);
   });
 }

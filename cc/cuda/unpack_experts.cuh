@@ -23,10 +23,12 @@ struct Turn {
   int last_part = kLastPart;
 };
 
-// Calls launch(turn, next) for all turns of a recv. Our own rows, which are there; the first part
-// of all others; the second part of all but the last to come; the last.
+// Calls launch(turn, next) for all turns of a recv: one if it has waited for all messages. Else our
+// own rows, which are there; the first part of all others; the second part of all but the last to
+// come; the last.
 template <typename Launch>
-void ForEachTurn(int32_t ep_size, const Launch& launch) {
+void ForEachTurn(int32_t ep_size, bool all_here, const Launch& launch) {
+  if (all_here) return launch(Turn{0, ep_size, 0, kLastPart}, Turn{});
   const std::array<Turn, 4> all = {{{0, 1, 0, kLastPart},
                                     {1, ep_size - 1, 0, 0},
                                     {1, ep_size - 2, kLastPart, kLastPart},

@@ -28,7 +28,7 @@ struct Segments {
   int32_t per_row;
   int32_t words;  // of each but the last
 
-  __device__ Segments(int64_t row_bytes, int32_t max_words) {
+  __host__ __device__ Segments(int64_t row_bytes, int32_t max_words) {
     const bool wide = row_bytes % 16 == 0;
     num_words = static_cast<int32_t>(row_bytes / 16);
     per_row = wide && num_words > 0 ? (num_words + max_words - 1) / max_words : 1;

@@ -1,28 +1,22 @@
-#include "xla_ffi/cpu_handlers.h"
+// Receives on CPUs.
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <optional>
-#include <string>
 #include <utility>
+#include <vector>
 
-#include "cc/cpu/host_buffer.h"
 #include "cc/cpu/ops.h"
 #include "cc/cpu/unpack.h"
 #include "cc/op.h"
-#include "cc/runtime.h"
 #include "xla/ffi/api/ffi.h"
+#include "xla_ffi/cpu_call.h"
+#include "xla_ffi/cpu_handlers.h"
 #include "xla_ffi/decode.h"
-#include "xla_ffi/send_site.h"
 #include "xla_ffi/signatures.h"
 
 namespace jax_sm_free {
 namespace {
-
-ffi::Error ToError(const std::optional<Fault>& fault) {
-  return fault ? ffi::Error::Internal(fault->Describe()) : ffi::Error::Success();
-}
 
 ffi::Future Failed(const ffi::Error& error) {
   ffi::Promise promise;
@@ -30,136 +24,6 @@ ffi::Future Failed(const ffi::Error& error) {
   promise.SetError(error);
   return future;
 }
-
-// Finds the buffer and the rank of a call.
-ffi::Error Locate(Op op, int64_t buffer_id, int32_t device, ffi::RunId run, HostCall& call) {
-  auto buffer = std::dynamic_pointer_cast<HostBuffer>(Registry::Get().Find(buffer_id));
-  const std::string prefix = std::string("jax_sm_free: ") + OpName(op) + ": ";
-  if (buffer == nullptr) {
-    return ffi::Error(
-        ffi::ErrorCode::kFailedPrecondition,
-        prefix + "expected buffer " + std::to_string(buffer_id) + " to be open, but it is closed");
-  }
-  HostRank* rank = buffer->RankOf(device);
-  if (rank == nullptr) {
-    return ffi::Error(ffi::ErrorCode::kFailedPrecondition,
-                      prefix + "expected a device of the mesh of buffer " +
-                          std::to_string(buffer_id) + ", seen device " + std::to_string(device));
-  }
-  call = {op, std::move(buffer), rank, run.run_id};
-  return ffi::Error::Success();
-}
-
-// ---------------------------------------------------------------------------------------- sends
-
-// A send's `site` has its name by then.
-ffi::Error LocateSend(Op op, SendSite* site, int32_t device, ffi::RunId run, HostCall& call,
-                      int64_t& number) {
-  if (auto error = Locate(op, site->buffer, device, run, call); error.failure()) return error;
-  number = site->number;
-  if (site->copy == nullptr) return ffi::Error::Success();
-  call.site = site->copy->Site();
-  number = call.site->number;
-  return ffi::Error::Success();
-}
-
-ffi::Error DispatchSendImpl(ffi::RunId run, int32_t device, SendSite* site,
-                            ffi::AnyBuffer values,  // [T, values columns]
-                            ffi::AnyBuffer scales,  // [T, scales columns], 0 columns if none
-                            S32 topk_idx,           // [T, top_k]
-                            F32 topk_weights,       // [T, top_k]
-                            S32 position,           // [], in the mesh
-                            Out<F32> token) {       // [kTokenSize]
-  HostCall call;
-  int64_t number = 0;
-  if (auto error = LocateSend(Op::kDispatchSend, site, device, run, call, number);
-      error.failure()) {
-    return error;
-  }
-  const ConstRows rows = RowsOf(values, scales);
-  const std::optional<Matrix> quantized = QuantizedOf(call.config(), values);
-  const int64_t num_tokens = topk_idx.dimensions()[0];
-  if (auto error =
-          CheckDispatched(OpName(call.op), call.config(), num_tokens, rows.row_bytes(), quantized);
-      error.failure()) {
-    return error;
-  }
-  const TopK topk{topk_idx.typed_data(), topk_weights.typed_data(), num_tokens};
-  if (quantized) {
-    return ToError(DispatchSendQuantized(call, number, position.typed_data()[0], topk, *quantized,
-                                         rows.values, token->typed_data()));
-  }
-  return ToError(
-      DispatchSend(call, number, position.typed_data()[0], topk, rows, token->typed_data()));
-}
-
-ffi::Error CombineBackwardSendImpl(ffi::RunId run, int32_t device, SendSite* site,
-                                   ffi::AnyBuffer out_grad,  // [T, hidden]
-                                   S32 topk_idx,             // [T, top_k]
-                                   Out<F32> token) {         // [kTokenSize]
-  HostCall call;
-  int64_t number = 0;
-  if (auto error = LocateSend(Op::kCombineBackwardSend, site, device, run, call, number);
-      error.failure()) {
-    return error;
-  }
-  const ConstRows rows{.values = static_cast<const std::byte*>(out_grad.untyped_data()),
-                       .values_bytes = RowBytes(out_grad)};
-  const int64_t num_tokens = topk_idx.dimensions()[0];
-  if (auto error = CheckRows(OpName(call.op), call.config(), num_tokens, rows.row_bytes());
-      error.failure()) {
-    return error;
-  }
-  const TopK topk{topk_idx.typed_data(), nullptr, num_tokens};
-  return ToError(CombineBackwardSend(call, number, topk, rows, token->typed_data()));
-}
-
-ffi::Error CombineSendImpl(ffi::RunId run, int32_t device, SendSite* site,
-                           ffi::AnyBuffer y,   // [N, hidden]
-                           F32 weights,        // [N], or [0] for a plain sum
-                           S32 rows,           // [ep_size * max_tokens, fanout]
-                           S32 num_rows_from,  // [ep_size]
-                           Out<F32> token) {   // [kTokenSize]
-  HostCall call;
-  int64_t number = 0;
-  if (auto error = LocateSend(Op::kCombineSend, site, device, run, call, number); error.failure()) {
-    return error;
-  }
-  if (auto error = CheckLayout(OpName(call.op), call.config(), rows, RowBytes(y));
-      error.failure()) {
-    return error;
-  }
-  const SumOperands operands{.matrix = MatrixOf(y),
-                             .y = static_cast<const std::byte*>(y.untyped_data()),
-                             .weights = DataOrNull(weights),
-                             .layout = LayoutOf(rows, num_rows_from, y.dimensions()[0])};
-  return ToError(SendSums(call, number, operands, token->typed_data()));
-}
-
-ffi::Error DispatchBackwardSendImpl(ffi::RunId run, int32_t device, SendSite* site,
-                                    ffi::AnyBuffer x_grad,  // [N, hidden]
-                                    F32 weight_grads,       // [ep_size * max_tokens, top_k]
-                                    S32 rows,               // [ep_size * max_tokens, fanout]
-                                    S32 num_rows_from,      // [ep_size]
-                                    Out<F32> token) {       // [kTokenSize]
-  HostCall call;
-  int64_t number = 0;
-  if (auto error = LocateSend(Op::kDispatchBackwardSend, site, device, run, call, number);
-      error.failure()) {
-    return error;
-  }
-  if (auto error = CheckLayout(OpName(call.op), call.config(), rows, RowBytes(x_grad));
-      error.failure()) {
-    return error;
-  }
-  const SumOperands operands{.matrix = MatrixOf(x_grad),
-                             .y = static_cast<const std::byte*>(x_grad.untyped_data()),
-                             .weight_grads = weight_grads.typed_data(),
-                             .layout = LayoutOf(rows, num_rows_from, x_grad.dimensions()[0])};
-  return ToError(SendSums(call, number, operands, token->typed_data()));
-}
-
-// --------------------------------------------------------------------------------------- receives
 
 // Takes the token's exchange, and resolves the returned future when `unpack` has run. XLA keeps
 // operands and results until then, but not the descriptions of their shapes.
@@ -332,38 +196,23 @@ ffi::Future CombineBackwardRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t d
 auto BindRecv() {
   return ffi::Ffi::Bind().Attr<int64_t>("buffer").Ctx<ffi::RunId>().Ctx<ffi::DeviceOrdinal>();
 }
-// A send: its site has the buffer.
-auto BindSend() {
-  return ffi::Ffi::Bind().Ctx<ffi::RunId>().Ctx<ffi::DeviceOrdinal>().Ctx<ffi::State<SendSite>>();
-}
-
-XLA_FFI_DEFINE_HANDLER(kDispatchSendHandler, DispatchSendImpl, BindDispatchSend(BindSend()));
 XLA_FFI_DEFINE_HANDLER(kDispatchRecvHandler, DispatchRecvImpl, BindDispatchRecv(BindRecv()));
 XLA_FFI_DEFINE_HANDLER(kDispatchRecvTokensHandler, DispatchRecvTokensImpl,
                        BindDispatchRecvTokens(BindRecv()));
-XLA_FFI_DEFINE_HANDLER(kDispatchBackwardSendHandler, DispatchBackwardSendImpl,
-                       BindSendSums(BindSend()));
 XLA_FFI_DEFINE_HANDLER(kDispatchBackwardRecvHandler, DispatchBackwardRecvImpl,
                        BindDispatchBackwardRecv(BindRecv()));
-XLA_FFI_DEFINE_HANDLER(kCombineSendHandler, CombineSendImpl, BindSendSums(BindSend()));
 XLA_FFI_DEFINE_HANDLER(kCombineRecvHandler, CombineRecvImpl, BindCombineRecv(BindRecv()));
-XLA_FFI_DEFINE_HANDLER(kCombineBackwardSendHandler, CombineBackwardSendImpl,
-                       BindCombineBackwardSend(BindSend()));
 XLA_FFI_DEFINE_HANDLER(kCombineBackwardRecvHandler, CombineBackwardRecvImpl,
                        BindCombineBackwardRecv(BindRecv()));
 
 }  // namespace
 
-std::vector<HandlerEntry> CpuHandlers() {
+std::vector<HandlerEntry> CpuReceiveHandlers() {
   return {
-      {"smf_dispatch_send", MakeSendSiteHandler(), kDispatchSendHandler},
       {"smf_dispatch_recv", nullptr, kDispatchRecvHandler},
       {"smf_dispatch_recv_tokens", nullptr, kDispatchRecvTokensHandler},
-      {"smf_combine_send", MakeSendSiteHandler(), kCombineSendHandler},
       {"smf_combine_recv", nullptr, kCombineRecvHandler},
-      {"smf_combine_backward_send", MakeSendSiteHandler(), kCombineBackwardSendHandler},
       {"smf_combine_backward_recv", nullptr, kCombineBackwardRecvHandler},
-      {"smf_dispatch_backward_send", MakeSendSiteHandler(), kDispatchBackwardSendHandler},
       {"smf_dispatch_backward_recv", nullptr, kDispatchBackwardRecvHandler},
   };
 }

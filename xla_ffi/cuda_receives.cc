@@ -1,185 +1,22 @@
-#include "xla_ffi/cuda_handlers.h"
+// Receives on GPUs.
 
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <optional>
-#include <string>
+#include <vector>
 
-#include "cc/cuda/device_buffer.h"
 #include "cc/cuda/kernels.h"
 #include "cc/op.h"
-#include "cc/runtime.h"
 #include "xla/ffi/api/ffi.h"
+#include "xla_ffi/cuda_call.h"
+#include "xla_ffi/cuda_handlers.h"
 #include "xla_ffi/decode.h"
 #include "xla_ffi/signatures.h"
 
 namespace jax_sm_free::cuda {
 namespace {
-
-// One call of an op by one rank.
-struct Call {
-  const char* name = "";
-  std::shared_ptr<DeviceBuffer> buffer;
-  DeviceRank* rank = nullptr;
-
-  const Config& config() const { return buffer->config(); }
-  const RankView& view() const { return rank->view; }
-};
-
-ffi::Error Precondition(const std::string& message) {
-  return {ffi::ErrorCode::kFailedPrecondition, "jax_sm_free: " + message};
-}
-
-// Finds the buffer and the rank; an earlier fault of the buffer is this call's error.
-ffi::Error Locate(Op op, int64_t buffer_id, int32_t device, Call& call) {
-  const char* name = OpName(op);
-  auto buffer = std::dynamic_pointer_cast<DeviceBuffer>(Registry::Get().Find(buffer_id));
-  if (buffer == nullptr) {
-    return Precondition(std::string(name) + ": expected buffer " + std::to_string(buffer_id) +
-                        " to be open, but it is closed");
-  }
-  DeviceRank* rank = buffer->RankOf(device);
-  if (rank == nullptr) {
-    return Precondition(std::string(name) + ": expected a device of the mesh of buffer " +
-                        std::to_string(buffer_id) + ", seen device " + std::to_string(device));
-  }
-  if (const std::optional<std::string> fault = buffer->SeenFault()) {
-    buffer->Stop();
-    return ffi::Error::Internal(*fault);
-  }
-  call = {name, std::move(buffer), rank};
-  return ffi::Error::Success();
-}
-
-ffi::Error Enqueued(const Call& call) {
-  const cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess) return ffi::Error::Success();
-  return ffi::Error::Internal(std::string("jax_sm_free: ") + call.name +
-                              ": a kernel could not be enqueued: " + cudaGetErrorString(error));
-}
-
-// Orders for this rank's mover will come soon.
-void WakeMover(const Call& call) {
-  if (call.rank->mover != nullptr) call.rank->mover->Wake();
-}
-
-// ------------------------------------------------------------------------------------------ sends
-
-ffi::Error DispatchSendImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
-                            ffi::AnyBuffer values,  // [T, values columns]
-                            ffi::AnyBuffer scales,  // [T, scales columns], 0 columns if none
-                            S32 topk_idx,           // [T, top_k]
-                            F32 topk_weights,       // [T, top_k]
-                            S32 position,           // [], in the mesh
-                            Out<F32> token) {       // [kTokenSize]
-  Call call;
-  if (auto error = Locate(Op::kDispatchSend, buffer_id, device, call); error.failure())
-    return error;
-  const ConstRows rows = RowsOf(values, scales);
-  const std::optional<Matrix> quantized = QuantizedOf(call.config(), values);
-  const int64_t num_tokens = topk_idx.dimensions()[0];
-  if (auto error =
-          CheckDispatched(call.name, call.config(), num_tokens, rows.row_bytes(), quantized);
-      error.failure()) {
-    return error;
-  }
-  WakeMover(call);
-  LaunchRoute(call.view(),
-              {{Op::kDispatchSend, Kind::kDispatch, position.typed_data(), token->typed_data()},
-               WireBytes(quantized, rows.row_bytes()),
-               topk_idx.typed_data(),
-               topk_weights.typed_data(),
-               num_tokens},
-              stream);
-  if (quantized) {
-    LaunchPackQuantized(call.view(), {*quantized, rows.values, num_tokens}, stream);
-  } else {
-    LaunchPack(call.view(), {rows, num_tokens, true}, stream);
-  }
-  return Enqueued(call);
-}
-
-ffi::Error CombineBackwardSendImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
-                                   ffi::AnyBuffer out_grad,  // [T, hidden]
-                                   S32 topk_idx,             // [T, top_k]
-                                   Out<F32> token) {         // [kTokenSize]
-  Call call;
-  if (auto error = Locate(Op::kCombineBackwardSend, buffer_id, device, call); error.failure()) {
-    return error;
-  }
-  ConstRows rows;
-  rows.values = static_cast<const std::byte*>(out_grad.untyped_data());
-  rows.values_bytes = RowBytes(out_grad);
-  const int64_t num_tokens = topk_idx.dimensions()[0];
-  if (auto error = CheckRows(call.name, call.config(), num_tokens, rows.row_bytes());
-      error.failure()) {
-    return error;
-  }
-  WakeMover(call);
-  LaunchRoute(call.view(),
-              {{Op::kCombineBackwardSend, Kind::kCombineBackward, nullptr, token->typed_data()},
-               rows.row_bytes(),
-               topk_idx.typed_data(),
-               nullptr,
-               num_tokens},
-              stream);
-  LaunchPack(call.view(), {rows, num_tokens, false}, stream);
-  return Enqueued(call);
-}
-
-ffi::Error SendSums(const Call& call, const PackSumsArgs& args, cudaStream_t stream) {
-  WakeMover(call);
-  LaunchPackSums(call.view(), args, stream);
-  return Enqueued(call);
-}
-
-ffi::Error CombineSendImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
-                           ffi::AnyBuffer y,   // [N, hidden]
-                           F32 weights,        // [N], or [0] for a plain sum
-                           S32 rows,           // [ep_size * max_tokens, fanout]
-                           S32 num_rows_from,  // [ep_size]
-                           Out<F32> token) {   // [kTokenSize]
-  Call call;
-  if (auto error = Locate(Op::kCombineSend, buffer_id, device, call); error.failure()) return error;
-  if (auto error = CheckLayout(call.name, call.config(), rows, RowBytes(y)); error.failure()) {
-    return error;
-  }
-  const PackSumsArgs args{{Op::kCombineSend, Kind::kCombine, nullptr, token->typed_data()},
-                          MatrixOf(y),
-                          static_cast<const std::byte*>(y.untyped_data()),
-                          DataOrNull(weights),
-                          nullptr,
-                          LayoutOf(rows, num_rows_from, y.dimensions()[0])};
-  return SendSums(call, args, stream);
-}
-
-ffi::Error DispatchBackwardSendImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
-                                    ffi::AnyBuffer x_grad,  // [N, hidden]
-                                    F32 weight_grads,       // [ep_size * max_tokens, top_k]
-                                    S32 rows,               // [ep_size * max_tokens, fanout]
-                                    S32 num_rows_from,      // [ep_size]
-                                    Out<F32> token) {       // [kTokenSize]
-  Call call;
-  if (auto error = Locate(Op::kDispatchBackwardSend, buffer_id, device, call); error.failure()) {
-    return error;
-  }
-  if (auto error = CheckLayout(call.name, call.config(), rows, RowBytes(x_grad)); error.failure()) {
-    return error;
-  }
-  const PackSumsArgs args{
-      {Op::kDispatchBackwardSend, Kind::kDispatchBackward, nullptr, token->typed_data()},
-      MatrixOf(x_grad),
-      static_cast<const std::byte*>(x_grad.untyped_data()),
-      nullptr,
-      weight_grads.typed_data(),
-      LayoutOf(rows, num_rows_from, x_grad.dimensions()[0])};
-  return SendSums(call, args, stream);
-}
-
-// --------------------------------------------------------------------------------------- receives
 
 // Takes the dispatch that the token names, whose rows are like these. `own_rows`, of `num_tokens`,
 // are null where the wire quantises.
@@ -230,16 +67,20 @@ ffi::Error DispatchRecvImpl(int64_t buffer_id, int32_t device, cudaStream_t stre
   }
   const std::optional<Matrix> dequantized = QuantizedOf(call.config(), *values);
   const ConstRows own_rows = dequantized ? ConstRows{} : RowsOf(own_values, own_scales);
+  const MutableRows unpacked = RowsOf(values, scales);
+  const bool all_here =
+      !GoInParts(call.config().max_tokens, WireBytes(dequantized, unpacked.row_bytes()));
   const ExpertsOut out{own_rows,
-                       RowsOf(values, scales),
+                       unpacked,
                        group_sizes->typed_data(),
                        counts->typed_data(),
                        weights->typed_data(),
                        dropped->typed_data(),
                        rows->typed_data(),
-                       num_rows_from->typed_data()};
+                       num_rows_from->typed_data(),
+                       all_here};
   if (auto error = WaitForRows(call, out.rows, dequantized, token, out.own_rows,
-                               own_values.dimensions()[0], false, stream);
+                               own_values.dimensions()[0], all_here, stream);
       error.failure()) {
     return error;
   }
@@ -368,46 +209,25 @@ ffi::Error CombineBackwardRecvImpl(int64_t buffer_id, int32_t device, cudaStream
   return Enqueued(call);
 }
 
-// Every op: the buffer by its id, the device, and the stream to enqueue on.
-auto BindOp() {
-  return ffi::Ffi::Bind()
-      .Attr<int64_t>("buffer")
-      .Ctx<ffi::DeviceOrdinal>()
-      .Ctx<ffi::PlatformStream<cudaStream_t>>();
-}
-
-XLA_FFI_DEFINE_HANDLER(kDispatchSendHandler, DispatchSendImpl, BindDispatchSend(BindOp()));
 XLA_FFI_DEFINE_HANDLER(kDispatchRecvHandler, DispatchRecvImpl, BindDispatchRecv(BindOp()));
 XLA_FFI_DEFINE_HANDLER(kDispatchRecvTokensHandler, DispatchRecvTokensImpl,
                        BindDispatchRecvTokens(BindOp()));
-XLA_FFI_DEFINE_HANDLER(kDispatchBackwardSendHandler, DispatchBackwardSendImpl,
-                       BindSendSums(BindOp()));
 XLA_FFI_DEFINE_HANDLER(kDispatchBackwardRecvHandler, DispatchBackwardRecvImpl,
                        BindDispatchBackwardRecv(BindOp()));
-XLA_FFI_DEFINE_HANDLER(kCombineSendHandler, CombineSendImpl, BindSendSums(BindOp()));
 XLA_FFI_DEFINE_HANDLER(kCombineRecvHandler, CombineRecvImpl, BindCombineRecv(BindOp()));
-XLA_FFI_DEFINE_HANDLER(kCombineBackwardSendHandler, CombineBackwardSendImpl,
-                       BindCombineBackwardSend(BindOp()));
 XLA_FFI_DEFINE_HANDLER(kCombineBackwardRecvHandler, CombineBackwardRecvImpl,
                        BindCombineBackwardRecv(BindOp()));
 
 }  // namespace
-}  // namespace jax_sm_free::cuda
 
-namespace jax_sm_free {
-
-std::vector<HandlerEntry> CudaHandlers() {
+std::vector<HandlerEntry> ReceiveHandlers() {
   return {
-      {"smf_dispatch_send", nullptr, cuda::kDispatchSendHandler},
-      {"smf_dispatch_recv", nullptr, cuda::kDispatchRecvHandler},
-      {"smf_dispatch_recv_tokens", nullptr, cuda::kDispatchRecvTokensHandler},
-      {"smf_combine_send", nullptr, cuda::kCombineSendHandler},
-      {"smf_combine_recv", nullptr, cuda::kCombineRecvHandler},
-      {"smf_combine_backward_send", nullptr, cuda::kCombineBackwardSendHandler},
-      {"smf_combine_backward_recv", nullptr, cuda::kCombineBackwardRecvHandler},
-      {"smf_dispatch_backward_send", nullptr, cuda::kDispatchBackwardSendHandler},
-      {"smf_dispatch_backward_recv", nullptr, cuda::kDispatchBackwardRecvHandler},
+      {"smf_dispatch_recv", nullptr, kDispatchRecvHandler},
+      {"smf_dispatch_recv_tokens", nullptr, kDispatchRecvTokensHandler},
+      {"smf_combine_recv", nullptr, kCombineRecvHandler},
+      {"smf_combine_backward_recv", nullptr, kCombineBackwardRecvHandler},
+      {"smf_dispatch_backward_recv", nullptr, kDispatchBackwardRecvHandler},
   };
 }
 
-}  // namespace jax_sm_free
+}  // namespace jax_sm_free::cuda

@@ -1,0 +1,25 @@
+// One call of an op by one rank: whose it is, and how it ends.
+
+#ifndef JAX_SM_FREE_XLA_FFI_CPU_CALL_H_
+#define JAX_SM_FREE_XLA_FFI_CPU_CALL_H_
+
+#include <cstdint>
+#include <optional>
+
+#include "cc/cpu/ops.h"
+#include "cc/fault.h"
+#include "cc/op.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_sm_free {
+
+namespace ffi = xla::ffi;
+
+// Finds the buffer and the rank of a call.
+ffi::Error Locate(Op op, int64_t buffer_id, int32_t device, ffi::RunId run, HostCall& call);
+
+ffi::Error ToError(const std::optional<Fault>& fault);
+
+}  // namespace jax_sm_free
+
+#endif  // JAX_SM_FREE_XLA_FFI_CPU_CALL_H_

@@ -1,0 +1,44 @@
+// One call of an op by one rank: whose it is, and what ends it.
+
+#ifndef JAX_SM_FREE_XLA_FFI_CUDA_CALL_H_
+#define JAX_SM_FREE_XLA_FFI_CUDA_CALL_H_
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+#include <memory>
+
+#include "cc/cuda/device_buffer.h"
+#include "cc/op.h"
+#include "xla/ffi/api/ffi.h"
+
+namespace jax_sm_free::cuda {
+
+namespace ffi = xla::ffi;
+
+struct Call {
+  const char* name = "";
+  std::shared_ptr<DeviceBuffer> buffer;
+  DeviceRank* rank = nullptr;
+
+  const Config& config() const { return buffer->config(); }
+  const RankView& view() const { return rank->view; }
+};
+
+// Finds the buffer and the rank; an earlier fault of the buffer is this call's error.
+ffi::Error Locate(Op op, int64_t buffer_id, int32_t device, Call& call);
+
+// Whether all kernels of the call could be enqueued.
+ffi::Error Enqueued(const Call& call);
+
+// Every op: the buffer by its id, the device, and the stream to enqueue on.
+inline auto BindOp() {
+  return ffi::Ffi::Bind()
+      .Attr<int64_t>("buffer")
+      .Ctx<ffi::DeviceOrdinal>()
+      .Ctx<ffi::PlatformStream<cudaStream_t>>();
+}
+
+}  // namespace jax_sm_free::cuda
+
+#endif  // JAX_SM_FREE_XLA_FFI_CUDA_CALL_H_
