@@ -16,7 +16,9 @@ class Exchange:
       op: "dispatch" or "combine".
       send: our kernels before the bytes move, in order.
       recv: our kernels that wait for bytes and unpack them, in order.
-      gemms: GEMMs from the first kernel of the send to the last of the recv.
+      gemms: GEMMs from the first kernel of the send to the last of the recv. One that begins when
+        the last has begun is behind the exchange: XLA launches some kernels ahead, so that they begin
+        as that one ends.
       copies: to the other GPUs.
     """
 
@@ -37,7 +39,7 @@ class Exchange:
         Raises:
           AssertionError: unless at least one GEMM ran between send and recv, none of our kernels
             began between or beside those GEMMs, and a copy ran at the same time as one of them.
-            The first GEMM may begin while the send ends: XLA launches some kernels ahead.
+            The first GEMM may begin while the send ends, as said of `gemms`.
         """
         where = f"GPU {self.send[0].gpu}, {self.op} at {self.send[0].start_us:.1f} us"
         if not self.recv:
@@ -76,7 +78,7 @@ def _exchange(events: list[Event]) -> Exchange:
     packs = [i for i, kernel in enumerate(kernels) if kernel.phase in trace.PACK_PHASES]
     ends = packs[-1] + 1 if packs else len(kernels)
     send, recv = kernels[:ends], kernels[ends:]  # A recv may route, too: a combine's does.
-    begin, end = send[0].start_us, max(kernel.end_us for kernel in kernels)
+    begin, end = send[0].start_us, kernels[-1].start_us
     return Exchange(
         op="combine" if any(kernel.phase == "reduce-pack" for kernel in send) else "dispatch",
         send=send,
