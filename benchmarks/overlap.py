@@ -17,8 +17,8 @@ class Exchange:
       send: our kernels before the bytes move, in order.
       recv: our kernels that wait for bytes and unpack them, in order.
       gemms: GEMMs from the first kernel of the send to the last of the recv. One that begins when
-        the last has begun is behind the exchange: XLA launches some kernels ahead, so that they begin
-        as that one ends.
+        the last has begun is behind the exchange: XLA launches some kernels ahead, so that they
+        begin as that one ends.
       copies: to the other GPUs.
     """
 
