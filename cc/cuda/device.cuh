@@ -206,8 +206,8 @@ class Steps {
   // By all lanes of a warp; true in its first one alone. Everything that other warps wrote before
   // is visible to it.
   __device__ bool IsLastWarp(int step) const {
-    __threadfence_block();
     __syncwarp();
+    __threadfence_block();
     if (threadIdx.x % kWarpSize != 0) return false;
     if (atomicAdd_block(warps_done_ + step, 1U) != blockDim.x / kWarpSize - 1) return false;
     __threadfence();
