@@ -15,9 +15,8 @@
 
 namespace jax_sm_free::cuda {
 
-// As many bytes as shared memory has room for, in few large pieces: what a piece costs in
-// instructions does not depend on its size.
-inline constexpr int kBulkStages = 4;
+// Of a segment: few large pieces, because what one costs in instructions does not depend on its
+// size.
 inline constexpr int kBulkPerLane = 4;
 inline constexpr int32_t kBulkWords = kBulkPerLane * kWarpSize;
 
@@ -81,7 +80,7 @@ class BulkSum {
   }
 
  private:
-  static constexpr int kStages = kBulkStages;
+  static constexpr int kStages = 4;  // as many as shared memory has room for
   static constexpr int kPerLane = kBulkPerLane;
   static constexpr int32_t kWords = kBulkWords;
   static constexpr int kWidth = sizeof(uint4) / sizeof(T);
