@@ -1,6 +1,6 @@
 """The rules of our own code: warnings are errors, a test lies beside each C++ source."""
 
-_COPTS = [
+COPTS = [
     "-Wall",
     "-Wextra",
     "-Werror",
@@ -14,7 +14,7 @@ def smf_cc_library(name, deps = [], more_srcs = [], **kwargs):
         name = name,
         srcs = native.glob([name + ".cc"]) + more_srcs,
         hdrs = native.glob([name + ".h"]),
-        copts = _COPTS,
+        copts = COPTS,
         # Extensions and tests contain all they need; shared libraries would export nothing.
         linkstatic = True,
         deps = deps,
@@ -30,7 +30,7 @@ def smf_cc_unit(name, deps = [], test_deps = [], more_tests = [], **kwargs):
             size = "small",
             timeout = "moderate",  # Sanitizers slow threads down.
             srcs = [src],
-            copts = _COPTS,
+            copts = COPTS,
             deps = deps + test_deps + [
                 ":" + name,
                 "@googletest//:gtest_main",

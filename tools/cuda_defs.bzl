@@ -52,3 +52,28 @@ def smf_cuda_library(name, deps = [], **kwargs):
         deps = deps + ["@cuda//:runtime"],
         **kwargs
     )
+
+def smf_kernels_on_host(name, kernels, sources, deps):
+    """.cu files of cc/cuda compiled for the host, by the headers of cc/cuda/emulation."""
+    wrappers = []
+    for kernel in kernels:
+        wrapper = kernel[:-len(".cu")] + "_on_host.cc"
+        wrappers.append(wrapper)
+        native.genrule(
+            name = wrapper[:-len(".cc")],
+            outs = [wrapper],
+            cmd = "echo '#include \"cc/cuda/%s\"' > $@" % kernel,
+        )
+    native.cc_library(
+        name = name,
+        srcs = wrappers,
+        textual_hdrs = sources,
+        copts = [
+            "-Icc/cuda/emulation",
+            "-fno-strict-aliasing",  # Kernels move memory in words.
+            "-w",  # nvcc looks for what is worth a warning.
+        ],
+        linkstatic = True,
+        target_compatible_with = CUDA_ONLY,
+        deps = deps,
+    )

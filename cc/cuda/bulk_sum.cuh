@@ -31,8 +31,8 @@ class BulkSum {
         num_items_(num_rows * segments_.per_row),
         terms_of_(terms_of),
         to_load_(blockIdx.x) {
-    __shared__ alignas(128) uint4 stages[kStages][kWords];
-    __shared__ alignas(8) uint64_t barriers[kStages];
+    __shared__ __align__(128) uint4 stages[kStages][kWords];
+    __shared__ __align__(8) uint64_t barriers[kStages];
     stages_ = stages;
     barriers_ = barriers;
     if (threadIdx.x == 0) {
@@ -157,7 +157,7 @@ class BulkSum {
   int32_t load_bytes_;
 };
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+#if !defined(__CUDACC__) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900)
 inline constexpr bool kHasBulkCopies = false;  // code that is there, but never launched
 #else
 inline constexpr bool kHasBulkCopies = true;

@@ -7,6 +7,7 @@
 #include <cstdint>
 
 #include "cc/cuda/device_state.h"
+#include "cc/cuda/memory_order.cuh"
 #include "cc/cuda/warp.cuh"
 
 namespace jax_sm_free::cuda {
@@ -77,26 +78,6 @@ __device__ inline const MessageHeader& HeaderOf(const std::byte* message) {
 template <typename T>
 __device__ inline T* PartOf(std::byte* message, int64_t offset) {
   return reinterpret_cast<T*>(message + offset);
-}
-
-__device__ inline uint64_t LoadAcquire(const uint64_t* address) {
-  uint64_t value;
-  asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
-  return value;
-}
-
-__device__ inline void StoreRelease(uint64_t* address, uint64_t value) {
-  asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
-}
-
-__device__ inline void StoreRelaxed(uint64_t* address, uint64_t value) {
-  asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
-}
-
-__device__ inline uint64_t Nanoseconds() {
-  uint64_t now;
-  asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
-  return now;
 }
 
 // Whether the host has told this rank to wait no longer.

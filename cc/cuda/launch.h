@@ -21,6 +21,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <type_traits>
 
 #include "cc/cuda/warp.cuh"
@@ -64,11 +65,26 @@ struct Grid {
   size_t shared_bytes = 0;
 };
 
-// Enqueues a kernel that begins when all before it has ended. An error is cudaGetLastError's.
+// Enqueues a kernel with these attributes. An error is cudaGetLastError's.
+template <typename... Params>
+void EnqueueWith(std::span<cudaLaunchAttribute> attributes, void (*kernel)(Params...),
+                 const Grid& grid, cudaStream_t stream,
+                 const std::type_identity_t<Params>&... args) {
+  cudaLaunchConfig_t config = {};
+  config.gridDim = dim3(grid.blocks);
+  config.blockDim = dim3(grid.threads);
+  config.dynamicSmemBytes = grid.shared_bytes;
+  config.stream = stream;
+  config.attrs = attributes.data();
+  config.numAttrs = static_cast<unsigned>(attributes.size());
+  (void)cudaLaunchKernelEx(&config, kernel, args...);
+}
+
+// Enqueues a kernel that begins when all before it has ended.
 template <typename... Params>
 void Enqueue(void (*kernel)(Params...), const Grid& grid, cudaStream_t stream,
              const std::type_identity_t<Params>&... args) {
-  kernel<<<grid.blocks, grid.threads, grid.shared_bytes, stream>>>(args...);
+  EnqueueWith({}, kernel, grid, stream, args...);
 }
 
 // The same right behind another kernel of the same call, for one that calls AwaitPrevious.
@@ -76,17 +92,19 @@ template <typename... Params>
 void EnqueueBehind(void (*kernel)(Params...), const Grid& grid, cudaStream_t stream,
                    const std::type_identity_t<Params>&... args) {
   static const bool may_begin_early = IsHopperOrNewer();
-  cudaLaunchAttribute attribute = {};
-  attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-  attribute.val.programmaticStreamSerializationAllowed = 1;
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(grid.blocks);
-  config.blockDim = dim3(grid.threads);
-  config.dynamicSmemBytes = grid.shared_bytes;
-  config.stream = stream;
-  config.attrs = &attribute;
-  config.numAttrs = may_begin_early ? 1 : 0;
-  (void)cudaLaunchKernelEx(&config, kernel, args...);
+  cudaLaunchAttribute early = {};
+  early.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  early.val.programmaticStreamSerializationAllowed = 1;
+  EnqueueWith({&early, may_begin_early ? size_t{1} : size_t{0}}, kernel, grid, stream, args...);
+}
+
+// The shared memory that a kernel was launched with.
+template <typename T>
+__device__ T* DynamicShared() {
+#ifdef __CUDACC__
+  extern __shared__ int64_t dynamic_shared[];
+#endif
+  return reinterpret_cast<T*>(dynamic_shared);
 }
 
 // Waits until the kernel before has ended, and all that it wrote is there.

@@ -104,7 +104,7 @@ __device__ bool AllHere(const RankView& view) {
 
 // Places the groups: GroupPlan of cc/routing.h. One block.
 __global__ void PlanKernel(const RankView view, const ExpertsOut out) {
-  extern __shared__ int64_t counts[];  // [num_local_experts]
+  auto* counts = DynamicShared<int64_t>();  // [num_local_experts]
   AwaitPrevious();
   AdmitNext();
   const Config& config = view.config;

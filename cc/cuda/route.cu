@@ -159,7 +159,7 @@ __device__ void ScanTiles(const RankView& view, int32_t first_key, int32_t num_t
 
 // The histogram of this block's tile.
 __device__ void CountTile(const RankView& view, const RouteArgs& args) {
-  extern __shared__ int32_t histogram[];  // [num_keys]
+  auto* histogram = DynamicShared<int32_t>();  // [num_keys]
   const int32_t num_keys = NumKeys(view.config);
   const int32_t num_experts = view.config.num_experts;
   const int32_t first_key = FirstKey(view, args);
@@ -243,7 +243,7 @@ __device__ void WriteRouting(const RankView& view, const RouteArgs& args, int64_
 
 __global__ void __launch_bounds__(kTileEntries)
     PlaceKernel(const RankView view, const RouteArgs args) {
-  extern __shared__ int32_t histograms[];  // [warps, num_keys]
+  auto* histograms = DynamicShared<int32_t>();  // [warps, num_keys]
   const Config& config = view.config;
   const int32_t num_keys = NumKeys(config);
   const int32_t num_tiles = NumTiles(args);

@@ -1,0 +1,273 @@
+#include "cc/cuda/emulation/ops.h"
+
+#include <cmath>
+#include <utility>
+
+#include "cc/quantized.h"
+#include "cc/token.h"
+
+namespace jax_sm_free::cuda::emulation {
+namespace {
+
+constexpr int32_t kUnset = -9;
+
+Config MakeConfig(const Case& which) {
+  Config config{.ep_size = which.ep_size,
+                .num_experts = which.ep_size * kLocalExperts,
+                .top_k = kTopK,
+                .max_tokens = which.num_tokens + 1,
+                .num_slots = 2,
+                .row_bytes = which.hidden * int64_t{sizeof(float)},
+                .timeout_s = 5,
+                .float8_wire = which.float8_wire};
+  const int64_t worst = config.max_recv_tokens() * config.top_k;
+  config.recv_capacity = which.recv_capacity >= 0 ? which.recv_capacity : worst;
+  return config;
+}
+
+const std::byte* Bytes(const Floats& values) {
+  return reinterpret_cast<const std::byte*>(values.data());
+}
+std::byte* Bytes(Floats& values) { return reinterpret_cast<std::byte*>(values.data()); }
+
+ConstRows RowsOf(const Floats& values, int64_t row_bytes) {
+  ConstRows rows;
+  rows.values = Bytes(values);
+  rows.values_bytes = row_bytes;
+  return rows;
+}
+MutableRows RowsOf(Floats& values, int64_t row_bytes) {
+  MutableRows rows;
+  rows.values = Bytes(values);
+  rows.values_bytes = row_bytes;
+  return rows;
+}
+
+}  // namespace
+
+Ops::Ops(const Case& which) : case_(which), config_(MakeConfig(which)), group_(config_) {
+  for (int32_t rank = 0; rank < config_.ep_size; ++rank) arrays_.push_back(MakeArrays(rank));
+}
+
+Floats Ops::Numbers(int64_t count) {
+  Floats numbers(count);
+  for (float& number : numbers) number = static_cast<float>(static_cast<int>(random_() % 9) - 4);
+  return numbers;
+}
+
+int32_t Ops::ExpertFor(int32_t k) {
+  const auto local = static_cast<int32_t>(random_() % kLocalExperts);
+  switch (case_.routing) {
+    case Routing::kAnywhere:
+      return static_cast<int32_t>(random_() % (config_.num_experts + 1)) - 1;
+    case Routing::kEverywhere:
+      return k % config_.ep_size * kLocalExperts + local;
+    case Routing::kToFirstRank:
+      return local;
+    case Routing::kNowhere:
+      return -1;
+  }
+  return -1;
+}
+
+Arrays Ops::MakeArrays(int32_t rank) {
+  Arrays a;
+  a.position = rank;
+  a.token.resize(kTokenSize);
+  a.x = Numbers(int64_t{case_.num_tokens} * case_.hidden);
+  a.weights = Numbers(int64_t{case_.num_tokens} * kTopK);
+  for (int32_t i = 0; i < case_.num_tokens * kTopK; ++i) a.idx.push_back(ExpertFor(i % kTopK));
+  a.rows.assign(config_.recv_capacity * case_.hidden, NAN);
+  a.row_weights.assign(config_.recv_capacity, NAN);
+  a.group_sizes.assign(kLocalExperts, kUnset);
+  a.counts.assign(kLocalExperts, kUnset);
+  a.layout_rows.assign(config_.max_recv_tokens() * kTopK, kUnset);
+  a.num_rows_from.assign(config_.ep_size, kUnset);
+  return a;
+}
+
+int64_t Ops::wire_bytes() const {
+  return case_.float8_wire ? QuantizedRowBytes(matrix()) : row_bytes();
+}
+
+LayoutIn Ops::LayoutOf(int32_t rank) const {
+  return {arrays_[rank].layout_rows.data(), arrays_[rank].num_rows_from.data(), kTopK,
+          config_.recv_capacity};
+}
+
+void Ops::Move() { case_.held_up ? group_.HoldUp() : group_.Move(); }
+
+void Ops::SendDispatch(int32_t rank) {
+  Arrays& a = of(rank);
+  const RankView& view = group_.view(rank);
+  const int64_t num_tokens = case_.num_tokens;
+  LaunchRoute(view,
+              {{Op::kDispatchSend, Kind::kDispatch, &a.position, a.token.data()},
+               wire_bytes(),
+               a.idx.data(),
+               a.weights.data(),
+               num_tokens},
+              nullptr);
+  if (case_.float8_wire) {
+    LaunchPackQuantized(view, {matrix(), Bytes(a.x), num_tokens}, nullptr);
+  } else {
+    LaunchPack(view, {RowsOf(std::as_const(a.x), row_bytes()), num_tokens, true}, nullptr);
+  }
+}
+
+void Ops::WaitForDispatch(int32_t rank, bool for_messages) {
+  LaunchWait(group_.view(rank),
+             {Op::kDispatchRecv, Kind::kDispatch, wire_bytes(), nullptr, of(rank).token.data(),
+              for_messages, true, case_.float8_wire ? -1 : case_.num_tokens},
+             nullptr);
+}
+
+void Ops::RecvDispatch(int32_t rank) {
+  Arrays& a = of(rank);
+  const RankView& view = group_.view(rank);
+  const bool all_here = !GoInParts(config_.max_tokens, wire_bytes());
+  WaitForDispatch(rank, all_here);
+  const ExpertsOut out{case_.float8_wire ? ConstRows{} : RowsOf(std::as_const(a.x), row_bytes()),
+                       RowsOf(a.rows, row_bytes()),
+                       a.group_sizes.data(),
+                       a.counts.data(),
+                       a.row_weights.data(),
+                       &a.dropped,
+                       a.layout_rows.data(),
+                       a.num_rows_from.data(),
+                       all_here};
+  if (case_.float8_wire) {
+    LaunchUnpackExpertsDequantized(view, out, matrix(), nullptr);
+  } else {
+    LaunchUnpackExperts(view, out, nullptr);
+  }
+}
+
+void Ops::Dispatch() {
+  for (int32_t rank = 0; rank < config_.ep_size; ++rank) SendDispatch(rank);
+  Move();
+  for (int32_t rank = 0; rank < config_.ep_size; ++rank) RecvDispatch(rank);
+}
+
+std::vector<TokenArrays> Ops::DispatchByTokens() {
+  for (int32_t rank = 0; rank < config_.ep_size; ++rank) SendDispatch(rank);
+  Move();
+  std::vector<TokenArrays> results(config_.ep_size);
+  const int64_t max_rows = config_.max_recv_tokens();
+  for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
+    TokenArrays& a = results[rank];
+    a.rows.assign(max_rows * case_.hidden, NAN);
+    a.topk_idx.assign(max_rows * kTopK, kUnset);
+    a.topk_weights.assign(max_rows * kTopK, NAN);
+    a.counts.assign(kLocalExperts, kUnset);
+    a.layout_rows.assign(max_rows, kUnset);
+    a.num_rows_from.assign(config_.ep_size, kUnset);
+    WaitForDispatch(rank, true);
+    const TokensOut out{
+        case_.float8_wire ? ConstRows{} : RowsOf(std::as_const(of(rank).x), row_bytes()),
+        RowsOf(a.rows, row_bytes()),
+        a.topk_idx.data(),
+        a.topk_weights.data(),
+        a.counts.data(),
+        &a.num_tokens,
+        a.layout_rows.data(),
+        a.num_rows_from.data()};
+    if (case_.float8_wire) {
+      LaunchUnpackTokensDequantized(group_.view(rank), out, matrix(), nullptr);
+    } else {
+      LaunchUnpackTokens(group_.view(rank), out, nullptr);
+    }
+  }
+  return results;
+}
+
+void Ops::SendSums(Op op, Kind kind, int32_t rank, const Floats& y, const float* weights,
+                   const float* weight_grads) {
+  LaunchPackSums(group_.view(rank),
+                 {{op, kind, nullptr, of(rank).token.data()},
+                  matrix(),
+                  Bytes(y),
+                  weights,
+                  weight_grads,
+                  LayoutOf(rank)},
+                 nullptr);
+}
+
+Floats Ops::ReceiveSums(Op op, Kind kind, int32_t rank, float* weight_grads) {
+  Arrays& a = of(rank);
+  const RankView& view = group_.view(rank);
+  Floats sums(a.x.size(), NAN);
+  LaunchRoute(view,
+              {{op, kind, nullptr, nullptr}, row_bytes(), a.idx.data(), nullptr, case_.num_tokens},
+              nullptr);
+  LaunchWait(view,
+             {op, kind, row_bytes(), view.state->routed_rows, a.token.data(), true, false, -1},
+             nullptr);
+  LaunchSum(view, {op, matrix(), a.idx.data(), case_.num_tokens, Bytes(sums), weight_grads},
+            nullptr);
+  return sums;
+}
+
+std::vector<Floats> Ops::Combine(const std::vector<Floats>& y, bool weighted) {
+  for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
+    const float* weights = weighted ? of(rank).row_weights.data() : nullptr;
+    SendSums(Op::kCombineSend, Kind::kCombine, rank, y[rank], weights, nullptr);
+  }
+  Move();
+  std::vector<Floats> sums;
+  for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
+    sums.push_back(ReceiveSums(Op::kCombineRecv, Kind::kCombine, rank, nullptr));
+  }
+  return sums;
+}
+
+std::vector<Floats> Ops::DispatchBackward(const std::vector<Floats>& y,
+                                          const std::vector<Floats>& row_grads,
+                                          std::vector<Floats>& weight_grads) {
+  for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
+    SendSums(Op::kDispatchBackwardSend, Kind::kDispatchBackward, rank, y[rank], nullptr,
+             row_grads[rank].data());
+  }
+  Move();
+  std::vector<Floats> sums;
+  for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
+    weight_grads.emplace_back(of(rank).weights.size(), NAN);
+    sums.push_back(ReceiveSums(Op::kDispatchBackwardRecv, Kind::kDispatchBackward, rank,
+                               weight_grads.back().data()));
+  }
+  return sums;
+}
+
+std::vector<Floats> Ops::CombineBackward(const std::vector<Floats>& grads,
+                                         const std::vector<Floats>& y,
+                                         std::vector<Floats>& weight_grads) {
+  for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
+    const RankView& view = group_.view(rank);
+    LaunchRoute(view,
+                {{Op::kCombineBackwardSend, Kind::kCombineBackward, nullptr, of(rank).token.data()},
+                 row_bytes(),
+                 of(rank).idx.data(),
+                 nullptr,
+                 case_.num_tokens},
+                nullptr);
+    LaunchPack(view, {RowsOf(grads[rank], row_bytes()), case_.num_tokens, false}, nullptr);
+  }
+  Move();
+  std::vector<Floats> y_grads;
+  for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
+    Arrays& a = of(rank);
+    Floats& y_grad = y_grads.emplace_back(config_.recv_capacity * case_.hidden, NAN);
+    Floats& weight_grad = weight_grads.emplace_back(config_.recv_capacity, NAN);
+    const SpreadArgs args{
+        Op::kCombineBackwardRecv, matrix(),      LayoutOf(rank),    Bytes(y[rank]),
+        a.row_weights.data(),     Bytes(y_grad), weight_grad.data()};
+    LaunchWait(group_.view(rank),
+               {args.op, Kind::kCombineBackward, row_bytes(), args.layout.num_rows_from,
+                a.token.data(), true, true, -1},
+               nullptr);
+    LaunchSpread(group_.view(rank), args, nullptr);
+  }
+  return y_grads;
+}
+
+}  // namespace jax_sm_free::cuda::emulation

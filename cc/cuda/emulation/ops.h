@@ -1,0 +1,123 @@
+// The ops of all ranks of a group, as the handlers put them together from kernels: all sends, the
+// movers, all recvs. Rows are float32; numbers are small and whole, so that sums are exact in any
+// order.
+
+#ifndef JAX_SM_FREE_CC_CUDA_EMULATION_OPS_H_
+#define JAX_SM_FREE_CC_CUDA_EMULATION_OPS_H_
+
+#include <cstddef>
+#include <cstdint>
+#include <random>
+#include <vector>
+
+#include "cc/config.h"
+#include "cc/cuda/emulation/group.h"
+#include "cc/cuda/kernels.h"
+#include "cc/op.h"
+#include "cc/operands.h"
+
+namespace jax_sm_free::cuda::emulation {
+
+// How tokens choose their experts.
+enum class Routing { kAnywhere, kEverywhere, kToFirstRank, kNowhere };
+
+struct Case {
+  int32_t ep_size;
+  int32_t num_tokens;
+  int32_t hidden;
+  Routing routing = Routing::kAnywhere;
+  int64_t recv_capacity = -1;  // -1: what the worst case takes
+  bool held_up = false;        // the driver lets no copy through
+  bool float8_wire = false;
+};
+
+inline constexpr int32_t kLocalExperts = 3;
+inline constexpr int32_t kTopK = 4;
+
+using Floats = std::vector<float>;
+using Ints = std::vector<int32_t>;
+
+// What one rank gives to a dispatch, and gets of it.
+struct Arrays {
+  Floats x;        // [T, hidden]
+  Ints idx;        // [T, top_k]
+  Floats weights;  // [T, top_k]
+  Floats token;    // [kTokenSize]
+  int32_t position = 0;
+
+  Floats rows;         // [recv_capacity, hidden]
+  Floats row_weights;  // [recv_capacity]
+  Ints group_sizes;    // [local experts]
+  Ints counts;         // [local experts]
+  int32_t dropped = -1;
+  Ints layout_rows;    // [max_recv_tokens, top_k]
+  Ints num_rows_from;  // [ep_size]
+};
+
+// The same by tokens.
+struct TokenArrays {
+  Floats rows;          // [max_recv_tokens, hidden]
+  Ints topk_idx;        // [max_recv_tokens, top_k]
+  Floats topk_weights;  // [max_recv_tokens, top_k]
+  Ints counts;          // [local experts]
+  int32_t num_tokens = -1;
+  Ints layout_rows;    // [max_recv_tokens]
+  Ints num_rows_from;  // [ep_size]
+};
+
+class Ops {
+ public:
+  explicit Ops(const Case& which);
+
+  Group& group() { return group_; }
+  Arrays& of(int32_t rank) { return arrays_[rank]; }
+  const Config& config() const { return config_; }
+  Matrix matrix() const { return {DType::kFloat32, case_.hidden}; }
+
+  // Random numbers, of rows or weights.
+  Floats Numbers(int64_t count);
+
+  // x of all ranks to their arrays, or to the result, by rank.
+  void Dispatch();
+  std::vector<TokenArrays> DispatchByTokens();
+  // The recv alone.
+  void RecvDispatch(int32_t rank);
+
+  // The following take and give something by rank.
+
+  // y [recv_capacity, hidden], weighted or not, to sums [T, hidden].
+  std::vector<Floats> Combine(const std::vector<Floats>& y, bool weighted);
+  // The gradient of a dispatch: y, and row_grads [max_recv_tokens, top_k], to sums [T, hidden] and
+  // weight_grads [T, top_k].
+  std::vector<Floats> DispatchBackward(const std::vector<Floats>& y,
+                                       const std::vector<Floats>& row_grads,
+                                       std::vector<Floats>& weight_grads);
+  // The gradient of a weighted combine of y: grads [T, hidden] to y_grads [recv_capacity, hidden]
+  // and weight_grads [recv_capacity].
+  std::vector<Floats> CombineBackward(const std::vector<Floats>& grads,
+                                      const std::vector<Floats>& y,
+                                      std::vector<Floats>& weight_grads);
+
+ private:
+  int32_t ExpertFor(int32_t k);
+  Arrays MakeArrays(int32_t rank);
+  int64_t row_bytes() const { return matrix().row_bytes(); }
+  int64_t wire_bytes() const;
+  LayoutIn LayoutOf(int32_t rank) const;
+  void Move();
+  void SendDispatch(int32_t rank);
+  void WaitForDispatch(int32_t rank, bool for_messages);
+  void SendSums(Op op, Kind kind, int32_t rank, const Floats& y, const float* weights,
+                const float* weight_grads);
+  Floats ReceiveSums(Op op, Kind kind, int32_t rank, float* weight_grads);
+
+  const Case case_;
+  const Config config_;
+  Group group_;
+  std::mt19937 random_{1};
+  std::vector<Arrays> arrays_;
+};
+
+}  // namespace jax_sm_free::cuda::emulation
+
+#endif  // JAX_SM_FREE_CC_CUDA_EMULATION_OPS_H_
