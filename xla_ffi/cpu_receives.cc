@@ -41,6 +41,28 @@ ffi::Future ReceiveAsync(const HostCall& call, const F32& token, Unpack unpack) 
   return future;
 }
 
+// A dispatch's recv, and what its rows become.
+struct DispatchRecv {
+  HostCall call;
+  std::optional<Matrix> dequantized;
+  MutableRows rows;
+};
+ffi::Error LocateDispatchRecv(int64_t buffer_id, ffi::RunId run, int32_t device,
+                              const S32& layout_rows, Out<ffi::AnyBuffer>& values,
+                              Out<ffi::AnyBuffer>& scales, DispatchRecv& recv) {
+  HostCall& call = recv.call;
+  if (auto error = Locate(Op::kDispatchRecv, buffer_id, device, run, call); error.failure()) {
+    return error;
+  }
+  if (auto error = CheckLayout(OpName(call.op), call.config(), layout_rows, 0); error.failure()) {
+    return error;
+  }
+  recv.dequantized = QuantizedOf(call.config(), *values);
+  recv.rows = RowsOf(values, scales);
+  return CheckDispatched(OpName(call.op), call.config(), 0, recv.rows.row_bytes(),
+                         recv.dequantized);
+}
+
 ffi::Future DispatchRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
                              F32 token,  // [kTokenSize]
                              ffi::AnyBuffer /*own_values*/, ffi::AnyBuffer /*own_scales*/,
@@ -52,34 +74,26 @@ ffi::Future DispatchRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
                              Out<S32> dropped,            // []
                              Out<S32> rows,               // [ep_size * max_tokens, top_k]
                              Out<S32> num_rows_from) {    // [ep_size]
-  HostCall call;
-  if (auto error = Locate(Op::kDispatchRecv, buffer_id, device, run, call); error.failure()) {
+  DispatchRecv recv;
+  if (auto error = LocateDispatchRecv(buffer_id, run, device, *rows, values, scales, recv);
+      error.failure()) {
     return Failed(error);
   }
-  if (auto error = CheckLayout(OpName(call.op), call.config(), *rows, 0); error.failure()) {
-    return Failed(error);
-  }
-  const int64_t capacity = call.config().recv_capacity;
+  const int64_t capacity = recv.call.config().recv_capacity;
   const int64_t num_rows = values->dimensions()[0];
-  if (auto error =
-          CheckSizes(OpName(call.op), "recv_capacity", num_rows == capacity, capacity, num_rows);
+  if (auto error = CheckSizes(OpName(recv.call.op), "recv_capacity", num_rows == capacity, capacity,
+                              num_rows);
       error.failure()) {
     return Failed(error);
   }
-  const std::optional<Matrix> dequantized = QuantizedOf(call.config(), *values);
-  const MutableRows x = RowsOf(values, scales);
-  if (auto error = CheckDispatched(OpName(call.op), call.config(), 0, x.row_bytes(), dequantized);
-      error.failure()) {
-    return Failed(error);
-  }
-  const ExpertsOut out{.rows = x,
-                       .dequantized = dequantized,
+  const ExpertsOut out{.rows = recv.rows,
+                       .dequantized = recv.dequantized,
                        .group_sizes = group_sizes->typed_data(),
                        .counts = counts->typed_data(),
                        .weights = weights->typed_data(),
                        .dropped = dropped->typed_data(),
                        .layout = {rows->typed_data(), num_rows_from->typed_data()}};
-  return ReceiveAsync(call, token, [out](const Config& config, const auto& messages) {
+  return ReceiveAsync(recv.call, token, [out](const Config& config, const auto& messages) {
     return UnpackExperts(config, messages, out);
   });
 }
@@ -95,27 +109,19 @@ ffi::Future DispatchRecvTokensImpl(int64_t buffer_id, ffi::RunId run, int32_t de
                                    Out<S32> num_tokens,         // []
                                    Out<S32> rows,               // [R, 1]
                                    Out<S32> num_rows_from) {    // [ep_size]
-  HostCall call;
-  if (auto error = Locate(Op::kDispatchRecv, buffer_id, device, run, call); error.failure()) {
-    return Failed(error);
-  }
-  if (auto error = CheckLayout(OpName(call.op), call.config(), *rows, 0); error.failure()) {
-    return Failed(error);
-  }
-  const std::optional<Matrix> dequantized = QuantizedOf(call.config(), *values);
-  const MutableRows x = RowsOf(values, scales);
-  if (auto error = CheckDispatched(OpName(call.op), call.config(), 0, x.row_bytes(), dequantized);
+  DispatchRecv recv;
+  if (auto error = LocateDispatchRecv(buffer_id, run, device, *rows, values, scales, recv);
       error.failure()) {
     return Failed(error);
   }
-  const TokensOut out{.rows = x,
-                      .dequantized = dequantized,
+  const TokensOut out{.rows = recv.rows,
+                      .dequantized = recv.dequantized,
                       .topk_idx = topk_idx->typed_data(),
                       .topk_weights = topk_weights->typed_data(),
                       .counts = counts->typed_data(),
                       .num_tokens = num_tokens->typed_data(),
                       .layout = {rows->typed_data(), num_rows_from->typed_data()}};
-  return ReceiveAsync(call, token, [out](const Config& config, const auto& messages) {
+  return ReceiveAsync(recv.call, token, [out](const Config& config, const auto& messages) {
     return UnpackTokens(config, messages, out);
   });
 }
@@ -193,28 +199,14 @@ ffi::Future CombineBackwardRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t d
 }
 
 // A receive: the buffer by its id, the run, and the device that the call runs on.
-auto BindRecv() {
+auto BindCall() {
   return ffi::Ffi::Bind().Attr<int64_t>("buffer").Ctx<ffi::RunId>().Ctx<ffi::DeviceOrdinal>();
 }
-XLA_FFI_DEFINE_HANDLER(kDispatchRecvHandler, DispatchRecvImpl, BindDispatchRecv(BindRecv()));
-XLA_FFI_DEFINE_HANDLER(kDispatchRecvTokensHandler, DispatchRecvTokensImpl,
-                       BindDispatchRecvTokens(BindRecv()));
-XLA_FFI_DEFINE_HANDLER(kDispatchBackwardRecvHandler, DispatchBackwardRecvImpl,
-                       BindDispatchBackwardRecv(BindRecv()));
-XLA_FFI_DEFINE_HANDLER(kCombineRecvHandler, CombineRecvImpl, BindCombineRecv(BindRecv()));
-XLA_FFI_DEFINE_HANDLER(kCombineBackwardRecvHandler, CombineBackwardRecvImpl,
-                       BindCombineBackwardRecv(BindRecv()));
+
+SMF_RECEIVE_TARGETS(SMF_DEFINE_HANDLER)
 
 }  // namespace
 
-std::vector<HandlerEntry> CpuReceiveHandlers() {
-  return {
-      {"smf_dispatch_recv", nullptr, kDispatchRecvHandler},
-      {"smf_dispatch_recv_tokens", nullptr, kDispatchRecvTokensHandler},
-      {"smf_combine_recv", nullptr, kCombineRecvHandler},
-      {"smf_combine_backward_recv", nullptr, kCombineBackwardRecvHandler},
-      {"smf_dispatch_backward_recv", nullptr, kDispatchBackwardRecvHandler},
-  };
-}
+std::vector<HandlerEntry> CpuReceiveHandlers() { return {SMF_RECEIVE_TARGETS(SMF_HANDLER_ENTRY)}; }
 
 }  // namespace jax_sm_free

@@ -125,26 +125,18 @@ ffi::Error DispatchBackwardSendImpl(ffi::RunId run, int32_t device, SendSite* si
 }
 
 // A send: its site has the buffer.
-auto BindSend() {
+auto BindCall() {
   return ffi::Ffi::Bind().Ctx<ffi::RunId>().Ctx<ffi::DeviceOrdinal>().Ctx<ffi::State<SendSite>>();
 }
 
-XLA_FFI_DEFINE_HANDLER(kDispatchSendHandler, DispatchSendImpl, BindDispatchSend(BindSend()));
-XLA_FFI_DEFINE_HANDLER(kDispatchBackwardSendHandler, DispatchBackwardSendImpl,
-                       BindSendSums(BindSend()));
-XLA_FFI_DEFINE_HANDLER(kCombineSendHandler, CombineSendImpl, BindSendSums(BindSend()));
-XLA_FFI_DEFINE_HANDLER(kCombineBackwardSendHandler, CombineBackwardSendImpl,
-                       BindCombineBackwardSend(BindSend()));
+SMF_SEND_TARGETS(SMF_DEFINE_HANDLER)
 
 }  // namespace
 
 std::vector<HandlerEntry> CpuSendHandlers() {
-  return {
-      {"smf_dispatch_send", MakeSendSiteHandler(), kDispatchSendHandler},
-      {"smf_combine_send", MakeSendSiteHandler(), kCombineSendHandler},
-      {"smf_combine_backward_send", MakeSendSiteHandler(), kCombineBackwardSendHandler},
-      {"smf_dispatch_backward_send", MakeSendSiteHandler(), kDispatchBackwardSendHandler},
-  };
+  std::vector<HandlerEntry> handlers = {SMF_SEND_TARGETS(SMF_HANDLER_ENTRY)};
+  for (HandlerEntry& entry : handlers) entry.instantiate = MakeSendSiteHandler();
+  return handlers;
 }
 
 }  // namespace jax_sm_free

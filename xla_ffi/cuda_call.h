@@ -32,7 +32,7 @@ ffi::Error Locate(Op op, int64_t buffer_id, int32_t device, Call& call);
 ffi::Error Enqueued(const Call& call);
 
 // Every op: the buffer by its id, the device, and the stream to enqueue on.
-inline auto BindOp() {
+inline auto BindCall() {
   return ffi::Ffi::Bind()
       .Attr<int64_t>("buffer")
       .Ctx<ffi::DeviceOrdinal>()

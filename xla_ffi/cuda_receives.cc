@@ -209,25 +209,10 @@ ffi::Error CombineBackwardRecvImpl(int64_t buffer_id, int32_t device, cudaStream
   return Enqueued(call);
 }
 
-XLA_FFI_DEFINE_HANDLER(kDispatchRecvHandler, DispatchRecvImpl, BindDispatchRecv(BindOp()));
-XLA_FFI_DEFINE_HANDLER(kDispatchRecvTokensHandler, DispatchRecvTokensImpl,
-                       BindDispatchRecvTokens(BindOp()));
-XLA_FFI_DEFINE_HANDLER(kDispatchBackwardRecvHandler, DispatchBackwardRecvImpl,
-                       BindDispatchBackwardRecv(BindOp()));
-XLA_FFI_DEFINE_HANDLER(kCombineRecvHandler, CombineRecvImpl, BindCombineRecv(BindOp()));
-XLA_FFI_DEFINE_HANDLER(kCombineBackwardRecvHandler, CombineBackwardRecvImpl,
-                       BindCombineBackwardRecv(BindOp()));
+SMF_RECEIVE_TARGETS(SMF_DEFINE_HANDLER)
 
 }  // namespace
 
-std::vector<HandlerEntry> ReceiveHandlers() {
-  return {
-      {"smf_dispatch_recv", nullptr, kDispatchRecvHandler},
-      {"smf_dispatch_recv_tokens", nullptr, kDispatchRecvTokensHandler},
-      {"smf_combine_recv", nullptr, kCombineRecvHandler},
-      {"smf_combine_backward_recv", nullptr, kCombineBackwardRecvHandler},
-      {"smf_dispatch_backward_recv", nullptr, kDispatchBackwardRecvHandler},
-  };
-}
+std::vector<HandlerEntry> ReceiveHandlers() { return {SMF_RECEIVE_TARGETS(SMF_HANDLER_ENTRY)}; }
 
 }  // namespace jax_sm_free::cuda

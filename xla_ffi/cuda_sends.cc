@@ -134,22 +134,10 @@ ffi::Error DispatchBackwardSendImpl(int64_t buffer_id, int32_t device, cudaStrea
   return SendSums(call, args, stream);
 }
 
-XLA_FFI_DEFINE_HANDLER(kDispatchSendHandler, DispatchSendImpl, BindDispatchSend(BindOp()));
-XLA_FFI_DEFINE_HANDLER(kDispatchBackwardSendHandler, DispatchBackwardSendImpl,
-                       BindSendSums(BindOp()));
-XLA_FFI_DEFINE_HANDLER(kCombineSendHandler, CombineSendImpl, BindSendSums(BindOp()));
-XLA_FFI_DEFINE_HANDLER(kCombineBackwardSendHandler, CombineBackwardSendImpl,
-                       BindCombineBackwardSend(BindOp()));
+SMF_SEND_TARGETS(SMF_DEFINE_HANDLER)
 
 }  // namespace
 
-std::vector<HandlerEntry> SendHandlers() {
-  return {
-      {"smf_dispatch_send", nullptr, kDispatchSendHandler},
-      {"smf_combine_send", nullptr, kCombineSendHandler},
-      {"smf_combine_backward_send", nullptr, kCombineBackwardSendHandler},
-      {"smf_dispatch_backward_send", nullptr, kDispatchBackwardSendHandler},
-  };
-}
+std::vector<HandlerEntry> SendHandlers() { return {SMF_SEND_TARGETS(SMF_HANDLER_ENTRY)}; }
 
 }  // namespace jax_sm_free::cuda

@@ -98,7 +98,7 @@ void EnqueueBehind(void (*kernel)(Params...), const Grid& grid, cudaStream_t str
   EnqueueWith({&early, may_begin_early ? size_t{1} : size_t{0}}, kernel, grid, stream, args...);
 }
 
-// The shared memory that a kernel was launched with.
+// The shared memory that a kernel was launched with. On the host, emulation/fibers.h has it.
 template <typename T>
 __device__ T* DynamicShared() {
 #ifdef __CUDACC__
