@@ -11,7 +11,7 @@ namespace {
 constexpr std::byte kUnwritten{0xFF};  // NaN in every float type
 
 template <typename T>
-T* Fill(std::vector<T>& memory, int64_t count) {
+T* Fill(Array<T>& memory, int64_t count) {
   memory.resize(count);
   std::memset(memory.data(), 0x5A, count * sizeof(T));
   return memory.data();
@@ -36,8 +36,8 @@ std::unique_ptr<Group::Rank> Group::MakeRank(const Config& config, int32_t numbe
   view.buffer_id = 7;
   view.rank = number;
   view.position = number;
-  view.state = &rank->state;
-  view.status = &rank->status;
+  view.state = rank->state.data();
+  view.status = rank->status.data();
   rank->region.assign(view.regions.total, kUnwritten);
   std::fill_n(rank->region.begin(), view.regions.recv, std::byte{0});
   rank->mailbox.assign(kMailboxEntries, MailboxEntry{});
@@ -78,12 +78,14 @@ void Group::Copy(const RankView& view, const CopyOrder& order) {
 }
 
 void Group::Move() {
+  AwaitKernels();
   for (const auto& rank : ranks_) {
     for (const CopyOrder& order : TakeOrders(*rank)) Copy(rank->view, order);
   }
 }
 
 void Group::HoldUp() {
+  AwaitKernels();
   for (const auto& rank : ranks_) TakeOrders(*rank);
 }
 

@@ -1,4 +1,4 @@
-// The ranks of a group as kernels see them, in the host's memory, and a mover for all of them.
+// The ranks of a group as kernels see them, all in one memory, and a mover for all of them.
 
 #ifndef JAX_SM_FREE_CC_CUDA_EMULATION_GROUP_H_
 #define JAX_SM_FREE_CC_CUDA_EMULATION_GROUP_H_
@@ -10,6 +10,7 @@
 
 #include "cc/config.h"
 #include "cc/cuda/device_state.h"
+#include "cc/cuda/emulation/memory.h"
 
 namespace jax_sm_free::cuda::emulation {
 
@@ -18,9 +19,9 @@ class Group {
   explicit Group(const Config& config);
 
   const RankView& view(int32_t rank) const { return ranks_[rank]->view; }
-  const FaultRecord& fault(int32_t rank) const { return ranks_[rank]->status.fault; }
+  const FaultRecord& fault(int32_t rank) const { return ranks_[rank]->status[0].fault; }
 
-  // Copies what was posted since the last call, as the movers do.
+  // Copies what was posted since the last call, as the movers do, when the kernels have ended.
   void Move();
   // The same where the driver holds all copies up: none of them comes.
   void HoldUp();
@@ -32,18 +33,18 @@ class Group {
  private:
   struct Rank {
     RankView view{};
-    DeviceState state{};
-    Status status{};
-    std::vector<std::byte> region;
-    std::vector<MailboxEntry> mailbox;
+    Array<DeviceState> state{1};
+    Array<Status> status{1};
+    Array<std::byte> region;
+    Array<MailboxEntry> mailbox;
     uint64_t num_taken = 0;
-    std::vector<int32_t> own_token;
-    std::vector<int32_t> row_of;
-    std::vector<int32_t> tile_counts;
-    std::vector<int64_t> group_row;
-    std::vector<int64_t> group_end;
-    std::vector<int64_t> group_next;
-    std::vector<uint8_t> covered;
+    Array<int32_t> own_token;
+    Array<int32_t> row_of;
+    Array<int32_t> tile_counts;
+    Array<int64_t> group_row;
+    Array<int64_t> group_end;
+    Array<int64_t> group_next;
+    Array<uint8_t> covered;
   };
 
   static std::unique_ptr<Rank> MakeRank(const Config& config, int32_t number);

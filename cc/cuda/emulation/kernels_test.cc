@@ -219,7 +219,7 @@ TEST_P(KernelsTest, GradientsOfACombine) {
 
 TEST_P(KernelsTest, ByTokens) {
   const Case& which = GetParam();
-  const std::vector<TokenArrays> results = ops.DispatchByTokens();
+  const Array<TokenArrays> results = ops.DispatchByTokens();
   for (int32_t rank = 0; rank < which.ep_size; ++rank) {
     const TokenArrays& got = results[rank];
     int64_t row = 0;
@@ -259,7 +259,7 @@ INSTANTIATE_TEST_SUITE_P(
     All, KernelsTest,
     testing::Values(Case{1, 5, 8}, Case{2, 1, 7}, Case{2, 40, 8}, Case{3, 40, 7}, Case{4, 33, 64},
                     Case{8, 20, 8}, Case{4, 20, 8, Routing::kEverywhere},
-                    Case{4, 20, 8, Routing::kToFirstRank}, Case{4, 20, 7, Routing::kNowhere},
+                    Case{4, 20, 8, Routing::kToFirstRank}, Case{3, 40, 600}, Case{4, 20, 7, Routing::kNowhere},
                     Case{2, 40, 8, Routing::kAnywhere, 50}, Case{4, 20, 7, Routing::kAnywhere, 0},
                     Case{2, 12, 8, Routing::kAnywhere, -1, true},
                     Case{3, 20, 200, Routing::kAnywhere, -1, false, true},

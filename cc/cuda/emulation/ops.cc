@@ -141,6 +141,7 @@ void Ops::RecvDispatch(int32_t rank) {
   } else {
     LaunchUnpackExperts(view, out, nullptr);
   }
+  AwaitKernels();
 }
 
 void Ops::Dispatch() {
@@ -149,10 +150,10 @@ void Ops::Dispatch() {
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) RecvDispatch(rank);
 }
 
-std::vector<TokenArrays> Ops::DispatchByTokens() {
+Array<TokenArrays> Ops::DispatchByTokens() {
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) SendDispatch(rank);
   Move();
-  std::vector<TokenArrays> results(config_.ep_size);
+  Array<TokenArrays> results(config_.ep_size);
   const int64_t max_rows = config_.max_recv_tokens();
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
     TokenArrays& a = results[rank];
@@ -178,6 +179,7 @@ std::vector<TokenArrays> Ops::DispatchByTokens() {
       LaunchUnpackTokens(group_.view(rank), out, nullptr);
     }
   }
+  AwaitKernels();
   return results;
 }
 
@@ -205,6 +207,7 @@ Floats Ops::ReceiveSums(Op op, Kind kind, int32_t rank, float* weight_grads) {
              nullptr);
   LaunchSum(view, {op, matrix(), a.idx.data(), case_.num_tokens, Bytes(sums), weight_grads},
             nullptr);
+  AwaitKernels();
   return sums;
 }
 
@@ -267,6 +270,7 @@ std::vector<Floats> Ops::CombineBackward(const std::vector<Floats>& grads,
                nullptr);
     LaunchSpread(group_.view(rank), args, nullptr);
   }
+  AwaitKernels();
   return y_grads;
 }
 

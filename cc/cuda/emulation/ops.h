@@ -12,6 +12,7 @@
 
 #include "cc/config.h"
 #include "cc/cuda/emulation/group.h"
+#include "cc/cuda/emulation/memory.h"
 #include "cc/cuda/kernels.h"
 #include "cc/op.h"
 #include "cc/operands.h"
@@ -34,8 +35,8 @@ struct Case {
 inline constexpr int32_t kLocalExperts = 3;
 inline constexpr int32_t kTopK = 4;
 
-using Floats = std::vector<float>;
-using Ints = std::vector<int32_t>;
+using Floats = Array<float>;
+using Ints = Array<int32_t>;
 
 // What one rank gives to a dispatch, and gets of it.
 struct Arrays {
@@ -79,7 +80,7 @@ class Ops {
 
   // x of all ranks to their arrays, or to the result, by rank.
   void Dispatch();
-  std::vector<TokenArrays> DispatchByTokens();
+  Array<TokenArrays> DispatchByTokens();
   // The recv alone.
   void RecvDispatch(int32_t rank);
 
@@ -115,7 +116,7 @@ class Ops {
   const Config config_;
   Group group_;
   std::mt19937 random_{1};
-  std::vector<Arrays> arrays_;
+  Array<Arrays> arrays_;
 };
 
 }  // namespace jax_sm_free::cuda::emulation

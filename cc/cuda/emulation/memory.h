@@ -1,0 +1,38 @@
+// Memory that kernels and the host both reach, and waiting for kernels: on the host where they run
+// there (memory_on_host.cc), on the GPU where they run on one (memory_on_gpu.cc).
+
+#ifndef JAX_SM_FREE_CC_CUDA_EMULATION_MEMORY_H_
+#define JAX_SM_FREE_CC_CUDA_EMULATION_MEMORY_H_
+
+#include <cstddef>
+#include <vector>
+
+namespace jax_sm_free::cuda::emulation {
+
+void* AllocateForKernels(size_t bytes);
+void FreeForKernels(void* memory);
+
+// Returns when all kernels launched so far have ended; ends the process if one broke.
+void AwaitKernels();
+
+template <typename T>
+struct KernelAllocator {
+  using value_type = T;
+
+  KernelAllocator() = default;
+  template <typename U>
+  KernelAllocator(const KernelAllocator<U>& /*other*/) {}  // NOLINT(google-explicit-constructor)
+
+  T* allocate(size_t count) { return static_cast<T*>(AllocateForKernels(count * sizeof(T))); }
+  void deallocate(T* memory, size_t /*count*/) { FreeForKernels(memory); }
+
+  friend bool operator==(const KernelAllocator&, const KernelAllocator&) { return true; }
+};
+
+// An array that kernels read and write.
+template <typename T>
+using Array = std::vector<T, KernelAllocator<T>>;
+
+}  // namespace jax_sm_free::cuda::emulation
+
+#endif  // JAX_SM_FREE_CC_CUDA_EMULATION_MEMORY_H_
