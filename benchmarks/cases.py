@@ -61,14 +61,14 @@ class Load(NamedTuple):
 
     Attributes:
       pairs: [ep_size, ep_size], token rows from each rank (first) to each rank.
-      expert_rows_of: [ep_size], (token, expert) pairs that each rank's experts get.
+      expert_pairs: [ep_size, ep_size], expert rows, of (token, expert) pairs, in the same way.
       recv_capacity: expert rows that the fullest rank must hold.
       pair_capacity: token rows that the fullest message, from one rank to another, must hold.
       expert_capacity: rows that the fullest expert must hold.
     """
 
     pairs: np.ndarray
-    expert_rows_of: np.ndarray
+    expert_pairs: np.ndarray
     recv_capacity: int
     pair_capacity: int
     expert_capacity: int
@@ -81,7 +81,7 @@ class Load(NamedTuple):
     @property
     def expert_rows(self) -> int:
         """(token, expert) pairs of all ranks."""
-        return int(self.expert_rows_of.sum())
+        return int(self.expert_pairs.sum())
 
 
 def make_inputs(case: Case, seed: int = 0) -> Inputs:
@@ -100,7 +100,8 @@ def measure_load(case: Case, topk_idx: np.ndarray) -> Load:
     rank = topk_idx // case.local_experts
     goes_to = (rank[:, :, None] == np.arange(case.ep_size)).any(1)
     by_pair = goes_to.reshape(case.ep_size, case.tokens, case.ep_size).sum(1)
-    by_rank = np.bincount(rank.reshape(-1), minlength=case.ep_size)
+    sources = rank.reshape(case.ep_size, -1)
+    expert_pairs = np.stack([np.bincount(of, minlength=case.ep_size) for of in sources])
     by_expert = np.bincount(topk_idx.reshape(-1), minlength=case.num_experts)
 
     def capacity(load: np.ndarray) -> int:
@@ -109,8 +110,8 @@ def measure_load(case: Case, topk_idx: np.ndarray) -> Load:
 
     return Load(
         pairs=by_pair,
-        expert_rows_of=by_rank,
-        recv_capacity=capacity(by_rank),
+        expert_pairs=expert_pairs,
+        recv_capacity=capacity(expert_pairs.sum(0)),
         pair_capacity=min(capacity(by_pair), case.tokens),
         expert_capacity=capacity(by_expert),
     )

@@ -15,8 +15,9 @@ floors (rows counted from the routing, of the rank that has most):
   route + pack  (token rows read + rows written, one for each of a token's ranks) / local
   wire          rows for other ranks / link
   unpack        (rows received, read + recv_capacity rows written) / local
-  reduce-pack   (expert rows read + rows written, one for each of a token's ranks) / local
-  sum           (rows received, read + token rows written) / local
+  reduce-pack   (expert rows of others' tokens read + their token rows written) / local
+  sum           (rows received and own expert rows, read + token rows written) / local;
+                in a gradient, which sends itself its own rows, those are reduce-pack's
   spread        (rows received and expert rows, read + recv_capacity rows written) / local
   end to end    the longer of the wire and of all the others together
   exposed       all the others, and what the wire is longer than the GEMMs"""
@@ -50,7 +51,8 @@ class Floors:
 def of_case(case: Case, load: Load, bandwidths: Bandwidths) -> Floors:
     """By `FORMULAS`; without a link, its times are 0."""
     sent, received = load.pairs.sum(1), load.pairs.sum(0)
-    own = np.diag(load.pairs)
+    own, own_expert_rows = np.diag(load.pairs), np.diag(load.expert_pairs)
+    expert_rows = load.expert_pairs.sum(0)
 
     row, dispatched = case.row_bytes, _dispatched_row_bytes(case)
 
@@ -66,18 +68,22 @@ def of_case(case: Case, load: Load, bandwidths: Bandwidths) -> Floors:
             "wire": wire((sent - own) * sent_row),
         }
 
-    back = {
-        "reduce-pack": local((load.expert_rows_of + received) * row),
-        "wire": wire((received - own) * row),
-        "sum": local((sent + case.tokens) * row),
-    }
+    def back(reduced: np.ndarray, packed: np.ndarray, added: np.ndarray) -> dict[str, float]:
+        return {
+            "reduce-pack": local((reduced + packed) * row),
+            "wire": wire((received - own) * row),
+            "sum": local((added + case.tokens) * row),
+        }
+
     unpack = local(received * dispatched + load.recv_capacity * row)
-    spread = local((received + load.expert_rows_of + load.recv_capacity) * row)
+    spread = local((received + expert_rows + load.recv_capacity) * row)
     return Floors(
         {
             "dispatch": {**there(dispatched), "unpack": unpack},
-            "combine": back,
-            "dispatch gradient": back,
+            "combine": back(
+                expert_rows - own_expert_rows, received - own, sent - own + own_expert_rows
+            ),
+            "dispatch gradient": back(expert_rows, received, sent),
             "combine gradient": {**there(row), "spread": spread},
         }
     )

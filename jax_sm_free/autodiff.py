@@ -10,8 +10,8 @@ The token carries the cotangent, so that the backward pass is split like the for
     combine_recv   <-  token     combine_backward_send   ->  token
 
 No residual of a send comes out of the send itself, so that dead code elimination drops a send and
-its recv together or not at all. A recv of a dispatch also takes the rows that were sent, of which
-this rank's own need not travel; all of the gradient goes through the token.
+its recv together or not at all. A recv of the forward pass also takes the rows that its send had,
+of which this rank's own need not travel; all of the gradient goes through the token.
 """
 
 from __future__ import annotations
@@ -129,11 +129,11 @@ def combine_send(
     target: Target, y: Array, weights: Array | None, rows: Array, num_rows_from: Array
 ) -> Array:
     """Without weights: a plain sum, whose gradient needs neither y nor weights kept."""
-    present = _no_weights(y) if weights is None else weights
+    present = no_weights(y) if weights is None else weights
     return primitives.combine_send(target, y, present, rows, num_rows_from)
 
 
-def _no_weights(y: Array) -> Array:
+def no_weights(y: Array) -> Array:
     """f32 [0], varying over the mesh axes that y varies over."""
     return y[:0].reshape(-1).astype(jnp.float32)
 
@@ -151,7 +151,7 @@ def _combine_send_bwd(target: Target, residuals: Any, token: Array) -> Any:
     y, weights, rows, num_rows_from = residuals
     num_rows = y.shape[0]
     if weights is None:
-        y, present = y[:0], _no_weights(y)
+        y, present = y[:0], no_weights(y)
     else:
         present = weights
     y_grad, weight_grads = primitives.combine_backward_recv(
@@ -164,16 +164,17 @@ combine_send.defvjp(_combine_send_fwd, _combine_send_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def combine_recv(target: Target, token: Array, topk_idx: Array) -> Array:
-    return primitives.combine_recv(target, token, topk_idx)
+def combine_recv(target: Target, token: Array, topk_idx: Array, *own_rows: Array) -> Array:
+    return primitives.combine_recv(target, token, topk_idx, *own_rows)
 
 
-def _combine_recv_fwd(target: Target, token: Array, topk_idx: Array) -> Any:
-    return primitives.combine_recv(target, token, topk_idx), topk_idx
+def _combine_recv_fwd(target: Target, token: Array, topk_idx: Array, *own_rows: Array) -> Any:
+    return primitives.combine_recv(target, token, topk_idx, *own_rows), topk_idx
 
 
 def _combine_recv_bwd(target: Target, topk_idx: Array, out_grad: Array) -> Any:
-    return primitives.combine_backward_send(target, out_grad, topk_idx), None
+    token = primitives.combine_backward_send(target, out_grad, topk_idx)
+    return token, None, None, None, None, None
 
 
 combine_recv.defvjp(_combine_recv_fwd, _combine_recv_bwd)

@@ -163,7 +163,7 @@ class Buffer:
         )
         # What the wire quantises has to be so on all ranks, this one's own rows too.
         stays = self.config.wire_dtype is None
-        own_rows = tuple(jax.lax.stop_gradient(part) for part in (values, *parts)) if stays else ()
+        own_rows = tuple(map(jax.lax.stop_gradient, (values, *parts))) if stays else ()
         return Sent(token, topk_idx, own_rows, "dispatch", row_type)
 
     @overload
@@ -224,7 +224,10 @@ class Buffer:
         )
         weights = present[0] if present else None
         token = autodiff.combine_send(self._target, y, weights, rows, num_rows_from)
-        return Sent(token, topk_idx, (), "combine", RowType(config.hidden, config.dtype))
+        if weights is None:
+            weights = autodiff.no_weights(y)
+        own_rows = tuple(map(jax.lax.stop_gradient, (y, weights, rows, num_rows_from)))
+        return Sent(token, topk_idx, own_rows, "combine", RowType(config.hidden, config.dtype))
 
     def combine_recv(self, sent: Sent) -> Array:
         """Waits for the sums of a `combine_send` and adds them up. Collective.
@@ -239,7 +242,7 @@ class Buffer:
         op = "combine_recv"
         self._check_usable(op)
         _check_sent(op, sent, "combine")
-        return autodiff.combine_recv(self._target, sent.token, sent.topk_idx)
+        return autodiff.combine_recv(self._target, sent.token, sent.topk_idx, *sent.own_rows)
 
     # ------------------------------------------------------------------------------ whole ops
 

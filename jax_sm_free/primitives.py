@@ -206,11 +206,20 @@ def combine_send(
     return _bind("combine_send", target, (y, weights, rows, num_rows_from), _TOKEN)[0]
 
 
-def combine_recv(target: Target, token: Array, topk_idx: Array) -> Array:
+def combine_recv(
+    target: Target,
+    token: Array,
+    topk_idx: Array,  # i32 [T, top_k]
+    y: Array,  # this and the rest as for combine_send
+    weights: Array,
+    rows: Array,
+    num_rows_from: Array,
+) -> Array:
     """The sum, [T, hidden]."""
     c = target.config
+    operands = (token, topk_idx, y, weights, rows, num_rows_from)
     result = ((topk_idx.shape[0], c.hidden), c.dtype)
-    return _bind("combine_recv", target, (token, topk_idx), result)[0]
+    return _bind("combine_recv", target, operands, result)[0]
 
 
 def combine_backward_send(target: Target, out_grad: Array, topk_idx: Array) -> Array:

@@ -82,8 +82,8 @@ class Sent:
     Attributes:
       token: f32 [8], names the exchange.
       topk_idx: i32 [T, top_k], what this rank dispatched by.
-      own_rows: (x,) or (values, scales) of a dispatch, from which its recv takes this rank's own
-        rows; () where the wire quantises, and of a combine.
+      own_rows: what the recv takes this rank's own rows from: (x,) or (values, scales) of a
+        dispatch, () where the wire quantises; (y, weights, rows, num_rows_from) of a combine.
       kind: "dispatch" or "combine" (static).
       row_type: of the rows that travel (static).
     """

@@ -119,18 +119,21 @@ def test_wire_dtype_reaches_the_buffer(setting):
 def test_floors():
     """By hand: 2 ranks, rows of 200 bytes, 1 GB/s in memory, 0.1 GB/s on the link."""
     case = Case(10, 100, 2)
-    load = Load(np.array([[8, 6], [7, 9]]), np.array([20, 30]), 32, 9, 5)
+    load = Load(np.array([[8, 6], [7, 9]]), np.array([[12, 14], [8, 16]]), 32, 9, 5)
     found = floors.of_case(case, load, bandwidth.Bandwidths(1e9, 1e8))
     there, back = found.phases["dispatch"], found.phases["combine"]
     assert there["route + pack"] == pytest.approx((10 + 16) * 0.2)
     assert there["wire"] == pytest.approx(7 * 2)
     assert there["unpack"] == pytest.approx((15 + 32) * 0.2)
-    assert back["reduce-pack"] == pytest.approx((30 + 15) * 0.2)
+    assert back["reduce-pack"] == pytest.approx((14 + 6) * 0.2)
     assert back["wire"] == pytest.approx(7 * 2)
-    assert back["sum"] == pytest.approx((16 + 10) * 0.2)
+    assert back["sum"] == pytest.approx((7 + 16 + 10) * 0.2)
+    gradient = found.phases["dispatch gradient"]
+    assert gradient["reduce-pack"] == pytest.approx((30 + 15) * 0.2)
+    assert gradient["sum"] == pytest.approx((16 + 10) * 0.2)
     assert found.phases["combine gradient"]["spread"] == pytest.approx((15 + 30 + 32) * 0.2)
     assert found.end_to_end("dispatch") == pytest.approx(14.6)
-    assert found.exposed("combine", 4.0) == pytest.approx(9 + 5.2 + 10)
+    assert found.exposed("combine", 4.0) == pytest.approx(4 + 6.6 + 10)
     assert floors.of_case(case, load, bandwidth.Bandwidths(1e9, None)).wire("combine") == 0
 
 

@@ -104,9 +104,10 @@ def token_of_another_rank(api, x, topk_idx, weights, y):
 
 
 def token_of_another_op(api, x, topk_idx, weights, y):
-    del y
-    sent = api.buffer.dispatch_send(x, topk_idx, weights)
-    return api.buffer.combine_recv(dataclasses.replace(sent, kind="combine"))
+    recv = api.buffer.dispatch(x, topk_idx, weights)
+    combine = api.buffer.combine_send(y, recv.layout)
+    dispatch = api.buffer.dispatch_send(x, topk_idx, weights)
+    return api.buffer.combine_recv(dataclasses.replace(combine, token=dispatch.token))
 
 
 @pytest.mark.parametrize(

@@ -144,8 +144,10 @@ ffi::Future ReceiveSums(const HostCall& call, const F32& token, const S32& topk_
 }
 
 ffi::Future CombineRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
-                            F32 token,                  // [kTokenSize]
-                            S32 topk_idx,               // [T, top_k]
+                            F32 token,     // [kTokenSize]
+                            S32 topk_idx,  // [T, top_k]
+                            ffi::AnyBuffer /*y*/, F32 /*weights*/, S32 /*rows*/,
+                            S32 /*num_rows_from*/,
                             Out<ffi::AnyBuffer> out) {  // [T, hidden]
   HostCall call;
   if (auto error = Locate(Op::kCombineRecv, buffer_id, device, run, call); error.failure()) {

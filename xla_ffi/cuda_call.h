@@ -1,16 +1,19 @@
-// One call of an op by one rank: whose it is, and what ends it.
+// One call of an op by one rank: whose it is, what several ops take, and what ends it.
 
 #ifndef JAX_SM_FREE_XLA_FFI_CUDA_CALL_H_
 #define JAX_SM_FREE_XLA_FFI_CUDA_CALL_H_
 
 #include <cuda_runtime_api.h>
 
+#include <cstddef>
 #include <cstdint>
 #include <memory>
 
 #include "cc/cuda/device_buffer.h"
+#include "cc/cuda/kernels.h"
 #include "cc/op.h"
 #include "xla/ffi/api/ffi.h"
+#include "xla_ffi/decode.h"
 
 namespace jax_sm_free::cuda {
 
@@ -27,6 +30,12 @@ struct Call {
 
 // Finds the buffer and the rank; an earlier fault of the buffer is this call's error.
 ffi::Error Locate(Op op, int64_t buffer_id, int32_t device, Call& call);
+
+inline ExpertRows ExpertRowsOf(const ffi::AnyBuffer& y, const F32& weights, const S32& rows,
+                               const S32& num_rows_from) {
+  return {static_cast<const std::byte*>(y.untyped_data()), DataOrNull(weights),
+          LayoutOf(rows, num_rows_from, y.dimensions()[0])};
+}
 
 // Whether all kernels of the call could be enqueued.
 ffi::Error Enqueued(const Call& call);

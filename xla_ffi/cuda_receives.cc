@@ -131,9 +131,10 @@ ffi::Error DispatchRecvTokensImpl(int64_t buffer_id, int32_t device, cudaStream_
   return Enqueued(call);
 }
 
-// The sum over ranks; `weight_grads` is null in the forward pass.
+// The sum over ranks; `weight_grads` is null in the forward pass, which has `own` rows.
 ffi::Error ReceiveSums(const Call& call, Op op, Kind kind, const float* token, const S32& topk_idx,
-                       Out<ffi::AnyBuffer>& out, float* weight_grads, cudaStream_t stream) {
+                       const std::optional<ExpertRows>& own, Out<ffi::AnyBuffer>& out,
+                       float* weight_grads, cudaStream_t stream) {
   const int64_t num_tokens = topk_idx.dimensions()[0];
   const Matrix matrix = MatrixOf(*out);
   if (auto error = CheckRows(call.name, call.config(), num_tokens, matrix.row_bytes());
@@ -147,21 +148,28 @@ ffi::Error ReceiveSums(const Call& call, Op op, Kind kind, const float* token, c
   LaunchWait(call.view(),
              {op, kind, matrix.row_bytes(), call.view().state->routed_rows, token, true, false, -1},
              stream);
-  LaunchSum(
-      call.view(),
-      {op, matrix, idx, num_tokens, static_cast<std::byte*>(out->untyped_data()), weight_grads},
-      stream);
+  LaunchSum(call.view(),
+            {op, matrix, idx, num_tokens, static_cast<std::byte*>(out->untyped_data()),
+             weight_grads, own},
+            stream);
   return Enqueued(call);
 }
 
 ffi::Error CombineRecvImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
                            F32 token,                  // [kTokenSize]
                            S32 topk_idx,               // [T, top_k]
+                           ffi::AnyBuffer y,           // [N, hidden], what was given to the send:
+                           F32 weights,                // [N], or [0] for a plain sum
+                           S32 rows,                   // [ep_size * max_tokens, fanout]
+                           S32 num_rows_from,          // [ep_size]
                            Out<ffi::AnyBuffer> out) {  // [T, hidden]
   Call call;
   if (auto error = Locate(Op::kCombineRecv, buffer_id, device, call); error.failure()) return error;
-  return ReceiveSums(call, Op::kCombineRecv, Kind::kCombine, token.typed_data(), topk_idx, out,
-                     nullptr, stream);
+  if (auto error = CheckLayout(call.name, call.config(), rows, RowBytes(y)); error.failure()) {
+    return error;
+  }
+  return ReceiveSums(call, Op::kCombineRecv, Kind::kCombine, token.typed_data(), topk_idx,
+                     ExpertRowsOf(y, weights, rows, num_rows_from), out, nullptr, stream);
 }
 
 ffi::Error DispatchBackwardRecvImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
@@ -174,7 +182,7 @@ ffi::Error DispatchBackwardRecvImpl(int64_t buffer_id, int32_t device, cudaStrea
     return error;
   }
   return ReceiveSums(call, Op::kDispatchBackwardRecv, Kind::kDispatchBackward, token.typed_data(),
-                     topk_idx, x_grad, weight_grads->typed_data(), stream);
+                     topk_idx, std::nullopt, x_grad, weight_grads->typed_data(), stream);
 }
 
 ffi::Error CombineBackwardRecvImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,

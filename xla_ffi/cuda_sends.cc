@@ -104,10 +104,9 @@ ffi::Error CombineSendImpl(int64_t buffer_id, int32_t device, cudaStream_t strea
   }
   const PackSumsArgs args{{Op::kCombineSend, Kind::kCombine, nullptr, token->typed_data()},
                           MatrixOf(y),
-                          static_cast<const std::byte*>(y.untyped_data()),
-                          DataOrNull(weights),
+                          ExpertRowsOf(y, weights, rows, num_rows_from),
                           nullptr,
-                          LayoutOf(rows, num_rows_from, y.dimensions()[0])};
+                          true};
   return SendSums(call, args, stream);
 }
 
@@ -127,10 +126,10 @@ ffi::Error DispatchBackwardSendImpl(int64_t buffer_id, int32_t device, cudaStrea
   const PackSumsArgs args{
       {Op::kDispatchBackwardSend, Kind::kDispatchBackward, nullptr, token->typed_data()},
       MatrixOf(x_grad),
-      static_cast<const std::byte*>(x_grad.untyped_data()),
-      nullptr,
+      {static_cast<const std::byte*>(x_grad.untyped_data()), nullptr,
+       LayoutOf(rows, num_rows_from, x_grad.dimensions()[0])},
       weight_grads.typed_data(),
-      LayoutOf(rows, num_rows_from, x_grad.dimensions()[0])};
+      false};
   return SendSums(call, args, stream);
 }
 

@@ -73,6 +73,10 @@ auto BindCombineRecv(Binding&& binding) {
   return std::forward<Binding>(binding)
       .template Arg<F32>()
       .template Arg<S32>()
+      .template Arg<ffi::AnyBuffer>()
+      .template Arg<F32>()
+      .template Arg<S32>()
+      .template Arg<S32>()
       .template Ret<ffi::AnyBuffer>();
 }
 
@@ -98,7 +102,11 @@ auto BindCombineBackwardRecv(Binding&& binding) {
 
 template <typename Binding>
 auto BindDispatchBackwardRecv(Binding&& binding) {
-  return BindCombineRecv(std::forward<Binding>(binding)).template Ret<F32>();
+  return std::forward<Binding>(binding)
+      .template Arg<F32>()
+      .template Arg<S32>()
+      .template Ret<ffi::AnyBuffer>()
+      .template Ret<F32>();
 }
 
 // apply(op, target, signature) for each. A platform has a function <op>Impl for each, and

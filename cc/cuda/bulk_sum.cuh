@@ -21,8 +21,8 @@ inline constexpr int kBulkPerLane = 4;
 inline constexpr int32_t kBulkWords = kBulkPerLane * kWarpSize;
 
 // As DirectSum, for blocks of one warp and rows of whole 16-byte words; Sum is called for items
-// blockIdx.x, blockIdx.x + gridDim.x, ... in order, all of them. `terms_of` is called twice for
-// each: when its rows are sent for, and when they are added.
+// blockIdx.x, blockIdx.x + gridDim.x, ... in order, all of them. The terms of each are asked for
+// twice: when its rows are sent for, and when they are added.
 template <typename T, bool kWeighted, typename TermsOf>
 class BulkSum {
  public:
@@ -50,32 +50,17 @@ class BulkSum {
   __device__ int64_t num_items() const { return num_items_; }
 
   __device__ void Sum(int64_t item, std::byte* out) {
-    const int lane = threadIdx.x;
-    const Terms terms = terms_of_(segments_.row_of(item));
+    const int64_t row = segments_.row_of(item);
     const int32_t segment = segments_.segment_of(item);
     const int32_t begin = segments_.begin(segment);
     const int32_t size = segments_.end(segment) - begin;
-    float total[kPerLane][kWidth] = {};
-    for (unsigned left = terms.present; left != 0; left &= left - 1) {
-      const int source = __ffs(static_cast<int>(left)) - 1;
-      const float weight = kWeighted ? __shfl_sync(kFullWarp, terms.weight, source) : 1.0F;
-      Await(add_stage_);
-      const uint4* words = stages_[add_stage_];
-#pragma unroll
-      for (int u = 0; u < kPerLane; ++u) {
-        const int32_t i = u * kWarpSize + lane;
-        // Whole words, which the compiler would else load element by element, in four-fold
-        // conflict.
-        if (i < size) Add<kWeighted>(total[u], std::bit_cast<V>(words[i]), weight);
-      }
-      __syncwarp();  // all have read the stage that is loaded next
-      Load();
-      add_stage_ = (add_stage_ + 1) % kStages;
-    }
+    Pieces sums = {};
+    if constexpr (HasNested<TermsOf>) sums = SumOfTerms<true>(terms_of_.Nested(row), sums, size);
+    sums = SumOfTerms<kWeighted>(terms_of_(row), sums, size);
 #pragma unroll
     for (int u = 0; u < kPerLane; ++u) {
-      const int32_t i = u * kWarpSize + lane;
-      if (i < size) reinterpret_cast<V*>(out)[begin + i] = Cast<T>(total[u], terms.poisoned);
+      const int32_t i = u * kWarpSize + threadIdx.x;
+      if (i < size) reinterpret_cast<V*>(out)[begin + i] = sums.of[u];
     }
   }
 
@@ -86,16 +71,63 @@ class BulkSum {
   static constexpr int kWidth = sizeof(uint4) / sizeof(T);
   static constexpr int32_t kWordBytes = sizeof(uint4);
   using V = Vector<T, kWidth>;
+  struct Pieces {
+    V of[kPerLane];
+  };
+
+  // Of this lane's words of the segment, of `size` words; `nested` is what the nested term is.
+  template <bool kWeigh>
+  __device__ Pieces SumOfTerms(const Terms& terms, const Pieces& nested, int32_t size) {
+    const int lane = threadIdx.x;
+    float total[kPerLane][kWidth] = {};
+    for (unsigned left = terms.present | terms.nested; left != 0; left &= left - 1) {
+      const int source = __ffs(static_cast<int>(left)) - 1;
+      if (HasNested<TermsOf> && (terms.nested >> source & 1U) != 0) {
+#pragma unroll
+        for (int u = 0; u < kPerLane; ++u) Add<false>(total[u], nested.of[u], 1);
+        continue;
+      }
+      const float weight = kWeigh ? __shfl_sync(kFullWarp, terms.weight, source) : 1.0F;
+      Await(add_stage_);
+      const uint4* words = stages_[add_stage_];
+#pragma unroll
+      for (int u = 0; u < kPerLane; ++u) {
+        const int32_t i = u * kWarpSize + lane;
+        // Whole words, which the compiler would else load element by element, in four-fold
+        // conflict.
+        if (i < size) Add<kWeigh>(total[u], std::bit_cast<V>(words[i]), weight);
+      }
+      __syncwarp();  // all have read the stage that is loaded next
+      Load();
+      add_stage_ = (add_stage_ + 1) % kStages;
+    }
+    Pieces sums;
+#pragma unroll
+    for (int u = 0; u < kPerLane; ++u) sums.of[u] = Cast<T>(total[u], terms.poisoned);
+    return sums;
+  }
 
   __device__ static uint32_t Shared(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
   }
   __device__ uint32_t Barrier(int stage) const { return Shared(barriers_ + stage); }
 
-  // The terms of the next item that has any, and which bytes of their rows.
+  __device__ Terms TermsToLoad() const {
+    const int64_t row = segments_.row_of(to_load_);
+    if constexpr (HasNested<TermsOf>) {
+      if (loads_nested_) return terms_of_.Nested(row);
+    }
+    return terms_of_(row);
+  }
+  __device__ void Advance() {
+    if (!loads_nested_) to_load_ += gridDim.x;
+    loads_nested_ = HasNested<TermsOf> && !loads_nested_;
+  }
+
+  // The next terms that there are to load, and which bytes of their rows.
   __device__ void FindTerms() {
-    for (; to_load_ < num_items_; to_load_ += gridDim.x) {
-      loading_ = terms_of_(segments_.row_of(to_load_));
+    for (; to_load_ < num_items_; Advance()) {
+      loading_ = TermsToLoad();
       if (loading_.present == 0) continue;
       const int32_t segment = segments_.segment_of(to_load_);
       const int32_t begin = segments_.begin(segment);
@@ -124,7 +156,7 @@ class BulkSum {
     load_stage_ = (load_stage_ + 1) % kStages;
     loading_.present &= loading_.present - 1;
     if (loading_.present != 0) return;
-    to_load_ += gridDim.x;
+    Advance();
     FindTerms();
   }
 
@@ -153,7 +185,8 @@ class BulkSum {
   int load_stage_ = 0;
   int add_stage_ = 0;
   int64_t to_load_;  // item
-  Terms loading_;    // those of its terms that are still to be sent for
+  bool loads_nested_ = HasNested<TermsOf>;
+  Terms loading_;  // those of its terms that are still to be sent for
   int32_t load_bytes_;
 };
 

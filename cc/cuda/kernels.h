@@ -6,6 +6,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <optional>
 
 #include "cc/cuda/device_state.h"
 #include "cc/operands.h"
@@ -115,14 +116,20 @@ void LaunchUnpackTokensDequantized(const RankView& view, const TokensOut& out, c
 
 // pack_sums.cu
 
+// Rows of experts, to be summed by token.
+struct ExpertRows {
+  const std::byte* y;
+  const float* weights;  // null for a plain sum
+  LayoutIn layout;
+};
+
 // Sums of expert rows into messages, then posts them: PackSums of cc/cpu/reduce.h.
 struct PackSumsArgs {
   BeginArgs begin;
   Matrix matrix;
-  const std::byte* y;
-  const float* weights;       // null for a plain sum
+  ExpertRows rows;
   const float* weight_grads;  // null unless kind is kDispatchBackward
-  LayoutIn layout;
+  bool leaves_own;            // the recv sums our own rows
 };
 void LaunchPackSums(const RankView& view, const PackSumsArgs& args, cudaStream_t stream);
 
@@ -135,7 +142,8 @@ struct SumArgs {
   const int32_t* topk_idx;
   int64_t num_tokens;
   std::byte* out;
-  float* weight_grads;  // null in the forward pass
+  float* weight_grads;            // null in the forward pass
+  std::optional<ExpertRows> own;  // what the send had, if it left our own rows
 };
 void LaunchSum(const RankView& view, const SumArgs& args, cudaStream_t stream);
 

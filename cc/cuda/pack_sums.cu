@@ -4,6 +4,7 @@
 
 #include "cc/cuda/begin.cuh"
 #include "cc/cuda/bulk_sum.cuh"
+#include "cc/cuda/expert_terms.cuh"
 #include "cc/cuda/kernels.h"
 #include "cc/cuda/launch.h"
 #include "cc/cuda/post.cuh"
@@ -20,7 +21,7 @@ __global__ void BeginPackSumsKernel(const RankView view, const PackSumsArgs args
   AdmitNext();
   if (state->current.failed == kNothing) return;
   for (int32_t dst = threadIdx.x; dst < view.config.ep_size; dst += blockDim.x) {
-    const int32_t num_rows = args.layout.num_rows_from[dst];
+    const int32_t num_rows = args.rows.layout.num_rows_from[dst];
     if (num_rows < 0 || num_rows > view.config.max_tokens) {
       Raise(view, args.begin.op, {FaultCode::kLayoutCount, dst, 0, num_rows});
       state->current.failed = kEmpty;
@@ -51,36 +52,18 @@ __global__ void BeginPackSumsKernel(const RankView view, const PackSumsArgs args
   state->first_row[view.config.ep_size] = next;
 }
 
-// This lane's term: the k-th expert row of token row i.
-__device__ Terms TermsOf(const RankView& view, const PackSumsArgs& args, int64_t i) {
-  const int k = threadIdx.x % kWarpSize;
-  int32_t row = k < args.layout.fanout ? args.layout.rows[i * args.layout.fanout + k] : -1;
-  const bool bad = row < -1 || row >= args.layout.num_rows;
-  if (bad) {
-    Raise(view, args.begin.op, {FaultCode::kLayout, -1, args.layout.num_rows, row});
-    row = -1;
-  }
-  Terms terms;
-  terms.poisoned = __any_sync(kFullWarp, bad) != 0;
-  terms.present = __ballot_sync(kFullWarp, row >= 0);
-  if (row < 0) return terms;
-  terms.row = args.y + row * args.matrix.row_bytes();
-  if (args.weights != nullptr) terms.weight = args.weights[row];
-  return terms;
-}
-
 // Token rows in the order in which they are summed: those for the next rank of the ring first, for
-// ourselves last.
+// ourselves last, or left.
 struct RingOrder {
   int64_t first;
+  int64_t end;
   int64_t count;
 
-  __device__ explicit RingOrder(const RankView& view)
+  __device__ RingOrder(const RankView& view, bool leaves_own)
       : first(view.state->first_row[(view.rank + 1) % view.config.ep_size]),
-        count(view.state->first_row[view.config.ep_size]) {}
-  __device__ int64_t row(int64_t i) const {
-    return first + i < count ? first + i : first + i - count;
-  }
+        end(view.state->first_row[view.config.ep_size]),
+        count(leaves_own ? end - view.state->num_rows[view.rank] : end) {}
+  __device__ int64_t row(int64_t i) const { return first + i < end ? first + i : first + i - end; }
 };
 
 // The message for one rank after the other, and of the first a part ahead of the rest, so that the
@@ -100,8 +83,10 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
   const int32_t ep_size = view.config.ep_size;
   const int32_t top_k = view.config.top_k;
   const Steps steps(view.state);
-  const RingOrder order(view);
-  const auto terms_of = [&](int64_t i) { return TermsOf(view, args, order.row(i)); };
+  const RingOrder order(view, args.leaves_own);
+  const auto terms_of = [&](int64_t i) {
+    return ExpertTerms(view, args.begin.op, args.rows, args.matrix.row_bytes(), order.row(i));
+  };
   SumOf<T, kWidth, kWeighted, kBulk, decltype(terms_of)> sum(args.matrix, order.count, terms_of);
   int64_t item = warps.index;
   int64_t before = 0;  // rows of the messages before
@@ -113,7 +98,7 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
     const int64_t first = state->first_row[dst];
     for (int part = header.first_part > 0 ? 0 : kLastPart; part < kNumParts; ++part) {
       const int64_t rows = part == kLastPart ? header.num_rows : header.first_part;
-      const int64_t end = (before + rows) * sum.segments().per_row;
+      const int64_t end = min(before + rows, order.count) * sum.segments().per_row;
       for (; current.failed == kOk && item < end; item += warps.count) {
         const int64_t token_row = order.row(sum.segments().row_of(item));
         const int64_t row = token_row - first;
@@ -155,7 +140,7 @@ struct Launch {
   }
   template <typename T, int kWidth>
   void operator()() const {
-    args.weights != nullptr ? Run<T, kWidth, true>() : Run<T, kWidth, false>();
+    args.rows.weights != nullptr ? Run<T, kWidth, true>() : Run<T, kWidth, false>();
   }
 };
 

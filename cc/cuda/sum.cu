@@ -2,7 +2,10 @@
 
 #include <cuda_runtime.h>
 
+#include <type_traits>
+
 #include "cc/cuda/bulk_sum.cuh"
+#include "cc/cuda/expert_terms.cuh"
 #include "cc/cuda/kernels.h"
 #include "cc/cuda/launch.h"
 #include "cc/cuda/sums.cuh"
@@ -42,6 +45,36 @@ class TokenRows {
   int64_t row_stride_ = 0;
 };
 
+// The same where our own message was left without rows: what would be one of them is summed here,
+// from the expert rows.
+class TokenRowsAndOwn {
+ public:
+  __device__ TokenRowsAndOwn(const RankView& view, const SumArgs& args)
+      : messages_(view), view_(view), args_(args) {
+    for (int32_t rank = 0; rank < view.rank; ++rank) {
+      first_row_ += args.own->layout.num_rows_from[rank];
+    }
+  }
+
+  __device__ Terms operator()(int64_t token) const {
+    Terms terms = messages_(token);
+    terms.nested = terms.present & 1U << view_.rank;
+    terms.present ^= terms.nested;
+    return terms;
+  }
+  __device__ Terms Nested(int64_t token) const {
+    const int32_t row = view_.row_of[token * view_.config.ep_size + view_.rank];
+    if (row < 0) return {};
+    return ExpertTerms(view_, args_.op, *args_.own, args_.matrix.row_bytes(), first_row_ + row);
+  }
+
+ private:
+  TokenRows messages_;
+  const RankView& view_;
+  const SumArgs& args_;
+  int64_t first_row_ = 0;  // of ours, among the token rows of all ranks
+};
+
 // Each weight's gradient lies in the message of the rank that owns its expert.
 __device__ void TakeWeightGrads(const RankView& view, const SumArgs& args, int64_t token) {
   const int32_t top_k = view.config.top_k;
@@ -68,15 +101,22 @@ __device__ void PoisonRow(const RankView& view, const SumArgs& args, int64_t tok
   }
 }
 
-template <typename T, int kWidth, bool kBulk>
+template <typename T, int kWidth, bool kSumsOwn, bool kBulk>
 __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
     SumKernel(const RankView view, const SumArgs args) {
   AwaitPrevious();
   const Current current = view.state->current;
   const Warps warps = WarpsOfGrid();
   if (current.failed == kOk) {
-    const TokenRows terms_of(view);
-    SumOf<T, kWidth, false, kBulk, TokenRows> sum(args.matrix, args.num_tokens, terms_of);
+    const auto terms_of = [&] {
+      if constexpr (kSumsOwn) {
+        return TokenRowsAndOwn(view, args);
+      } else {
+        return TokenRows(view);
+      }
+    }();
+    SumOf<T, kWidth, false, kBulk, std::remove_const_t<decltype(terms_of)>> sum(
+        args.matrix, args.num_tokens, terms_of);
     for (int64_t item = warps.index; item < sum.num_items(); item += warps.count) {
       const int64_t token = sum.segments().row_of(item);
       sum.Sum(item, args.out + token * args.matrix.row_bytes());
@@ -97,21 +137,25 @@ struct Launch {
   const SumArgs& args;
   cudaStream_t stream;
 
-  template <typename T, int kWidth, bool kBulk>
+  template <typename T, int kWidth, bool kSumsOwn, bool kBulk>
   void Run() const {
     constexpr int kThreads = kSumThreads<kBulk>;
-    const auto kernel = SumKernel<T, kWidth, kBulk>;
+    const auto kernel = SumKernel<T, kWidth, kSumsOwn, kBulk>;
     static const int most = FullGrid(kernel, kThreads);
     const Segments segments(args.matrix.row_bytes(), kSumWords<kBulk>);
     const int64_t warps = args.num_tokens * segments.per_row;
     EnqueueBehind(kernel, {BlocksFor(warps, most, kThreads), kThreads}, stream, view, args);
   }
+  template <typename T, int kWidth, bool kSumsOwn>
+  void Run() const {
+    if constexpr (kWidth > 1) {
+      if (GoesInBulk(args.matrix)) return Run<T, kWidth, kSumsOwn, true>();
+    }
+    Run<T, kWidth, kSumsOwn, false>();
+  }
   template <typename T, int kWidth>
   void operator()() const {
-    if constexpr (kWidth > 1) {
-      if (GoesInBulk(args.matrix)) return Run<T, kWidth, true>();
-    }
-    Run<T, kWidth, false>();
+    args.own ? Run<T, kWidth, true>() : Run<T, kWidth, false>();
   }
 };
 
@@ -119,9 +163,14 @@ struct LoadAll {
   cudaError_t* error;
   template <typename T, int kWidth>
   void operator()() const {
-    if (*error == cudaSuccess) *error = Load(SumKernel<T, kWidth, false>);
+    LoadBoth<T, kWidth, true>();
+    LoadBoth<T, kWidth, false>();
+  }
+  template <typename T, int kWidth, bool kSumsOwn>
+  void LoadBoth() const {
+    if (*error == cudaSuccess) *error = Load(SumKernel<T, kWidth, kSumsOwn, false>);
     if constexpr (kWidth > 1) {
-      if (*error == cudaSuccess) *error = Load(SumKernel<T, kWidth, true>);
+      if (*error == cudaSuccess) *error = Load(SumKernel<T, kWidth, kSumsOwn, true>);
     }
   }
 };

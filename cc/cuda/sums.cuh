@@ -17,6 +17,15 @@ struct Terms {
   const std::byte* row = nullptr;  // this lane's
   float weight = 1;                // this lane's
   bool poisoned = false;           // the sum is NaN; the same in all lanes
+  unsigned nested = 0;             // the bit of a lane whose term is a sum itself; 0 for none
+};
+
+// terms_of(row) are the terms of a row of the result, by all lanes of a warp. Where it may say
+// `nested`, terms_of.Nested(row) are those of that sum, which are weighted, and are summed and cast
+// before the lane's turn.
+template <typename TermsOf>
+concept HasNested = requires(const TermsOf& terms_of) {
+  terms_of.Nested(int64_t{0});
 };
 
 // total += weight * loaded. kWeighted false: without the weight.
@@ -44,7 +53,7 @@ inline constexpr int kDirectLoads = 2;  // in flight
 inline constexpr int32_t kDirectWords = kDirectLoads * kWarpSize;
 
 // out = sum over the terms of weight * row, from zero, in float32, cast once: a segment of a row at
-// a time, read from memory into registers. `terms_of(row)` is called by all lanes of a warp.
+// a time, read from memory into registers.
 template <typename T, int kWidth, bool kWeighted, typename TermsOf>
 class DirectSum {
  public:
@@ -62,36 +71,61 @@ class DirectSum {
 
   // The segment that `item` numbers, of the row that begins at `out`.
   __device__ void Sum(int64_t item, std::byte* out) const {
-    using V = Vector<T, kWidth>;
-    const int lane = threadIdx.x % kWarpSize;
-    const Terms terms = terms_of_(segments_.row_of(item));
+    const int64_t row = segments_.row_of(item);
+    const Terms terms = terms_of_(row);
+    Terms nested;
+    if constexpr (HasNested<TermsOf>) nested = terms_of_.Nested(row);
     const int32_t segment = segments_.segment_of(item);
     const int32_t end = kWidth == 1 ? num_vectors_ : segments_.end(segment);
     for (int32_t first = kWidth == 1 ? 0 : segments_.begin(segment); first < end;
          first += kLoads * kWarpSize) {
-      float total[kLoads][kWidth] = {};
-      for (unsigned left = terms.present; left != 0; left &= left - 1) {
-        const int source = __ffs(static_cast<int>(left)) - 1;
-        const auto* row = reinterpret_cast<const V*>(ShufflePointer(terms.row, source));
-        const float weight = kWeighted ? __shfl_sync(kFullWarp, terms.weight, source) : 1.0F;
-        V loaded[kLoads];
-#pragma unroll
-        for (int u = 0; u < kLoads; ++u) {
-          const int32_t i = first + u * kWarpSize + lane;
-          if (i < end) loaded[u] = row[i];
-        }
-#pragma unroll
-        for (int u = 0; u < kLoads; ++u) Add<kWeighted>(total[u], loaded[u], weight);
-      }
+      Loads sums = {};
+      if constexpr (HasNested<TermsOf>) sums = SumOfTerms<true>(nested, sums, first, end);
+      sums = SumOfTerms<kWeighted>(terms, sums, first, end);
 #pragma unroll
       for (int u = 0; u < kLoads; ++u) {
-        const int32_t i = first + u * kWarpSize + lane;
-        if (i < end) reinterpret_cast<V*>(out)[i] = Cast<T>(total[u], terms.poisoned);
+        const int32_t i = first + u * kWarpSize + threadIdx.x % kWarpSize;
+        if (i < end) reinterpret_cast<V*>(out)[i] = sums.of[u];
       }
     }
   }
 
  private:
+  using V = Vector<T, kWidth>;
+  struct Loads {
+    V of[kLoads];
+  };
+
+  // Of this lane's vectors from `first` on; `nested` is what the nested term is.
+  template <bool kWeigh>
+  __device__ Loads SumOfTerms(const Terms& terms, const Loads& nested, int32_t first,
+                              int32_t end) const {
+    const int lane = threadIdx.x % kWarpSize;
+    float total[kLoads][kWidth] = {};
+    for (unsigned left = terms.present | terms.nested; left != 0; left &= left - 1) {
+      const int source = __ffs(static_cast<int>(left)) - 1;
+      if (HasNested<TermsOf> && (terms.nested >> source & 1U) != 0) {
+#pragma unroll
+        for (int u = 0; u < kLoads; ++u) Add<false>(total[u], nested.of[u], 1);
+        continue;
+      }
+      const auto* row = reinterpret_cast<const V*>(ShufflePointer(terms.row, source));
+      const float weight = kWeigh ? __shfl_sync(kFullWarp, terms.weight, source) : 1.0F;
+      V loaded[kLoads];
+#pragma unroll
+      for (int u = 0; u < kLoads; ++u) {
+        const int32_t i = first + u * kWarpSize + lane;
+        if (i < end) loaded[u] = row[i];
+      }
+#pragma unroll
+      for (int u = 0; u < kLoads; ++u) Add<kWeigh>(total[u], loaded[u], weight);
+    }
+    Loads sums;
+#pragma unroll
+    for (int u = 0; u < kLoads; ++u) sums.of[u] = Cast<T>(total[u], terms.poisoned);
+    return sums;
+  }
+
   Segments segments_;
   int32_t num_vectors_;
   int64_t num_items_;

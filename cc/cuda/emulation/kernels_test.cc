@@ -255,16 +255,18 @@ std::string NameOf(const testing::TestParamInfo<Case>& info) {
          (which.held_up ? "HeldUp" : "") + (which.float8_wire ? "Float8" : "");
 }
 
-INSTANTIATE_TEST_SUITE_P(
-    All, KernelsTest,
-    testing::Values(Case{1, 5, 8}, Case{2, 1, 7}, Case{2, 40, 8}, Case{3, 40, 7}, Case{4, 33, 64},
-                    Case{8, 20, 8}, Case{4, 20, 8, Routing::kEverywhere},
-                    Case{4, 20, 8, Routing::kToFirstRank}, Case{3, 40, 600}, Case{4, 20, 7, Routing::kNowhere},
-                    Case{2, 40, 8, Routing::kAnywhere, 50}, Case{4, 20, 7, Routing::kAnywhere, 0},
-                    Case{2, 12, 8, Routing::kAnywhere, -1, true},
-                    Case{3, 20, 200, Routing::kAnywhere, -1, false, true},
-                    Case{2, 20, 256, Routing::kEverywhere, -1, false, true}),
-    NameOf);
+INSTANTIATE_TEST_SUITE_P(All, KernelsTest,
+                         testing::Values(Case{1, 5, 8}, Case{2, 1, 7}, Case{2, 40, 8},
+                                         Case{3, 40, 7}, Case{4, 33, 64}, Case{8, 20, 8},
+                                         Case{4, 20, 8, Routing::kEverywhere},
+                                         Case{4, 20, 8, Routing::kToFirstRank}, Case{3, 40, 600},
+                                         Case{4, 20, 7, Routing::kNowhere},
+                                         Case{2, 40, 8, Routing::kAnywhere, 50},
+                                         Case{4, 20, 7, Routing::kAnywhere, 0},
+                                         Case{2, 12, 8, Routing::kAnywhere, -1, true},
+                                         Case{3, 20, 200, Routing::kAnywhere, -1, false, true},
+                                         Case{2, 20, 256, Routing::kEverywhere, -1, false, true}),
+                         NameOf);
 
 TEST(KernelsInPartsTest, LargeMessagesComeInParts) {
   const Case which{3, 300, 4096};

@@ -183,19 +183,19 @@ Array<TokenArrays> Ops::DispatchByTokens() {
   return results;
 }
 
-void Ops::SendSums(Op op, Kind kind, int32_t rank, const Floats& y, const float* weights,
+void Ops::SendSums(Op op, Kind kind, int32_t rank, const ExpertRows& rows,
                    const float* weight_grads) {
   LaunchPackSums(group_.view(rank),
                  {{op, kind, nullptr, of(rank).token.data()},
                   matrix(),
-                  Bytes(y),
-                  weights,
+                  rows,
                   weight_grads,
-                  LayoutOf(rank)},
+                  kind == Kind::kCombine},
                  nullptr);
 }
 
-Floats Ops::ReceiveSums(Op op, Kind kind, int32_t rank, float* weight_grads) {
+Floats Ops::ReceiveSums(Op op, Kind kind, int32_t rank, const std::optional<ExpertRows>& own,
+                        float* weight_grads) {
   Arrays& a = of(rank);
   const RankView& view = group_.view(rank);
   Floats sums(a.x.size(), NAN);
@@ -205,21 +205,23 @@ Floats Ops::ReceiveSums(Op op, Kind kind, int32_t rank, float* weight_grads) {
   LaunchWait(view,
              {op, kind, row_bytes(), view.state->routed_rows, a.token.data(), true, false, -1},
              nullptr);
-  LaunchSum(view, {op, matrix(), a.idx.data(), case_.num_tokens, Bytes(sums), weight_grads},
+  LaunchSum(view, {op, matrix(), a.idx.data(), case_.num_tokens, Bytes(sums), weight_grads, own},
             nullptr);
   AwaitKernels();
   return sums;
 }
 
 std::vector<Floats> Ops::Combine(const std::vector<Floats>& y, bool weighted) {
+  std::vector<ExpertRows> rows;
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
     const float* weights = weighted ? of(rank).row_weights.data() : nullptr;
-    SendSums(Op::kCombineSend, Kind::kCombine, rank, y[rank], weights, nullptr);
+    rows.push_back({Bytes(y[rank]), weights, LayoutOf(rank)});
+    SendSums(Op::kCombineSend, Kind::kCombine, rank, rows.back(), nullptr);
   }
   Move();
   std::vector<Floats> sums;
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
-    sums.push_back(ReceiveSums(Op::kCombineRecv, Kind::kCombine, rank, nullptr));
+    sums.push_back(ReceiveSums(Op::kCombineRecv, Kind::kCombine, rank, rows[rank], nullptr));
   }
   return sums;
 }
@@ -228,15 +230,15 @@ std::vector<Floats> Ops::DispatchBackward(const std::vector<Floats>& y,
                                           const std::vector<Floats>& row_grads,
                                           std::vector<Floats>& weight_grads) {
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
-    SendSums(Op::kDispatchBackwardSend, Kind::kDispatchBackward, rank, y[rank], nullptr,
-             row_grads[rank].data());
+    SendSums(Op::kDispatchBackwardSend, Kind::kDispatchBackward, rank,
+             {Bytes(y[rank]), nullptr, LayoutOf(rank)}, row_grads[rank].data());
   }
   Move();
   std::vector<Floats> sums;
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
     weight_grads.emplace_back(of(rank).weights.size(), NAN);
     sums.push_back(ReceiveSums(Op::kDispatchBackwardRecv, Kind::kDispatchBackward, rank,
-                               weight_grads.back().data()));
+                               std::nullopt, weight_grads.back().data()));
   }
   return sums;
 }

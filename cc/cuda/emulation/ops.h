@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <random>
 #include <vector>
 
@@ -108,9 +109,9 @@ class Ops {
   void Move();
   void SendDispatch(int32_t rank);
   void WaitForDispatch(int32_t rank, bool for_messages);
-  void SendSums(Op op, Kind kind, int32_t rank, const Floats& y, const float* weights,
-                const float* weight_grads);
-  Floats ReceiveSums(Op op, Kind kind, int32_t rank, float* weight_grads);
+  void SendSums(Op op, Kind kind, int32_t rank, const ExpertRows& rows, const float* weight_grads);
+  Floats ReceiveSums(Op op, Kind kind, int32_t rank, const std::optional<ExpertRows>& own,
+                     float* weight_grads);
 
   const Case case_;
   const Config config_;
