@@ -33,8 +33,8 @@ BAZEL_TEST := bazel test $(BAZEL_FLAGS) --test_tag_filters=-python --build_tests
 # Without it, JAX complains that the CUDA compiler of the set-up finds no CUDA libraries.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help debian setup build demo bench bench-processes bench-gpu bench-gpu-processes \
-  test test-gpu sanitize-gpu test-cc test-python test-sanitizers test-wheel \
+.PHONY: help debian setup build demo bench bench-processes bench-gpu bench-gpu-processes bench-kernels \
+  test test-gpu kernels-test sanitize-gpu test-cc test-python test-sanitizers test-wheel \
   lint lint-py lint-cc docs wheel clean
 .DELETE_ON_ERROR:
 
@@ -42,13 +42,14 @@ help:
 	@echo "make build            the extension, importable from $(VENV_PYTHON)"
 	@echo "make demo             train a small mixture-of-experts model on CPU devices"
 	@echo "make test             C++ tests, then Python tests"
-	@echo "make test-gpu         the Python tests on this machine's GPUs (with CUDA=1)"
+	@echo "make test-gpu         the tests on this machine's GPUs (with CUDA=1)"
 	@echo "make sanitize-gpu     every kernel under compute-sanitizer (with CUDA=1)"
 	@echo "make test-sanitizers  C++ tests under address, thread and undefined-behaviour sanitizers"
 	@echo "make test-wheel       a wheel built for GPUs runs on a machine without CUDA"
 	@echo "make bench            benchmarks on this machine's CPU"
 	@echo "make bench-processes  benchmarks of two processes on this machine's CPU (as root)"
 	@echo "make bench-gpu        benchmarks on this machine's GPUs (with CUDA=1)"
+	@echo "make bench-kernels    what SMs do of an exchange, on one GPU (with CUDA=1)"
 	@echo "make bench-gpu-processes  the same in one process and in one for each GPU, side by side"
 	@echo "make lint             ruff, mypy, clang-format, clang-tidy"
 	@echo "make docs             run what the documentation shows, write the API reference to out/docs"
@@ -111,6 +112,10 @@ bench-gpu: build
 bench-gpu-processes: build
 	JAX_PLATFORMS=cuda $(VENV_PYTHON) -m benchmarks.gpu_processes
 
+bench-kernels: setup
+	bazel build $(BAZEL_FLAGS) //benchmarks:kernels
+	bazel-bin/benchmarks/kernels
+
 test: test-cc test-python
 
 test-cc: setup
@@ -121,12 +126,20 @@ test-cc: setup
 test-python: build
 	$(VENV_PYTHON) -m pytest -n 3 --dist worksteal $(PYTEST_FLAGS)
 
-test-gpu: build
+# All ranks on one GPU.
+KERNELS_TEST := bazel-bin/cc/cuda/emulation/kernels_test_on_gpu
+kernels-test: setup
+	bazel build $(BAZEL_FLAGS) //cc/cuda/emulation:kernels_test_on_gpu
+
+test-gpu: build kernels-test
+	$(KERNELS_TEST)
 	JAX_PLATFORMS=cuda $(VENV_PYTHON) -m pytest -n 4 -m "not alone"
 	JAX_PLATFORMS=cuda $(VENV_PYTHON) -m pytest -n 0 -m alone
 
 SANITIZE := JAX_PLATFORMS=cuda PYTHONPATH=.:tests compute-sanitizer --error-exitcode 1
-sanitize-gpu: build
+sanitize-gpu: build kernels-test
+	$(SANITIZE) --tool memcheck $(KERNELS_TEST)
+	$(SANITIZE) --tool racecheck $(KERNELS_TEST)
 	$(SANITIZE) --tool memcheck --report-api-errors no $(VENV_PYTHON) tests/every_kernel.py
 	$(SANITIZE) --tool racecheck $(VENV_PYTHON) tests/every_kernel.py
 

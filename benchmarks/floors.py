@@ -12,12 +12,12 @@ from jax_sm_free.doctor.bandwidth import Bandwidths
 
 FORMULAS = """\
 floors (rows counted from the routing, of the rank that has most):
-  route + pack  (token rows read + rows written, one for each of a token's ranks) / local
+  route + pack  (token rows read + rows written, one for each message a token is in) / local
   wire          rows for other ranks / link
   unpack        (rows received, read + recv_capacity rows written) / local
-  reduce-pack   (expert rows of others' tokens read + their token rows written) / local
-  sum           (rows received and own expert rows, read + token rows written) / local;
-                in a gradient, which sends itself its own rows, those are reduce-pack's
+  reduce-pack   (expert rows of tokens in messages read + rows written) / local
+  sum           (rows received and own expert rows, read + token rows written) / local
+                no rank has a message for itself, but with a wire_dtype and in gradients
   spread        (rows received and expert rows, read + recv_capacity rows written) / local
   end to end    the longer of the wire and of all the others together
   exposed       all the others, and what the wire is longer than the GEMMs"""
@@ -62,9 +62,9 @@ def of_case(case: Case, load: Load, bandwidths: Bandwidths) -> Floors:
     def wire(num_bytes: np.ndarray) -> float:
         return float(num_bytes.max()) / bandwidths.link * 1e6 if bandwidths.link else 0.0
 
-    def there(sent_row: int) -> dict[str, float]:
+    def there(packed: np.ndarray, sent_row: int) -> dict[str, float]:
         return {
-            "route + pack": local(case.tokens * row + sent * sent_row),
+            "route + pack": local(case.tokens * row + packed * sent_row),
             "wire": wire((sent - own) * sent_row),
         }
 
@@ -79,12 +79,15 @@ def of_case(case: Case, load: Load, bandwidths: Bandwidths) -> Floors:
     spread = local((received + expert_rows + load.recv_capacity) * row)
     return Floors(
         {
-            "dispatch": {**there(dispatched), "unpack": unpack},
+            "dispatch": {
+                **there(sent if case.wire_dtype else sent - own, dispatched),
+                "unpack": unpack,
+            },
             "combine": back(
                 expert_rows - own_expert_rows, received - own, sent - own + own_expert_rows
             ),
             "dispatch gradient": back(expert_rows, received, sent),
-            "combine gradient": {**there(row), "spread": spread},
+            "combine gradient": {**there(sent, row), "spread": spread},
         }
     )
 

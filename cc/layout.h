@@ -10,8 +10,13 @@
 //   local_expert     i32 [num_rows, top_k]       x
 //   position         i32 [num_rows, top_k]       x
 //   weight           f32 [num_rows, top_k]       x                  x (its gradient)
+//   number           i32 [num_rows]              x (if common)
 //   rows             byte [num_rows, row_bytes]  x         x        x          x
 //                    each padded to kRowAlignment bytes
+//
+// Rows lie in order of tokens, and what belongs to them in the same order. On GPUs the messages of
+// a dispatch may have rows in common, of tokens that go to all other ranks; then these lie behind
+// the others, in each part of a message, and `number` says where a row is in order of tokens.
 //
 // `local_expert` is the expert's number on the destination, -1 for an expert that lives elsewhere.
 // `position` counts the rows of this (source, expert) pair in order of (token, k): the sender knows
@@ -39,12 +44,14 @@ inline constexpr int kNumKinds = 4;
 const char* KindName(Kind kind);
 
 struct MessageHeader {
-  int32_t kind = 0;        // Kind
-  int32_t num_rows = 0;    // token rows
-  int64_t row_bytes = 0;   // bytes of each
-  int64_t first_part = 0;  // rows that come ahead of the others, where messages come in parts
-  int64_t num_tokens = 0;  // of which the sender chose these rows, where it keeps its own
-  int64_t unused[4] = {};
+  int32_t kind = 0;          // Kind
+  int32_t num_rows = 0;      // token rows
+  int64_t row_bytes = 0;     // bytes of each
+  int64_t first_part = 0;    // rows that come ahead of the others, where messages come in parts
+  int64_t num_tokens = 0;    // of which the sender chose these rows, where it keeps its own
+  int32_t num_common = 0;    // rows that are the same in all messages to other ranks
+  int32_t first_common = 0;  // of these, the ones in the first part
+  int64_t unused[3] = {};
 };
 static_assert(sizeof(MessageHeader) == kPartAlignment);
 
@@ -54,6 +61,7 @@ struct MessageLayout {
   int64_t local_expert = 0;
   int64_t position = 0;
   int64_t weight = 0;
+  int64_t number = 0;
   int64_t rows = 0;
   int64_t row_stride = 0;  // from one row to the next
   int64_t total = 0;
@@ -74,7 +82,9 @@ constexpr MessageLayout LayoutOf(const Config& config, const MessageHeader& head
       layout.rows_per_expert + (routed ? RoundUp(expert_bytes, kPartAlignment) : 0);
   layout.position = layout.local_expert + (routed ? RoundUp(entry_bytes, kPartAlignment) : 0);
   layout.weight = layout.position + (routed ? RoundUp(entry_bytes, kPartAlignment) : 0);
-  layout.rows = layout.weight + (weighted ? RoundUp(entry_bytes, kPartAlignment) : 0);
+  layout.number = layout.weight + (weighted ? RoundUp(entry_bytes, kPartAlignment) : 0);
+  const int64_t number_bytes = int64_t{header.num_rows} * int64_t{sizeof(int32_t)};
+  layout.rows = layout.number + (header.num_common > 0 ? RoundUp(number_bytes, kPartAlignment) : 0);
   layout.total = layout.rows + RoundUp(header.num_rows * layout.row_stride, kPartAlignment);
   return layout;
 }
@@ -86,6 +96,7 @@ constexpr int64_t MaxMessageBytes(const Config& config) {
   header.kind = static_cast<int32_t>(Kind::kDispatch);
   header.num_rows = config.max_tokens;
   header.row_bytes = config.row_bytes;
+  header.num_common = config.max_tokens;
   return LayoutOf(config, header).total;
 }
 

@@ -22,13 +22,20 @@ MessageHeader Header(Kind kind, int32_t num_rows, int64_t row_bytes) {
 }
 
 std::vector<int64_t> Offsets(const MessageLayout& layout) {
-  return {layout.rows_per_expert, layout.local_expert, layout.position,
-          layout.weight,          layout.rows,         layout.total};
+  return {layout.rows_per_expert, layout.local_expert, layout.position, layout.weight,
+          layout.number,          layout.rows,         layout.total};
 }
 
 TEST(LayoutTest, DispatchHasEveryPart) {
   const MessageLayout layout = LayoutOf(kSmall, Header(Kind::kDispatch, 5, 10));
-  EXPECT_EQ(Offsets(layout), (std::vector<int64_t>{64, 128, 192, 256, 320, 448}));
+  EXPECT_EQ(Offsets(layout), (std::vector<int64_t>{64, 128, 192, 256, 320, 320, 448}));
+}
+
+TEST(LayoutTest, CommonRowsAddTheNumbersOfAllRows) {
+  MessageHeader header = Header(Kind::kDispatch, 5, 10);
+  header.num_common = 2;
+  const MessageLayout layout = LayoutOf(kSmall, header);
+  EXPECT_EQ(Offsets(layout), (std::vector<int64_t>{64, 128, 192, 256, 320, 384, 512}));
 }
 
 TEST(LayoutTest, CombineHasRowsAlone) {
@@ -69,7 +76,8 @@ TEST(LayoutTest, PartsOfAnySizeAreAlignedAndDoNotOverlap) {
     const int32_t num_local = 1 + below(40);
     const Config config{
         .ep_size = ep_size, .num_experts = ep_size * num_local, .top_k = 1 + below(32)};
-    const MessageHeader header = Header(kKinds[below(4)], below(300), below(5000));
+    MessageHeader header = Header(kKinds[below(4)], below(300), below(5000));
+    header.num_common = below(header.num_rows + 1);
     const MessageLayout layout = LayoutOf(config, header);
 
     for (const int64_t offset : Offsets(layout)) EXPECT_EQ(offset % kPartAlignment, 0);
@@ -80,7 +88,8 @@ TEST(LayoutTest, PartsOfAnySizeAreAlignedAndDoNotOverlap) {
     EXPECT_GE(layout.local_expert - layout.rows_per_expert, routed ? num_local * 4 : 0);
     EXPECT_GE(layout.position - layout.local_expert, routed ? entry_bytes : 0);
     EXPECT_GE(layout.weight - layout.position, routed ? entry_bytes : 0);
-    EXPECT_GE(layout.rows - layout.weight, weighted ? entry_bytes : 0);
+    EXPECT_GE(layout.number - layout.weight, weighted ? entry_bytes : 0);
+    EXPECT_GE(layout.rows - layout.number, header.num_common > 0 ? header.num_rows * 4 : 0);
     EXPECT_GE(layout.row_stride, header.row_bytes);
     EXPECT_GE(layout.total - layout.rows, header.num_rows * layout.row_stride);
   }
@@ -102,8 +111,11 @@ TEST(LayoutTest, MaxMessageBytesIsThatOfTheLargestMessage) {
     for (const Kind kind : kKinds) {
       for (int32_t num_rows = 0; num_rows <= max_tokens; ++num_rows) {
         for (int64_t row_bytes = 0; row_bytes <= config.row_bytes; ++row_bytes) {
-          const MessageLayout layout = LayoutOf(config, Header(kind, num_rows, row_bytes));
-          largest = std::max(largest, layout.total);
+          MessageHeader header = Header(kind, num_rows, row_bytes);
+          largest = std::max(largest, LayoutOf(config, header).total);
+          if (kind != Kind::kDispatch) continue;
+          header.num_common = num_rows;
+          largest = std::max(largest, LayoutOf(config, header).total);
         }
       }
     }

@@ -205,6 +205,7 @@ class Config:
             4 * entries,  # local expert of each (token row, k)
             4 * entries,  # position within the (source, expert) run
             4 * entries,  # weight
+            4 * self.max_tokens,  # number of each row, where rows are common
             self.max_tokens * round_up(self.row_bytes, _ROW_ALIGNMENT),
         )
         return sum(round_up(part, _PART_ALIGNMENT) for part in parts)

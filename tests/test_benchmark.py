@@ -122,7 +122,7 @@ def test_floors():
     load = Load(np.array([[8, 6], [7, 9]]), np.array([[12, 14], [8, 16]]), 32, 9, 5)
     found = floors.of_case(case, load, bandwidth.Bandwidths(1e9, 1e8))
     there, back = found.phases["dispatch"], found.phases["combine"]
-    assert there["route + pack"] == pytest.approx((10 + 16) * 0.2)
+    assert there["route + pack"] == pytest.approx((10 + 7) * 0.2)
     assert there["wire"] == pytest.approx(7 * 2)
     assert there["unpack"] == pytest.approx((15 + 32) * 0.2)
     assert back["reduce-pack"] == pytest.approx((14 + 6) * 0.2)
@@ -131,8 +131,10 @@ def test_floors():
     gradient = found.phases["dispatch gradient"]
     assert gradient["reduce-pack"] == pytest.approx((30 + 15) * 0.2)
     assert gradient["sum"] == pytest.approx((16 + 10) * 0.2)
+    assert found.phases["combine gradient"]["route + pack"] == pytest.approx((10 + 16) * 0.2)
     assert found.phases["combine gradient"]["spread"] == pytest.approx((15 + 30 + 32) * 0.2)
-    assert found.end_to_end("dispatch") == pytest.approx(14.6)
+    assert found.end_to_end("dispatch") == pytest.approx(7 * 2)
+    assert found.end_to_end("combine gradient") == pytest.approx((10 + 16 + 15 + 30 + 32) * 0.2)
     assert found.exposed("combine", 4.0) == pytest.approx(4 + 6.6 + 10)
     assert floors.of_case(case, load, bandwidth.Bandwidths(1e9, None)).wire("combine") == 0
 

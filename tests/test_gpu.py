@@ -252,7 +252,8 @@ def thousand_exchanges(api, x, topk_idx, weights):
 
 
 def test_a_thousand_exchanges_of_random_routing():
-    config = dataclasses.replace(CONFIG, hidden=512, max_tokens=128, top_k=2, dtype=jnp.bfloat16)
+    sizes = {"hidden": 512, "max_tokens": 128, "top_k": 2, "recv_capacity": None}
+    config = dataclasses.replace(CONFIG, dtype=jnp.bfloat16, **sizes)
     rng = np.random.default_rng(3)
     shape = (config.ep_size, STEPS, config.max_tokens, config.top_k)
     topk_idx = rng.integers(0, config.num_experts, shape, np.int32)

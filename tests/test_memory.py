@@ -123,7 +123,7 @@ def test_estimates_of_a_large_configuration():
         ep_size=8, hidden=7168, num_experts=256, top_k=8, max_tokens=4096, recv_capacity=40000
     )
     rows = 4096 * 7168 * 2
-    message = rows + 3 * 4096 * 8 * 4 + 32 * 4 + 64
+    message = rows + 3 * 4096 * 8 * 4 + 4096 * 4 + 32 * 4 + 64
     assert config.message_bytes == message
     estimate = smf.estimate_memory(config)
     assert estimate.messages == 2 * 8 * message

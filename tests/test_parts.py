@@ -14,7 +14,12 @@ from support import make_config, make_inputs, make_rows
 pytestmark = pytest.mark.gpu_only
 
 # 4.5 MB of rows on each rank, one tile of tokens more in one half than in the other.
-CONFIG = make_config(num_experts=2 * support.SOME_RANKS, hidden=1024, max_tokens=1100)
+CONFIG = make_config(
+    num_experts=2 * support.SOME_RANKS,
+    top_k=support.SOME_RANKS + 1,
+    hidden=1024,
+    max_tokens=1100,
+)
 QUANTISED = dataclasses.replace(CONFIG, hidden=4096, wire_dtype=jnp.float8_e4m3fn)
 FIRST, SECOND = slice(0, 550), slice(550, None)
 
@@ -29,12 +34,26 @@ def stays(inputs, tokens):
     return x, topk_idx, weights
 
 
+def everywhere(inputs, tokens):
+    """The same inputs, but these tokens go to every rank: messages have their rows in common."""
+    x, topk_idx, weights = inputs
+    ranks = np.arange(CONFIG.top_k, dtype=np.int32) % CONFIG.ep_size
+    topk_idx = topk_idx.copy()
+    topk_idx[:, tokens] = ranks * CONFIG.num_local_experts + topk_idx[:, tokens] % 2
+    return x, topk_idx, weights
+
+
 ROUTINGS = {
     "uniform": lambda: make_inputs(CONFIG, seed=1),
     "all_to_one_rank": lambda: make_inputs(CONFIG, seed=2, how="all_to_one_rank"),
     "nobody_sends": lambda: make_inputs(CONFIG, seed=3, how="nobody_sends"),
     "first_part_is_empty": lambda: stays(make_inputs(CONFIG, seed=4), FIRST),
     "second_part_is_empty": lambda: stays(make_inputs(CONFIG, seed=5), SECOND),
+    "all_to_all_ranks": lambda: everywhere(make_inputs(CONFIG, seed=6), slice(None)),
+    "nearly_all": lambda: everywhere(make_inputs(CONFIG, seed=7), slice(100, None)),
+    "nearly_all_and_some_stay": lambda: stays(
+        everywhere(make_inputs(CONFIG, seed=8), slice(None)), slice(0, None, 9)
+    ),
 }
 
 

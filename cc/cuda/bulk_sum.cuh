@@ -20,17 +20,19 @@ namespace jax_sm_free::cuda {
 inline constexpr int kBulkPerLane = 4;
 inline constexpr int32_t kBulkWords = kBulkPerLane * kWarpSize;
 
-// As DirectSum, for blocks of one warp and rows of whole 16-byte words; Sum is called for items
-// blockIdx.x, blockIdx.x + gridDim.x, ... in order, all of them. The terms of each are asked for
-// twice: when its rows are sent for, and when they are added.
+// As DirectSum, for blocks of one warp and rows of whole 16-byte words; Sum is called for the items
+// warps.index, warps.index + warps.count, ... in order, all of them. The terms of each are asked
+// for twice: when its rows are sent for, and when they are added.
 template <typename T, bool kWeighted, typename TermsOf>
 class BulkSum {
  public:
-  __device__ BulkSum(const Matrix& matrix, int64_t num_rows, const TermsOf& terms_of)
+  __device__ BulkSum(const Matrix& matrix, int64_t num_rows, const Warps& warps,
+                     const TermsOf& terms_of)
       : segments_(matrix.row_bytes(), kWords),
         num_items_(num_rows * segments_.per_row),
         terms_of_(terms_of),
-        to_load_(blockIdx.x) {
+        num_warps_(warps.count),
+        to_load_(warps.index) {
     __shared__ __align__(128) uint4 stages[kStages][kWords];
     __shared__ __align__(8) uint64_t barriers[kStages];
     stages_ = stages;
@@ -120,7 +122,7 @@ class BulkSum {
     return terms_of_(row);
   }
   __device__ void Advance() {
-    if (!loads_nested_) to_load_ += gridDim.x;
+    if (!loads_nested_) to_load_ += num_warps_;
     loads_nested_ = HasNested<TermsOf> && !loads_nested_;
   }
 
@@ -179,6 +181,7 @@ class BulkSum {
   Segments segments_;
   int64_t num_items_;
   const TermsOf& terms_of_;
+  int64_t num_warps_;
   uint4 (*stages_)[kWords];
   uint64_t* barriers_;
   uint32_t phases_ = 0;  // a bit for each stage: the parity that its load completes

@@ -60,9 +60,10 @@ void Courier::Send(const RankView& view, const CopyOrder& order) {
   const RegionLayout& regions = view.regions;
   std::byte* own = view.base[view.rank];
   const int64_t in = int64_t{order.slot} * view.config.ep_size + view.rank;
-  const std::byte* source = own + StageOffset(view, order.slot, view.rank, order.dst) + order.begin;
-  std::byte* target = own + regions.recv + in * regions.message_bytes + order.begin;
-  nvshmem_->Put(target, source, order.end - order.begin, pes_[order.dst]);
+  std::byte* target = own + regions.recv + in * regions.message_bytes;
+  for (const Piece& piece : PiecesOf(view, order)) {
+    nvshmem_->Put(target + piece.begin, own + piece.source, piece.bytes, pes_[order.dst]);
+  }
   nvshmem_->PutSignal(own + regions.signals + in * 8, order.signal, pes_[order.dst]);
 }
 

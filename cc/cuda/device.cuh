@@ -39,6 +39,11 @@ __device__ inline std::byte* OutMessage(const RankView& view, int32_t slot, int3
   return view.base[view.rank] + StageOffset(view, slot, view.rank, dst);
 }
 
+// The message of `source` that has the rows which all of its messages have in common.
+__device__ inline std::byte* CommonMessage(const RankView& view, int32_t slot, int32_t source) {
+  return view.base[source] + StageOffset(view, slot, source, (source + 1) % view.config.ep_size);
+}
+
 __device__ inline uint64_t* Signal(const RankView& view, int32_t slot, int32_t source) {
   return reinterpret_cast<uint64_t*>(view.base[view.rank] + view.regions.signals) +
          MessageIndex(view, slot, source);
@@ -171,10 +176,18 @@ __device__ inline bool IsLastBlock(DeviceState* state) {
   return last;
 }
 
-// Finds the last warp of the grid to finish a step of the kernel, of which there are at most
-// kMaxSteps. Nobody waits: other warps go on with the next step. The warps of a block are counted
-// in its shared memory, so that one atomic of each block meets those of all others. One of these to
-// a kernel, made by all threads.
+// The first block of a grid may be its watch: it waits until the others have ended a step of the
+// kernel, of which there are at most kMaxSteps, and does what then is to be done. The others count
+// and go on: for one of them to find out whether it is the last would take as long as the memory
+// that all of them fill takes to answer. They work as Workers says.
+__device__ inline bool IsWatch() { return blockIdx.x == 0; }
+__device__ inline Warps Workers() {
+  const int64_t per_block = blockDim.x / kWarpSize;
+  return {(int64_t{blockIdx.x} - 1) * per_block + threadIdx.x / kWarpSize,
+          (int64_t{gridDim.x} - 1) * per_block};
+}
+
+// One of these to a kernel, made by all threads.
 class Steps {
  public:
   __device__ explicit Steps(DeviceState* state) : state_(state) {
@@ -184,18 +197,26 @@ class Steps {
     __syncthreads();
   }
 
-  // By all lanes of a warp; true in its first one alone. Everything that other warps wrote before
-  // is visible to it.
-  __device__ bool IsLastWarp(int step) const {
+  // By all lanes of a warp that works.
+  __device__ void End(int step) const {
     __syncwarp();
+    if (threadIdx.x % kWarpSize != 0) return;
     __threadfence_block();
-    if (threadIdx.x % kWarpSize != 0) return false;
-    if (atomicAdd_block(warps_done_ + step, 1U) != blockDim.x / kWarpSize - 1) return false;
-    __threadfence();
-    if (atomicAdd(&state_->steps_done[step], 1U) != gridDim.x - 1) return false;
-    state_->steps_done[step] = 0;
-    __threadfence();
-    return true;
+    const uint32_t before = atomicAdd_block(warps_done_ + step, 1U);
+    if (before != blockDim.x / kWarpSize - 1) return;
+    __threadfence_block();
+    CountRelease(state_->steps_done + step);
+  }
+
+  // By all lanes of a warp of the watch, once for each step. What was written in the step is then
+  // visible.
+  __device__ void Await(int step) const {
+    uint32_t* done = state_->steps_done + step;
+    if (threadIdx.x % kWarpSize == 0) {
+      while (LoadAcquire(done) != gridDim.x - 1) __nanosleep(100);
+      *done = 0;
+    }
+    __syncwarp();
   }
 
  private:

@@ -134,6 +134,7 @@ std::string DeviceBuffer::Allocate(int32_t device, const Place& place, std::byte
   take(view.own_token, false, int64_t{config.num_slots} * config.max_tokens);
   take(view.row_of, false, int64_t{config.max_tokens} * config.ep_size);
   take(view.tile_counts, false, (MaxTiles(config) + 1) * NumKeys(config));
+  take(view.common_before, false, config.max_tokens);
   take(view.group_row, false, num_runs);
   take(view.group_end, false, num_local);
   take(view.group_next, false, num_local);

@@ -13,7 +13,8 @@
 //            as soon as it is packed there
 //   notices  [num_slots, ep_size] headers and rows per expert, by source
 //   recv     [num_slots, ep_size] messages, by source
-//   stage    [num_slots, ep_size - 1] messages, by destination, around the ring
+//   stage    [num_slots, ep_size - 1] messages, by destination, around the ring; common rows in
+//            the first alone
 //
 // An exchange takes the first free slot, counted from its sequence number on, so that a slot rests
 // while its peers read it: the same one on all ranks, because all issue the same calls in the same
@@ -32,6 +33,7 @@
 #ifndef JAX_SM_FREE_CC_CUDA_DEVICE_STATE_H_
 #define JAX_SM_FREE_CC_CUDA_DEVICE_STATE_H_
 
+#include <array>
 #include <cstddef>
 #include <cstdint>
 
@@ -57,8 +59,8 @@ inline constexpr int kLastPart = kNumParts - 1;
 // Routing cuts the tokens into tiles of at most this many (token, k), a block and a histogram each.
 inline constexpr int kTileEntries = 512;
 
-// A tile counts its entries by expert, and its token rows by destination.
-constexpr int32_t NumKeys(const Config& config) { return config.num_experts + config.ep_size; }
+// A tile counts its entries by expert, its token rows by destination, and its common tokens.
+constexpr int32_t NumKeys(const Config& config) { return config.num_experts + config.ep_size + 1; }
 
 // Warps of a tile's block: fewer where a histogram for each would not fit shared memory.
 constexpr int32_t TileWarps(const Config& config) {
@@ -72,8 +74,8 @@ constexpr int64_t MaxTiles(const Config& config) {
   return (config.max_tokens + int64_t{TileTokens(config)} - 1) / TileTokens(config);
 }
 
-// Of a kernel: a message for each rank, the first in parts.
-inline constexpr int kMaxSteps = kMaxRanks + kNumParts - 1;
+// Of a kernel: a message for each other rank, the first in parts.
+inline constexpr int kMaxSteps = kMaxRanks + kNumParts - 2;
 
 struct RegionLayout {
   int64_t signals = 0;
@@ -146,11 +148,14 @@ struct Status {
 };
 
 // A copy to issue: bytes [begin, end) of the message for `dst` in `slot`, and the signal behind it.
+// Those from `common` on lie from common_at on in the sender's region.
 struct CopyOrder {
   int32_t dst;
   int32_t slot;
   int64_t begin;
   int64_t end;
+  int64_t common;
+  int64_t common_at;
   uint64_t signal;
 };
 
@@ -186,6 +191,59 @@ constexpr int32_t FirstPartRows(int32_t num_rows, int64_t row_bytes) {
   return GoInParts(num_rows, row_bytes) ? static_cast<int32_t>(int64_t{num_rows} * 3 / 8) : 0;
 }
 
+// Whether a dispatch stages the rows of its common tokens, which go to all other ranks, once for
+// all of them. What SMs write is less; for each part and destination there is a copy more, of some
+// 2 us.
+constexpr bool StagesOnce(const Config& config, int64_t num_common, int64_t num_tokens) {
+  return config.ep_size > 2 && num_common > 0 && 2 * num_common >= num_tokens;
+}
+
+// How the rows of a message lie, from its header: in each part the common ones last.
+struct Placing {
+  int32_t num_rows;
+  int32_t first_part;
+  int32_t num_common;
+  int32_t first_common;
+
+  // Places of the common rows of a part; they have the same order in all messages.
+  constexpr int32_t common_begin(int part) const {
+    return part == kLastPart ? num_rows - num_common + first_common : first_part - first_common;
+  }
+  constexpr int32_t common_end(int part) const { return part == kLastPart ? num_rows : first_part; }
+};
+constexpr Placing PlacingOf(const MessageHeader& header) {
+  return {header.num_rows, static_cast<int32_t>(header.first_part), header.num_common,
+          header.first_common};
+}
+
+// How many common tokens there are ahead of a token, and whether it is one itself: in one number,
+// ~count if it is.
+struct CommonBefore {
+  int32_t count;
+  bool is_one;
+
+  static constexpr CommonBefore Of(int32_t number) {
+    return number < 0 ? CommonBefore{~number, true} : CommonBefore{number, false};
+  }
+  constexpr int32_t number() const { return is_one ? ~count : count; }
+};
+
+// The place of a row, by its number in order of tokens.
+constexpr int32_t PlaceOf(const Placing& placing, int32_t number, const CommonBefore& common) {
+  if (placing.num_common == 0) return number;
+  const bool first = number < placing.first_part;
+  if (!common.is_one) return number - common.count + (first ? 0 : placing.first_common);
+  return first ? placing.common_begin(0) + common.count
+               : placing.common_begin(kLastPart) + common.count - placing.first_common;
+}
+
+// The place of the same row in another message of the send; -1 for one that is not common.
+constexpr int32_t PlaceInOther(const Placing& placing, int32_t place, const Placing& other) {
+  const int part = place < placing.first_part ? 0 : kLastPart;
+  const int32_t in_common = place - placing.common_begin(part);
+  return in_common < 0 ? -1 : other.common_begin(part) + in_common;
+}
+
 // One exchange while the kernels of one op pass it on.
 struct Current {
   uint64_t sequence;
@@ -203,7 +261,7 @@ struct DeviceState {
   uint64_t slot_sequence[kMaxSlots];
   int32_t slot_phase[kMaxSlots];   // SlotPhase
   uint32_t blocks_done;            // of the running kernel
-  uint32_t steps_done[kMaxSteps];  // blocks of the running kernel, with each of its steps
+  uint32_t steps_done[kMaxSteps];  // blocks of the running kernel that have ended each of its steps
   int32_t num_rows[kMaxRanks];     // of the messages being packed or unpacked, by peer
   unsigned long long bad_entry;    // of the running route: see there
   int32_t routed_rows[kMaxRanks];  // tokens that the last route sent to each rank
@@ -235,12 +293,13 @@ struct RankView {
   int32_t* own_token;  // [num_slots, max_tokens]: token of each row in the message to ourselves
 
   // Scratch, valid within one op.
-  int32_t* row_of;       // [max_tokens, ep_size]: row of a token in the message to a rank, or -1
-  int32_t* tile_counts;  // [tiles + 1, keys]: first place of each key in each tile; totals
-  int64_t* group_row;    // [ep_size, num_local_experts]: first expert row of a (source, expert) run
-  int64_t* group_end;    // [num_local_experts]: end of the rows kept
-  int64_t* group_next;   // [num_local_experts]: end of the group, padding included
-  uint8_t* covered;      // [max(recv_capacity, max_recv_tokens)]: rows that the layout names
+  int32_t* row_of;         // [max_tokens, ep_size]: row of a token in the message to a rank, or -1
+  int32_t* tile_counts;    // [tiles + 1, keys]: first place of each key in each tile; totals
+  int32_t* common_before;  // [max_tokens]: CommonBefore::number of each token
+  int64_t* group_row;   // [ep_size, num_local_experts]: first expert row of a (source, expert) run
+  int64_t* group_end;   // [num_local_experts]: end of the rows kept
+  int64_t* group_next;  // [num_local_experts]: end of the group, padding included
+  uint8_t* covered;     // [max(recv_capacity, max_recv_tokens)]: rows that the layout names
 };
 
 // Where `src` packs its message for `dst`, another rank, from the start of the region of `src`.
@@ -248,6 +307,20 @@ constexpr int64_t StageOffset(const RankView& view, int32_t slot, int32_t src, i
   const int32_t num_peers = view.config.ep_size - 1;
   const int32_t peer = (dst - src + num_peers) % view.config.ep_size;
   return view.regions.stage + (int64_t{slot} * num_peers + peer) * view.regions.message_bytes;
+}
+
+// What an order copies: bytes that lie together.
+struct Piece {
+  int64_t source;  // from the start of the sender's region
+  int64_t begin;   // within the message
+  int64_t bytes;   // may be 0
+};
+constexpr std::array<Piece, 2> PiecesOf(const RankView& view, const CopyOrder& order) {
+  const int64_t stage = StageOffset(view, order.slot, view.rank, order.dst);
+  const bool together = order.common_at == stage + order.common;
+  const int64_t common = together ? order.end : order.common;
+  return {{{stage + order.begin, order.begin, common - order.begin},
+           {order.common_at, common, order.end - common}}};
 }
 
 }  // namespace jax_sm_free::cuda

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <random>
 #include <utility>
 #include <vector>
 
@@ -95,6 +96,89 @@ TEST(DeviceStateTest, APartOfACombinesRowsIsNeverAllOrNone) {
   }
   // Few rows of many bytes.
   EXPECT_EQ(FirstPartRows(2, int64_t{1} << 30), 0);
+}
+
+TEST(DeviceStateTest, RowsAreStagedOnceWhereAtLeastHalfOfThemGoToAllRanks) {
+  const Config config = MakeConfig(4, 4096);
+  EXPECT_TRUE(StagesOnce(config, 500, 1000));
+  EXPECT_FALSE(StagesOnce(config, 499, 1000));
+  EXPECT_FALSE(StagesOnce(config, 0, 0));
+  EXPECT_FALSE(StagesOnce(MakeConfig(2, 4096), 1000, 1000));  // nobody to share them with
+}
+
+TEST(DeviceStateTest, EachRowHasAPlaceOfItsOwnInItsPart) {
+  std::mt19937 random(1);
+  for (int round = 0; round < 200; ++round) {
+    // Tokens that go to a rank, in order; those of the first part; of all of them, common ones.
+    const auto num_tokens = static_cast<int32_t>(random() % 30);
+    const auto half = static_cast<int32_t>(random() % (num_tokens + 1));
+    std::vector<bool> goes(num_tokens);
+    std::vector<bool> is_common(num_tokens);
+    Placing placing{};
+    for (int32_t token = 0; token < num_tokens; ++token) {
+      is_common[token] = random() % 2 == 0;
+      goes[token] = is_common[token] || random() % 2 == 0;
+      placing.num_rows += goes[token];
+      placing.num_common += is_common[token];
+      if (token >= half) continue;
+      placing.first_part += goes[token];
+      placing.first_common += is_common[token];
+    }
+    std::vector<int32_t> number_at(placing.num_rows, -1);
+    int32_t number = 0;
+    int32_t common_before = 0;
+    for (int32_t token = 0; token < num_tokens; ++token) {
+      if (!goes[token]) continue;
+      const CommonBefore before{common_before, is_common[token]};
+      const int32_t place = PlaceOf(placing, number, CommonBefore::Of(before.number()));
+      ASSERT_TRUE(0 <= place && place < placing.num_rows);
+      EXPECT_EQ(number_at[place], -1);
+      number_at[place] = number;
+      EXPECT_EQ(place < placing.first_part, token < half);
+      // Common rows lie alike in all messages, whatever else is in their part.
+      const Placing other{placing.num_rows + 7, placing.first_part + 3, placing.num_common,
+                          placing.first_common};
+      if (placing.num_common > 0) {
+        const int32_t there = PlaceInOther(placing, place, other);
+        EXPECT_EQ(there, is_common[token] ? place + (token < half ? 3 : 7) : -1);
+      }
+      ++number;
+      common_before += is_common[token];
+    }
+  }
+}
+
+// Where each byte of an order's message is copied from; -1 where none is.
+std::vector<int64_t> SourcesOf(const RankView& view, const CopyOrder& order, int64_t size) {
+  std::vector<int64_t> sources(size, -1);
+  for (const Piece& piece : PiecesOf(view, order)) {
+    for (int64_t i = 0; i < piece.bytes; ++i) {
+      EXPECT_EQ(sources[piece.begin + i], -1);
+      sources[piece.begin + i] = piece.source + i;
+    }
+  }
+  return sources;
+}
+
+TEST(DeviceStateTest, AnOrderIsOfThePiecesOfItsMessage) {
+  RankView view{};
+  view.config = MakeConfig(4, 16);
+  view.regions = RegionsOf(view.config);
+  view.rank = 1;
+  for (const int32_t dst : {2, 3, 0}) {
+    const int64_t stage = StageOffset(view, 2, view.rank, dst);
+    for (const int64_t begin : {0, 30, 60}) {
+      for (const int64_t common : {60, 80, 100}) {
+        const int64_t common_at = StageOffset(view, 2, view.rank, 2) + common;
+        const CopyOrder order{dst, 2, begin, 100, common, common_at, 1};
+        const std::vector<int64_t> sources = SourcesOf(view, order, 100);
+        for (int64_t i = 0; i < 100; ++i) {
+          const int64_t from = i < common ? stage + i : common_at + i - common;
+          EXPECT_EQ(sources[i], i < begin ? -1 : from) << begin << " " << common << " " << i;
+        }
+      }
+    }
+  }
 }
 
 TEST(DeviceStateTest, SignalsOfPartsRise) {

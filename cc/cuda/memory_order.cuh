@@ -1,4 +1,5 @@
-// Loads and stores that order others, for all GPUs and the host to see, and the GPU's clock.
+// Loads and stores that order others, for all GPUs and the host to see, counters for the GPU's own
+// threads, and the GPU's clock.
 
 #ifndef JAX_SM_FREE_CC_CUDA_MEMORY_ORDER_CUH_
 #define JAX_SM_FREE_CC_CUDA_MEMORY_ORDER_CUH_
@@ -28,6 +29,16 @@ __device__ inline void StoreRelaxed(uint64_t* address, uint64_t value) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
 
+__device__ inline uint32_t LoadAcquire(const uint32_t* counter) {
+  uint32_t value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+
+__device__ inline void CountRelease(uint32_t* counter) {
+  asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(counter) : "memory");
+}
+
 __device__ inline uint64_t Nanoseconds() {
   uint64_t now;
   asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
@@ -47,6 +58,10 @@ inline void StoreRelease(uint64_t* address, uint64_t value) {
 inline void StoreRelaxed(uint64_t* address, uint64_t value) {
   std::atomic_ref(*address).store(value, std::memory_order_relaxed);
 }
+
+inline uint32_t LoadAcquire(const uint32_t* counter) { return *counter; }
+
+inline void CountRelease(uint32_t* counter) { ++*counter; }
 
 inline uint64_t Nanoseconds() {
   return std::chrono::steady_clock::now().time_since_epoch() / std::chrono::nanoseconds(1);

@@ -123,7 +123,10 @@ bool Mover::StartCopy() {
   on_its_way_.dst = order.dst;
   on_its_way_.ticket = ticket;
   on_its_way_.number = before_.number + 1;
-  on_its_way_.length = kStartUp + std::chrono::duration_cast<Clock::duration>(seconds);
+  on_its_way_.length = std::chrono::duration_cast<Clock::duration>(seconds);
+  for (const Piece& piece : PiecesOf(view_, order)) {
+    if (piece.bytes > 0) on_its_way_.length += kStartUp;
+  }
   on_its_way_.end = Clock::now() + on_its_way_.length;
   const cudaError_t status = Issue(order, on_its_way_.number);
   if (status != cudaSuccess) Fail(status);
@@ -134,13 +137,12 @@ cudaError_t Mover::Issue(const CopyOrder& order, uint64_t number) {
   const Config& config = view_.config;
   const RegionLayout& regions = view_.regions;
   const int64_t in = int64_t{order.slot} * config.ep_size + view_.rank;
-  const std::byte* source =
-      view_.base[view_.rank] + StageOffset(view_, order.slot, view_.rank, order.dst);
   std::byte* target = view_.base[order.dst] + regions.recv + in * regions.message_bytes;
   cudaStream_t stream = streams_[order.dst];
-  if (order.begin < order.end) {
+  for (const Piece& piece : PiecesOf(view_, order)) {
+    if (piece.bytes == 0) continue;
     const cudaError_t copied =
-        cudaMemcpyAsync(target + order.begin, source + order.begin, order.end - order.begin,
+        cudaMemcpyAsync(target + piece.begin, view_.base[view_.rank] + piece.source, piece.bytes,
                         cudaMemcpyDeviceToDevice, stream);
     if (copied != cudaSuccess) return copied;
   }

@@ -33,12 +33,12 @@ __device__ void PackSegment(const ConstRows& rows, std::byte* target, const Segm
 
 __global__ void __launch_bounds__(kRowThreads)
     PackKernel(const RankView view, const PackArgs args) {
-  const Warps warps = WarpsOfGrid();
+  const Warps warps = Workers();
   const Segments segments = SegmentsOf(args);
-  const auto pack = [&](const OutRows* outs, int64_t first, int64_t end) {
-    const int64_t num_items = (end - first) * segments.per_row;
-    for (int64_t item = warps.index; item < num_items; item += warps.count) {
-      const int64_t token = first + segments.row_of(item);
+  int64_t item = warps.index;  // of the segments of all parts, so that no warp gets more in each
+  const auto pack = [&](const OutRows* outs, int64_t end) {
+    for (; item < end * segments.per_row; item += warps.count) {
+      const int64_t token = segments.row_of(item);
       PackSegment(args.rows, PackTarget(view, outs, token), segments, token,
                   segments.segment_of(item));
     }
@@ -51,7 +51,8 @@ __global__ void __launch_bounds__(kRowThreads)
 void LaunchPack(const RankView& view, const PackArgs& args, cudaStream_t stream) {
   static const int most = FullGrid(PackKernel);
   const int64_t warps = args.num_tokens * SegmentsOf(args).per_row;
-  EnqueueBehind(PackKernel, {BlocksFor(warps, most), kRowThreads}, stream, view, args);
+  EnqueueBehind(PackKernel, {WithWatch(BlocksFor(warps, most - 1)), kRowThreads}, stream, view,
+                args);
 }
 
 cudaError_t LoadPack() { return Load(PackKernel); }

@@ -16,20 +16,39 @@ namespace jax_sm_free::cuda {
 struct OutRows {
   std::byte* rows;
   int64_t row_stride;
+  Placing placing;
 };
 
-// The row of a token in the message to a rank: a lane for each rank; null where it does not go.
+// The row of a token in the message to a rank: a lane for each rank; null where it is not packed.
 __device__ inline std::byte* PackTarget(const RankView& view, const OutRows* outs, int64_t token) {
   const int dst = threadIdx.x % kWarpSize;
   const int32_t ep_size = view.config.ep_size;
-  const int32_t row = dst < ep_size ? view.row_of[token * ep_size + dst] : -1;
-  if (row < 0 || outs[dst].rows == nullptr) return nullptr;
-  return outs[dst].rows + row * outs[dst].row_stride;
+  const int32_t number = dst < ep_size ? view.row_of[token * ep_size + dst] : -1;
+  if (number < 0 || outs[dst].rows == nullptr) return nullptr;
+  const OutRows& out = outs[dst];
+  int32_t place = number;
+  if (out.placing.num_common > 0) {
+    const CommonBefore common = CommonBefore::Of(view.common_before[token]);
+    if (common.is_one && dst != (view.rank + 1) % ep_size) return nullptr;  // staged once
+    place = PlaceOf(out.placing, number, common);
+  }
+  return out.rows + place * out.row_stride;
 }
 
-// Calls pack(outs, first, end) for the tokens of one part after the other, in all threads of the
-// grid, and posts each when all warps have packed it, while some go on with the next. With
-// `leaves_own`, our own rows have no place. Behind the route.
+// Posts one part after the other. By a warp of the watch.
+__device__ inline void PostAllParts(const RankView& view, const Steps& steps, int first_part) {
+  const int32_t ep_size = view.config.ep_size;
+  const auto lane = static_cast<int32_t>(threadIdx.x % kWarpSize);
+  const int32_t dst = lane < ep_size ? (view.rank + 1 + lane) % ep_size : -1;  // each another first
+  for (int part = first_part; part < kNumParts; ++part) {
+    steps.Await(part);
+    PostParts(view, dst, part);
+  }
+}
+
+// Calls pack(outs, end) for one part after the other, of tokens up to `end`, in all threads that
+// work, and posts each when all have packed it, while some go on with the next. With `leaves_own`,
+// our own rows have no place. Behind the route.
 template <typename Pack>
 __device__ void PackParts(const RankView& view, int64_t num_tokens, bool leaves_own,
                           const Pack& pack) {
@@ -39,25 +58,23 @@ __device__ void PackParts(const RankView& view, int64_t num_tokens, bool leaves_
   if (current.failed == kNothing) return;
   const bool ok = current.failed == kOk;
   const Steps steps(view.state);
-  for (int32_t dst = threadIdx.x; ok && dst < view.config.ep_size; dst += blockDim.x) {
-    std::byte* message = OutMessage(view, current.slot, dst);
-    const MessageLayout layout = LayoutOf(view.config, HeaderOf(message));
-    const bool packs = dst != view.rank || !leaves_own;
-    outs[dst] = {packs ? message + layout.rows : nullptr, layout.row_stride};
-  }
-  __syncthreads();
   const int64_t row_bytes = HeaderOf(OutMessage(view, current.slot, view.rank)).row_bytes;
   const int64_t first_part = FirstPartTokens(view.config, num_tokens, row_bytes);
-  int64_t first = 0;
+  if (IsWatch()) {
+    if (threadIdx.x < kWarpSize) PostAllParts(view, steps, first_part == 0 ? kLastPart : 0);
+    return;
+  }
+  for (int32_t dst = threadIdx.x; ok && dst < view.config.ep_size; dst += blockDim.x) {
+    std::byte* message = OutMessage(view, current.slot, dst);
+    const MessageHeader& header = HeaderOf(message);
+    const MessageLayout layout = LayoutOf(view.config, header);
+    const bool packs = dst != view.rank || !leaves_own;
+    outs[dst] = {packs ? message + layout.rows : nullptr, layout.row_stride, PlacingOf(header)};
+  }
+  __syncthreads();
   for (int part = first_part == 0 ? kLastPart : 0; part < kNumParts; ++part) {
-    const int64_t end = part == kLastPart ? num_tokens : first_part;
-    if (ok) pack(outs, first, end);
-    if (steps.IsLastWarp(part)) {
-      for (int32_t i = 1; i <= view.config.ep_size; ++i) {  // ranks start at different peers
-        PostPart(view, (view.rank + i) % view.config.ep_size, part);
-      }
-    }
-    first = end;
+    if (ok) pack(outs, part == kLastPart ? num_tokens : first_part);
+    steps.End(part);
   }
 }
 

@@ -91,13 +91,11 @@ __device__ void PackColumns(std::byte* target, const std::byte* x, int64_t hidde
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
     PackQuantizedKernel(const RankView view, const PackQuantizedArgs args) {
-  const Warps warps = WarpsOfGrid();
+  const Warps warps = Workers();
   const int64_t hidden = args.matrix.hidden;
   const Segments segments = GroupSegments(hidden, kUnroll * kWarpGroups<T>);
-  const auto pack = [&](const OutRows* outs, int64_t first, int64_t end) {
-    // Items number the segments of all parts, so that no warp gets one more than others in each.
-    const int64_t begin = first * segments.per_row;
-    int64_t item = begin + (warps.index + warps.count - begin % warps.count) % warps.count;
+  int64_t item = warps.index;  // of the segments of all parts, so that no warp gets more in each
+  const auto pack = [&](const OutRows* outs, int64_t end) {
     for (; item < end * segments.per_row; item += warps.count) {
       const int64_t token = segments.row_of(item);
       const int32_t segment = segments.segment_of(item);
@@ -121,8 +119,8 @@ struct Launch {
   template <typename T, int kWidth>
   void operator()() const {
     const auto kernel = PackQuantizedKernel<T, kWidth>;
-    static const int blocks = FullGrid(kernel);
-    EnqueueBehind(kernel, {blocks, kRowThreads}, stream, view, args);
+    static const int most = FullGrid(kernel);
+    EnqueueBehind(kernel, {WithWatch(most - 1), kRowThreads}, stream, view, args);
   }
 };
 

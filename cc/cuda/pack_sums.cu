@@ -38,7 +38,8 @@ __global__ void BeginPackSumsKernel(const RankView view, const PackSumsArgs args
     header.row_bytes = args.matrix.row_bytes();
     // The first message of the ring, so that the wire need not wait for all of it; but gradients of
     // weights lie ahead of all rows.
-    if (dst == (view.rank + 1) % view.config.ep_size && args.weight_grads == nullptr) {
+    const bool is_first = dst == (view.rank + 1) % view.config.ep_size && dst != view.rank;
+    if (is_first && args.weight_grads == nullptr) {
       header.first_part = FirstPartRows(header.num_rows, header.row_bytes);
     }
     WriteHeader(view, dst, header);
@@ -66,6 +67,25 @@ struct RingOrder {
   __device__ int64_t row(int64_t i) const { return first + i < end ? first + i : first + i - end; }
 };
 
+// Of a part of the message for the i-th rank down the ring; the first alone may have two.
+__device__ int StepOf(int32_t i, int part) { return i - 1 + part; }
+
+// Notices, and each message when it is there. By a warp of the watch.
+__device__ void PostMessages(const RankView& view, const Steps& steps) {
+  const int32_t ep_size = view.config.ep_size;
+  const auto lane = static_cast<int32_t>(threadIdx.x % kWarpSize);
+  if (lane < ep_size) SendNotice(view, lane);
+  PostParts(view, lane == 0 ? view.rank : -1, kLastPart);  // for later kernels
+  for (int32_t i = 1; i < ep_size; ++i) {
+    const int32_t dst = (view.rank + i) % ep_size;
+    const MessageHeader& header = HeaderOf(OutMessage(view, view.state->current.slot, dst));
+    for (int part = header.first_part > 0 ? 0 : kLastPart; part < kNumParts; ++part) {
+      steps.Await(StepOf(i, part));
+      PostParts(view, lane == 0 ? dst : -1, part);
+    }
+  }
+}
+
 // The message for one rank after the other, and of the first a part ahead of the rest, so that the
 // first leaves while the next is summed.
 template <typename T, int kWidth, bool kWeighted, bool kBulk>
@@ -75,19 +95,21 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
   const DeviceState* state = view.state;
   const Current current = state->current;
   if (current.failed == kNothing) return;
-  if (blockIdx.x == 0 && static_cast<int32_t>(threadIdx.x) < view.config.ep_size) {
-    SendNotice(view, static_cast<int32_t>(threadIdx.x));
+  const Steps steps(view.state);
+  if (IsWatch()) {
+    if (threadIdx.x < kWarpSize) PostMessages(view, steps);
+    return;
   }
-  const Warps warps = WarpsOfGrid();
+  const Warps warps = Workers();
   const int lane = threadIdx.x % kWarpSize;
   const int32_t ep_size = view.config.ep_size;
   const int32_t top_k = view.config.top_k;
-  const Steps steps(view.state);
   const RingOrder order(view, args.leaves_own);
   const auto terms_of = [&](int64_t i) {
     return ExpertTerms(view, args.begin.op, args.rows, args.matrix.row_bytes(), order.row(i));
   };
-  SumOf<T, kWidth, kWeighted, kBulk, decltype(terms_of)> sum(args.matrix, order.count, terms_of);
+  SumOf<T, kWidth, kWeighted, kBulk, decltype(terms_of)> sum(args.matrix, order.count, warps,
+                                                             terms_of);
   int64_t item = warps.index;
   int64_t before = 0;  // rows of the messages before
   for (int32_t i = 1; i <= ep_size; ++i) {
@@ -108,10 +130,7 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
               args.weight_grads[token_row * top_k + lane];
         }
       }
-      // Our own is read by later kernels, whoever ends it.
-      const bool ends =
-          dst == view.rank ? warps.index == 0 && lane == 0 : steps.IsLastWarp(i - 1 + part);
-      if (ends) PostPart(view, dst, part);
+      if (dst != view.rank) steps.End(StepOf(i, part));
     }
     before += header.num_rows;
   }
@@ -129,7 +148,8 @@ struct Launch {
     static const int most = FullGrid(kernel, kThreads);
     const Segments segments(args.matrix.row_bytes(), kSumWords<kBulk>);
     const int64_t warps = view.config.max_recv_tokens() * segments.per_row;
-    EnqueueBehind(kernel, {BlocksFor(warps, most, kThreads), kThreads}, stream, view, args);
+    EnqueueBehind(kernel, {WithWatch(BlocksFor(warps, most - 1, kThreads)), kThreads}, stream, view,
+                  args);
   }
   template <typename T, int kWidth, bool kWeighted>
   void Run() const {

@@ -2,11 +2,11 @@
 // place.
 //
 // Tokens are cut into tiles, a block each, a thread for each entry. `Count` makes a histogram of
-// every tile over its keys (experts, then destinations; without weights nothing depends on experts,
-// and there are only destinations); its last block turns the histograms into
-// the first place of each key in each tile. `Place` ranks the entries of a tile: by tile, warp and
-// lane. In a send each has one more block, which does what takes a way to other ranks: opening the
-// exchange beside `Count`, sending the notices beside `Place`. All that `Place` does before it
+// every tile over its keys (experts, then destinations, then one for common tokens; without weights
+// nothing depends on experts, and there are no keys for them); its last block turns the histograms
+// into the first place of each key in each tile. `Place` ranks the entries of a tile: by tile, warp
+// and lane. In a send each has one more block, which does what takes a way to other ranks: opening
+// the exchange beside `Count`, sending the notices beside `Place`. All that `Place` does before it
 // needs the first places runs beside `Count`, too.
 
 #include <cuda_runtime.h>
@@ -23,9 +23,10 @@ namespace jax_sm_free::cuda {
 namespace {
 
 struct Entry {
-  int32_t expert = -1;  // -1: none
-  int32_t dst = -1;     // its rank, if this is the token's first entry for that rank, else -1
-  bool bad = false;     // names an expert that there is not
+  int32_t expert = -1;     // -1: none
+  int32_t dst = -1;        // its rank, if this is the token's first entry for that rank, else -1
+  bool bad = false;        // names an expert that there is not
+  bool is_common = false;  // the first of a token that goes to all other ranks
 };
 
 __host__ __device__ bool IsSend(const RouteArgs& args) { return args.begin.token != nullptr; }
@@ -43,6 +44,11 @@ __device__ int32_t FirstKey(const RankView& view, const RouteArgs& args) {
   return IsDispatch(args) ? 0 : view.config.num_experts;
 }
 
+// Of the three kinds of keys: experts, then destinations, then this one.
+__host__ __device__ int32_t CommonKey(const Config& config) {
+  return config.num_experts + config.ep_size;
+}
+
 // This thread's entry of the tile, read through shared memory.
 class Tile {
  public:
@@ -56,14 +62,32 @@ class Tile {
 
   __device__ Entry Read(const RankView& view, const RouteArgs& args) const {
     __shared__ int32_t experts[kTileEntries];
+    __shared__ int32_t num_others[kTileEntries];  // by token: other ranks that it goes to
     const auto i = static_cast<int32_t>(threadIdx.x);
     if (i < size_) experts[i] = args.topk_idx[first_token_ * top_k_ + i];
+    num_others[i] = 0;
     __syncthreads();
     Entry entry;
-    if (i >= size_ || experts[i] == -1) return entry;
+    if (i < size_) entry = EntryOf(experts, i, view.config.num_local_experts());
+    if (!IsDispatch(args)) return entry;
+    if (entry.dst >= 0 && entry.dst != view.rank) atomicAdd(&num_others[i / top_k_], 1);
+    __syncthreads();
+    const bool is_first = i < size_ && i % top_k_ == 0;
+    entry.is_common = is_first && num_others[i / top_k_] == view.config.ep_size - 1;
+    return entry;
+  }
+
+  __device__ unsigned long long entry() const { return first_token_ * top_k_ + threadIdx.x; }
+  __device__ int64_t token() const { return first_token_ + threadIdx.x / top_k_; }
+  __device__ int64_t first_token() const { return first_token_; }
+  __device__ int32_t num_tokens() const { return size_ / top_k_; }
+
+ private:
+  __device__ Entry EntryOf(const int32_t* experts, int32_t i, int32_t num_local) const {
+    Entry entry;
+    if (experts[i] == -1) return entry;
     entry.bad = experts[i] < -1 || experts[i] >= num_experts_;
     if (entry.bad) return entry;
-    const int32_t num_local = view.config.num_local_experts();
     entry.expert = experts[i];
     entry.dst = OwnerRank(entry.expert, num_local);
     for (int32_t before = i - i % top_k_; before < i; ++before) {
@@ -75,12 +99,6 @@ class Tile {
     return entry;
   }
 
-  __device__ unsigned long long entry() const { return first_token_ * top_k_ + threadIdx.x; }
-  __device__ int64_t token() const { return first_token_ + threadIdx.x / top_k_; }
-  __device__ int64_t first_token() const { return first_token_; }
-  __device__ int32_t num_tokens() const { return size_ / top_k_; }
-
- private:
   int32_t top_k_;
   int32_t num_experts_;
   int64_t first_token_;
@@ -105,6 +123,8 @@ __device__ void WriteHeaders(const RankView& view, const RouteArgs& args, const 
   const int64_t first_tile = first_part / TileTokens(config);
   const int32_t* first_places = view.tile_counts + first_tile * NumKeys(config);
   const bool failed = view.state->current.failed != kOk;
+  const int32_t num_common = totals[CommonKey(config)];
+  const bool stages_once = !failed && StagesOnce(config, num_common, args.num_tokens);
   for (int32_t dst = threadIdx.x; dst < config.ep_size; dst += blockDim.x) {
     MessageHeader header;
     header.kind = failed ? kPoisonedKind : static_cast<int32_t>(args.begin.kind);
@@ -112,6 +132,10 @@ __device__ void WriteHeaders(const RankView& view, const RouteArgs& args, const 
     header.row_bytes = args.row_bytes;
     header.num_tokens = args.num_tokens;
     header.first_part = failed ? 0 : first_places[config.num_experts + dst];
+    if (stages_once && dst != view.rank) {
+      header.num_common = num_common;
+      header.first_common = first_places[CommonKey(config)];
+    }
     WriteHeader(view, dst, header);
   }
 }
@@ -171,6 +195,7 @@ __device__ void CountTile(const RankView& view, const RouteArgs& args) {
   if (entry.bad) atomicMax(&view.state->bad_entry, ~tile.entry());
   if (entry.expert >= first_key) atomicAdd(&histogram[entry.expert], 1);
   if (entry.dst >= 0) atomicAdd(&histogram[num_experts + entry.dst], 1);
+  if (entry.is_common) atomicAdd(&histogram[CommonKey(view.config)], 1);
   __syncthreads();
   for (int32_t key = first_key + threadIdx.x; key < num_keys; key += blockDim.x) {
     view.tile_counts[int64_t{blockIdx.x} * num_keys + key] = histogram[key];
@@ -221,21 +246,39 @@ __device__ Rank RankInWarp(int32_t key) {
   return {__popc(same & before), __popc(same)};
 }
 
+// What says which token row lies where in the message for `dst`.
+__device__ void WriteNumber(const RankView& view, int32_t dst, int32_t number, int64_t token) {
+  const int32_t slot = view.state->current.slot;
+  if (dst == view.rank) {
+    view.own_token[int64_t{slot} * view.config.max_tokens + number] = static_cast<int32_t>(token);
+    return;
+  }
+  std::byte* message = OutMessage(view, slot, dst);
+  const MessageHeader& header = HeaderOf(message);
+  if (header.num_common == 0) return;
+  int32_t* numbers = PartOf<int32_t>(message, LayoutOf(view.config, header).number);
+  numbers[PlaceOf(PlacingOf(header), number, CommonBefore::Of(view.common_before[token]))] = number;
+}
+
 // The routing of one (token, k) into the messages for all ranks that get the token.
 __device__ void WriteRouting(const RankView& view, const RouteArgs& args, int64_t token, int32_t k,
-                             int32_t expert, int32_t place) {
+                             int32_t expert, int32_t position) {
   const Config& config = view.config;
   const int32_t num_local = config.num_local_experts();
+  const int32_t slot = view.state->current.slot;
+  const CommonBefore common = CommonBefore::Of(view.common_before[token]);
   for (int32_t dst = 0; dst < config.ep_size; ++dst) {
-    const int32_t row = view.row_of[token * config.ep_size + dst];
-    if (row < 0) continue;
-    std::byte* message = OutMessage(view, view.state->current.slot, dst);
-    const MessageLayout layout = LayoutOf(config, HeaderOf(message));
-    const int64_t entry = int64_t{row} * config.top_k + k;
+    const int32_t number = view.row_of[token * config.ep_size + dst];
+    if (number < 0) continue;
+    std::byte* message = OutMessage(view, slot, dst);
+    const MessageHeader& header = HeaderOf(message);
+    const MessageLayout layout = LayoutOf(config, header);
+    const int32_t place = PlaceOf(PlacingOf(header), number, common);
+    const int64_t entry = int64_t{place} * config.top_k + k;
     const bool here = expert >= 0 && OwnerRank(expert, num_local) == dst;
     PartOf<int32_t>(message, layout.local_expert)[entry] =
         here ? LocalExpert(expert, num_local) : -1;
-    PartOf<int32_t>(message, layout.position)[entry] = here ? place : 0;
+    PartOf<int32_t>(message, layout.position)[entry] = here ? position : 0;
     PartOf<float>(message, layout.weight)[entry] =
         here ? args.topk_weights[token * config.top_k + k] : 0.0F;
   }
@@ -268,6 +311,9 @@ __global__ void __launch_bounds__(kTileEntries)
   const Rank dst_rank = RankInWarp(dst_key);
   if (entry.expert >= first_key && expert_rank.rank == 0) own[entry.expert] = expert_rank.count;
   if (dst_key >= 0 && dst_rank.rank == 0) own[dst_key] = dst_rank.count;
+  const unsigned common = __ballot_sync(kFullWarp, entry.is_common);
+  const int lane = threadIdx.x % kWarpSize;
+  if (lane == 0) own[CommonKey(config)] = __popc(common);
   AwaitPrevious();  // The count neither writes what was read here nor reads what was written.
   __syncthreads();
   for (int32_t i = threadIdx.x; i < num_used; i += blockDim.x) {
@@ -281,18 +327,18 @@ __global__ void __launch_bounds__(kTileEntries)
   __syncthreads();
   const Current current = view.state->current;
   const bool routed = IsDispatch(args) && current.failed == kOk;
-  if (dst_key >= 0) {
-    const int32_t row = own[dst_key] + dst_rank.rank;
-    view.row_of[tile.token() * config.ep_size + entry.dst] = row;
-    if (routed && entry.dst == view.rank) {
-      view.own_token[int64_t{current.slot} * config.max_tokens + row] =
-          static_cast<int32_t>(tile.token());
-    }
+  const auto in_tile = static_cast<int32_t>(threadIdx.x);
+  const bool in_use = in_tile < tile.num_tokens() * config.top_k;
+  const int32_t row = dst_key < 0 ? -1 : own[dst_key] + dst_rank.rank;
+  if (row >= 0) view.row_of[tile.token() * config.ep_size + entry.dst] = row;
+  if (routed && in_use && in_tile % config.top_k == 0) {
+    const int32_t before = own[CommonKey(config)] + __popc(common & ((1U << lane) - 1));
+    view.common_before[tile.token()] = CommonBefore{before, entry.is_common}.number();
   }
   if (!routed) return;
   __syncthreads();
-  const auto in_tile = static_cast<int32_t>(threadIdx.x);
-  if (in_tile >= tile.num_tokens() * config.top_k) return;
+  if (row >= 0) WriteNumber(view, entry.dst, row, tile.token());
+  if (!in_use) return;
   WriteRouting(view, args, tile.token(), in_tile % config.top_k, entry.expert,
                own[max(entry.expert, 0)] + expert_rank.rank);
 }

@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
       }
     }();
     SumOf<T, kWidth, false, kBulk, std::remove_const_t<decltype(terms_of)>> sum(
-        args.matrix, args.num_tokens, terms_of);
+        args.matrix, args.num_tokens, warps, terms_of);
     for (int64_t item = warps.index; item < sum.num_items(); item += warps.count) {
       const int64_t token = sum.segments().row_of(item);
       sum.Sum(item, args.out + token * args.matrix.row_bytes());

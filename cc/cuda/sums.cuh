@@ -59,7 +59,8 @@ class DirectSum {
  public:
   static constexpr int kLoads = kWidth == 1 ? 1 : kDirectLoads;
 
-  __device__ DirectSum(const Matrix& matrix, int64_t num_rows, const TermsOf& terms_of)
+  __device__ DirectSum(const Matrix& matrix, int64_t num_rows, const Warps& /*warps*/,
+                       const TermsOf& terms_of)
       : segments_(matrix.row_bytes(), kDirectWords),
         // Rows that are not whole 16-byte words are one segment, of elements.
         num_vectors_(static_cast<int32_t>(kWidth == 1 ? matrix.hidden : segments_.num_words)),

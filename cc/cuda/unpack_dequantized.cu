@@ -106,7 +106,7 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
       const TokenRow from = rows.at(static_cast<int32_t>(segments.row_of(item)));
       const int32_t segment = segments.segment_of(item);
       std::byte* target = ExpertTarget(out, ExpertRow(view, from, out, segment == 0));
-      UnpackGroups<T, kWidth>(target, from.bytes(), hidden, segments.begin(segment),
+      UnpackGroups<T, kWidth>(target, from.bytes().values, hidden, segments.begin(segment),
                               segments.end(segment));
     }
   });
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
   UnpackTokens(view, out, [&](const TokenRow& from, int64_t i) {
     const bool first_lane = threadIdx.x % kWarpSize == 0;
     std::byte* target = first_lane ? out.rows.values + i * out.rows.values_bytes : nullptr;
-    UnpackGroups<T, kWidth>(target, from.bytes(), hidden, 0, num_groups);
+    UnpackGroups<T, kWidth>(target, from.bytes().values, hidden, 0, num_groups);
   });
 }
 

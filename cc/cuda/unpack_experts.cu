@@ -12,6 +12,9 @@
 namespace jax_sm_free::cuda {
 namespace {
 
+// How many blocks registers leave room for.
+constexpr int kMinBlocks = 4;
+
 // All of a token row whose parts are not whole words.
 __device__ void SpreadParts(const RowBytes& from, const MutableRows& out, int32_t expert_row) {
   for (unsigned left = __ballot_sync(kFullWarp, expert_row >= 0); left != 0; left &= left - 1) {
@@ -19,7 +22,7 @@ __device__ void SpreadParts(const RowBytes& from, const MutableRows& out, int32_
   }
 }
 
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kMinBlocks)
     UnpackExpertsKernel(const RankView view, const ExpertsOut out, const Turn turn,
                         const Turn next) {
   const Warps warps = WarpsOfGrid();
@@ -30,7 +33,7 @@ __global__ void __launch_bounds__(kRowThreads)
     for (int64_t item = warps.index; item < num_items; item += warps.count) {
       const TokenRow from = rows.at(static_cast<int32_t>(segments.row_of(item)));
       const int32_t segment = segments.segment_of(item);
-      const RowBytes bytes = BytesOf(from, out.own_rows, out.rows.values_bytes);
+      const RowBytes bytes = from.bytes();
       const int32_t expert_row = ExpertRow(view, from, out, segment == 0);
       if (wide) {
         WarpCopyToAll(ExpertTarget(out, expert_row), bytes.values, segments.begin(segment),

@@ -45,15 +45,15 @@ void ForEachTurn(int32_t ep_size, bool all_here, const Launch& launch) {
 // The token rows of a turn. In shared memory; `Find` is called by all threads of a block.
 class TurnRows {
  public:
-  __device__ void Find(const RankView& view, const ConstRows& own_rows, const Turn& turn) {
+  __device__ void Find(const RankView& view, const ExpertsOut& out, const Turn& turn) {
     const DeviceState* state = view.state;
     for (int32_t i = threadIdx.x; i < turn.count; i += blockDim.x) {
       const int32_t source = Messages{turn.first, turn.count, 0}.source(view, i);
       const int32_t begin = turn.first_part == 0 ? 0 : state->first_part[source];
       const int32_t end =
           turn.last_part == kLastPart ? state->num_rows[source] : state->first_part[source];
-      runs_[i].first = FirstRow(view, own_rows, source);
-      runs_[i].first.row = begin;
+      runs_[i].source = SourceOf(view, out.own_rows, out.rows.values_bytes, source);
+      runs_[i].begin = begin;
       runs_[i].size = end - begin;
     }
     __syncthreads();
@@ -72,16 +72,15 @@ class TurnRows {
   __device__ TokenRow at(int32_t i) const {
     int32_t run = count_ - 1;
     while (i < runs_[run].before) --run;
-    TokenRow found = runs_[run].first;
-    found.row += i - runs_[run].before;
-    return found;
+    return {runs_[run].source, runs_[run].begin + i - runs_[run].before};
   }
 
  private:
   struct Run {
     int32_t before;  // rows of the runs before
     int32_t size;
-    TokenRow first;
+    int32_t begin;  // its first row in the message
+    Source source;
   };
   Run runs_[kMaxRanks];
   int32_t count_;
@@ -95,18 +94,18 @@ __device__ inline int32_t ExpertRow(const RankView& view, const TokenRow& from,
   const int32_t top_k = view.config.top_k;
   const int k = threadIdx.x % kWarpSize;
   if (k >= top_k) return -1;
-  const int64_t entry = int64_t{from.row} * top_k + k;
-  const int32_t expert = PartOf<int32_t>(from.message, from.layout.local_expert)[entry];
+  const int64_t entry = int64_t{from.place} * top_k + k;
+  const int32_t expert = from.source.local_expert[entry];
   int64_t row = -1;
   if (expert >= 0) {
-    row = view.group_row[from.source * view.config.num_local_experts() + expert] +
-          PartOf<int32_t>(from.message, from.layout.position)[entry];
+    row = view.group_row[from.source.rank * view.config.num_local_experts() + expert] +
+          from.source.position[entry];
     if (row >= view.group_end[expert]) row = -1;
   }
   if (writes) {
-    const int64_t token_row = view.state->first_row[from.source] + from.row;
+    const int64_t token_row = view.state->first_row[from.source.rank] + from.number();
     out.layout_rows[token_row * top_k + k] = static_cast<int32_t>(row);
-    if (row >= 0) out.weights[row] = PartOf<float>(from.message, from.layout.weight)[entry];
+    if (row >= 0) out.weights[row] = from.source.weight[entry];
   }
   return static_cast<int32_t>(row);
 }
@@ -169,7 +168,7 @@ __device__ void TakeTurn(const RankView& view, const ExpertsOut& out, const Turn
   if (at_once && !first) return;
   const Turn turn = at_once ? Turn{0, view.config.ep_size, 0, kLastPart} : planned;
   if (current.failed == kOk) {
-    rows.Find(view, out.own_rows, turn);
+    rows.Find(view, out, turn);
     write(rows);
     if (first) ZeroTheRest(view, out, warps);
   } else if (last) {

@@ -13,9 +13,8 @@ namespace {
 
 __global__ void __launch_bounds__(kRowThreads)
     UnpackTokensKernel(const RankView view, const TokensOut out) {
-  UnpackTokens(view, out, [&](const TokenRow& from, int64_t i) {
-    SplitRow(BytesOf(from, out.own_rows, out.rows.values_bytes), out.rows, i);
-  });
+  UnpackTokens(view, out,
+               [&](const TokenRow& from, int64_t i) { SplitRow(from.bytes(), out.rows, i); });
 }
 
 }  // namespace

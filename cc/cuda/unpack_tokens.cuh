@@ -13,13 +13,11 @@
 
 namespace jax_sm_free::cuda {
 
-__device__ inline TokenRow FindRow(const RankView& view, const ConstRows& own_rows, int64_t i) {
-  const DeviceState* state = view.state;
-  int32_t source = 0;
-  while (i >= state->first_row[source + 1]) ++source;
-  TokenRow found = FirstRow(view, own_rows, source);
-  found.row = static_cast<int32_t>(i - state->first_row[source]);
-  return found;
+// The rank that the i-th row of all came from.
+__device__ inline int32_t RankOfRow(const RankView& view, int64_t i) {
+  int32_t rank = 0;
+  while (i >= view.state->first_row[rank + 1]) ++rank;
+  return rank;
 }
 
 // What lies beside a token row.
@@ -27,10 +25,10 @@ __device__ inline void UnpackRouting(const RankView& view, const TokensOut& out,
                                      const TokenRow& from, int64_t i) {
   const int32_t top_k = view.config.top_k;
   const int k = threadIdx.x % kWarpSize;
-  const int64_t entry = int64_t{from.row} * top_k + k;
+  const int64_t entry = int64_t{from.place} * top_k + k;
   if (k < top_k) {
-    out.topk_idx[i * top_k + k] = PartOf<int32_t>(from.message, from.layout.local_expert)[entry];
-    out.topk_weights[i * top_k + k] = PartOf<float>(from.message, from.layout.weight)[entry];
+    out.topk_idx[i * top_k + k] = from.source.local_expert[entry];
+    out.topk_weights[i * top_k + k] = from.source.weight[entry];
   }
   if (k == 0) out.layout_rows[i] = static_cast<int32_t>(i);
 }
@@ -66,9 +64,13 @@ __device__ void UnpackTokens(const RankView& view, const TokensOut& out, const W
   const int64_t num_rows = ok ? view.state->first_row[view.config.ep_size] : 0;
   for (int64_t i = warps.index; i < view.config.max_recv_tokens(); i += warps.count) {
     if (i < num_rows) {
-      const TokenRow from = FindRow(view, out.own_rows, i);
-      UnpackRouting(view, out, from, i);
-      write(from, i);
+      const int32_t rank = RankOfRow(view, i);
+      const Source source = SourceOf(view, out.own_rows, out.rows.values_bytes, rank);
+      const int32_t first_row = view.state->first_row[rank];
+      const TokenRow from{source, static_cast<int32_t>(i - first_row)};
+      const int64_t row = first_row + from.number();
+      UnpackRouting(view, out, from, row);
+      write(from, row);
       continue;
     }
     FillRow(out.rows, i, ok ? 0 : kPoison);

@@ -151,7 +151,7 @@ void Run(const Grid& grid, const std::function<void()>& kernel) {
   block.kernel = &kernel;
   block.stacks.resize(kStackBytes * grid.threads);
   block.fibers.resize(grid.threads);
-  for (unsigned number = 0; number < grid.blocks; ++number) {
+  for (unsigned number = grid.blocks; number-- > 0;) {
     RunBlock(number, grid.threads, grid.shared_bytes);
   }
 }

@@ -1,9 +1,9 @@
 // Runs kernels on one thread of the host, for tests on machines without a GPU: a fiber for each
-// thread of a block, and blocks one after the other. What threads of a warp or a block do together
-// are meetings of their fibers; between two of them a fiber runs alone.
+// thread of a block, and blocks one after the other, the first one last. What threads of a warp or
+// a block do together are meetings of their fibers; between two of them a fiber runs alone.
 //
 // This shows what a kernel computes. It shows neither races, nor what memory order allows, nor what
-// needs two blocks at once: no kernel of ours waits for another block.
+// needs two blocks at once: of our kernels' blocks only the first may wait for others.
 
 #ifndef JAX_SM_FREE_CC_CUDA_EMULATION_FIBERS_H_
 #define JAX_SM_FREE_CC_CUDA_EMULATION_FIBERS_H_

@@ -46,6 +46,7 @@ std::unique_ptr<Group::Rank> Group::MakeRank(const Config& config, int32_t numbe
   view.own_token = Fill(rank->own_token, int64_t{config.num_slots} * config.max_tokens);
   view.row_of = Fill(rank->row_of, config.max_recv_tokens());
   view.tile_counts = Fill(rank->tile_counts, (MaxTiles(config) + 1) * NumKeys(config));
+  view.common_before = Fill(rank->common_before, config.max_tokens);
   view.group_row = Fill(rank->group_row, config.ep_size * num_local);
   view.group_end = Fill(rank->group_end, num_local);
   view.group_next = Fill(rank->group_next, num_local);
@@ -69,10 +70,10 @@ std::vector<CopyOrder> Group::TakeOrders(Rank& rank) {
 
 void Group::Copy(const RankView& view, const CopyOrder& order) {
   const int64_t in = int64_t{order.slot} * view.config.ep_size + view.rank;
-  const std::byte* source =
-      view.base[view.rank] + StageOffset(view, order.slot, view.rank, order.dst);
   std::byte* target = view.base[order.dst] + view.regions.recv + in * view.regions.message_bytes;
-  std::copy(source + order.begin, source + order.end, target + order.begin);
+  for (const Piece& piece : PiecesOf(view, order)) {
+    std::copy_n(view.base[view.rank] + piece.source, piece.bytes, target + piece.begin);
+  }
   std::memcpy(view.base[order.dst] + view.regions.signals + in * 8, &order.signal, 8);
   ++(order.signal % kNumParts == kLastPart ? num_last_parts_ : num_first_parts_);
 }

@@ -41,6 +41,7 @@ class Group {
     Array<int32_t> own_token;
     Array<int32_t> row_of;
     Array<int32_t> tile_counts;
+    Array<int32_t> common_before;
     Array<int64_t> group_row;
     Array<int64_t> group_end;
     Array<int64_t> group_next;

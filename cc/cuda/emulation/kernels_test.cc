@@ -248,28 +248,36 @@ TEST_P(KernelsTest, ByTokens) {
 
 std::string NameOf(const testing::TestParamInfo<Case>& info) {
   const Case& which = info.param;
-  static constexpr const char* kRoutings[] = {"Anywhere", "Everywhere", "ToFirstRank", "Nowhere"};
+  static constexpr const char* kRoutings[] = {"Anywhere", "Everywhere", "NearlyEverywhere",
+                                              "ToFirstRank", "Nowhere"};
   return std::to_string(which.ep_size) + "Ranks" + std::to_string(which.num_tokens) + "Tokens" +
          std::to_string(which.hidden) + kRoutings[static_cast<int>(which.routing)] +
          (which.recv_capacity >= 0 ? "Cut" + std::to_string(which.recv_capacity) : "") +
          (which.held_up ? "HeldUp" : "") + (which.float8_wire ? "Float8" : "");
 }
 
-INSTANTIATE_TEST_SUITE_P(All, KernelsTest,
-                         testing::Values(Case{1, 5, 8}, Case{2, 1, 7}, Case{2, 40, 8},
-                                         Case{3, 40, 7}, Case{4, 33, 64}, Case{8, 20, 8},
-                                         Case{4, 20, 8, Routing::kEverywhere},
-                                         Case{4, 20, 8, Routing::kToFirstRank}, Case{3, 40, 600},
-                                         Case{4, 20, 7, Routing::kNowhere},
-                                         Case{2, 40, 8, Routing::kAnywhere, 50},
-                                         Case{4, 20, 7, Routing::kAnywhere, 0},
-                                         Case{2, 12, 8, Routing::kAnywhere, -1, true},
-                                         Case{3, 20, 200, Routing::kAnywhere, -1, false, true},
-                                         Case{2, 20, 256, Routing::kEverywhere, -1, false, true}),
-                         NameOf);
+INSTANTIATE_TEST_SUITE_P(
+    All, KernelsTest,
+    testing::Values(Case{1, 5, 8}, Case{2, 1, 7}, Case{2, 40, 8}, Case{3, 40, 7}, Case{4, 33, 64},
+                    Case{8, 20, 8}, Case{4, 20, 8, Routing::kEverywhere},
+                    Case{2, 40, 8, Routing::kNearlyEverywhere},
+                    Case{4, 40, 8, Routing::kNearlyEverywhere},
+                    Case{3, 40, 8, Routing::kNearlyEverywhere, -1, true},
+                    Case{4, 20, 8, Routing::kEverywhere, -1, true},
+                    Case{3, 40, 256, Routing::kNearlyEverywhere, -1, false, true},
+                    Case{3, 40, 256, Routing::kNearlyEverywhere, -1, true, true},
+                    Case{4, 20, 8, Routing::kToFirstRank}, Case{3, 40, 600},
+                    Case{4, 20, 7, Routing::kNowhere}, Case{2, 40, 8, Routing::kAnywhere, 50},
+                    Case{4, 20, 7, Routing::kAnywhere, 0},
+                    Case{2, 12, 8, Routing::kAnywhere, -1, true},
+                    Case{3, 20, 200, Routing::kAnywhere, -1, false, true},
+                    Case{2, 20, 256, Routing::kEverywhere, -1, false, true}),
+    NameOf);
 
-TEST(KernelsInPartsTest, LargeMessagesComeInParts) {
-  const Case which{3, 300, 4096};
+class KernelsInPartsTest : public testing::TestWithParam<Routing> {};
+
+TEST_P(KernelsInPartsTest, LargeMessagesComeInParts) {
+  const Case which{3, 300, 4096, GetParam()};
   Ops ops(which);
   ops.Dispatch();
   Checker checker(which, ops);
@@ -278,6 +286,10 @@ TEST(KernelsInPartsTest, LargeMessagesComeInParts) {
   EXPECT_EQ(ops.group().num_first_parts(), 3 * 2);
   EXPECT_EQ(ops.group().num_last_parts(), 3 * 2);
 }
+
+INSTANTIATE_TEST_SUITE_P(All, KernelsInPartsTest,
+                         testing::Values(Routing::kAnywhere, Routing::kEverywhere,
+                                         Routing::kNearlyEverywhere));
 
 TEST(KernelsFaultTest, AnIndexOutOfRangeIsNamedAndPoisonsAll) {
   Ops ops({2, 10, 8});

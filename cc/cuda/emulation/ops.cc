@@ -55,13 +55,19 @@ Floats Ops::Numbers(int64_t count) {
   return numbers;
 }
 
-int32_t Ops::ExpertFor(int32_t k) {
+int32_t Ops::ExpertAnywhere() {
+  return static_cast<int32_t>(random_() % (config_.num_experts + 1)) - 1;
+}
+
+int32_t Ops::ExpertFor(int32_t token, int32_t k) {
   const auto local = static_cast<int32_t>(random_() % kLocalExperts);
   switch (case_.routing) {
     case Routing::kAnywhere:
-      return static_cast<int32_t>(random_() % (config_.num_experts + 1)) - 1;
+      return ExpertAnywhere();
     case Routing::kEverywhere:
       return k % config_.ep_size * kLocalExperts + local;
+    case Routing::kNearlyEverywhere:
+      return token % 7 == 3 ? ExpertAnywhere() : k % config_.ep_size * kLocalExperts + local;
     case Routing::kToFirstRank:
       return local;
     case Routing::kNowhere:
@@ -76,7 +82,8 @@ Arrays Ops::MakeArrays(int32_t rank) {
   a.token.resize(kTokenSize);
   a.x = Numbers(int64_t{case_.num_tokens} * case_.hidden);
   a.weights = Numbers(int64_t{case_.num_tokens} * kTopK);
-  for (int32_t i = 0; i < case_.num_tokens * kTopK; ++i) a.idx.push_back(ExpertFor(i % kTopK));
+  for (int32_t i = 0; i < case_.num_tokens * kTopK; ++i)
+    a.idx.push_back(ExpertFor(i / kTopK, i % kTopK));
   a.rows.assign(config_.recv_capacity * case_.hidden, NAN);
   a.row_weights.assign(config_.recv_capacity, NAN);
   a.group_sizes.assign(kLocalExperts, kUnset);

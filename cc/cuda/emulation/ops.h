@@ -21,7 +21,7 @@
 namespace jax_sm_free::cuda::emulation {
 
 // How tokens choose their experts.
-enum class Routing { kAnywhere, kEverywhere, kToFirstRank, kNowhere };
+enum class Routing { kAnywhere, kEverywhere, kNearlyEverywhere, kToFirstRank, kNowhere };
 
 struct Case {
   int32_t ep_size;
@@ -101,7 +101,8 @@ class Ops {
                                       std::vector<Floats>& weight_grads);
 
  private:
-  int32_t ExpertFor(int32_t k);
+  int32_t ExpertAnywhere();  // or -1
+  int32_t ExpertFor(int32_t token, int32_t k);
   Arrays MakeArrays(int32_t rank);
   int64_t row_bytes() const { return matrix().row_bytes(); }
   int64_t wire_bytes() const;
