@@ -4,8 +4,8 @@
     python tests/every_kernel.py float32    # one dtype
 
 Rows of whole 16-byte words and others, of all dtypes, on a float8 wire too, forward and backward,
-by experts and by tokens, with and without weights, in messages that leave whole and in parts. It
-says nothing of the numbers: tests do that.
+by experts and by tokens, with and without weights, in messages that leave whole and in parts, with
+few rows in common and with nearly all. It says nothing of the numbers: tests do that.
 """
 
 from __future__ import annotations
@@ -68,6 +68,7 @@ def main() -> None:
     run_pair(make(dtype=jnp.bfloat16, hidden=512))
     in_parts = functools.partial(make, dtype=jnp.bfloat16, max_tokens=1100, recv_capacity=2000)
     run(in_parts(hidden=2048))
+    run(in_parts(hidden=2048, top_k=4 * ranks))
     run(in_parts(hidden=4096, wire_dtype=jnp.float8_e4m3fn))
 
 

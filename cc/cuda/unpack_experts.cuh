@@ -159,11 +159,13 @@ template <typename Write>
 __device__ void TakeTurn(const RankView& view, const ExpertsOut& out, const Turn& planned,
                          const Turn& next, const Write& write) {
   __shared__ TurnRows rows;
-  AwaitPrevious();
+  const bool first = planned.first == 0;
+  if (first) AwaitPrevious();
+  const bool at_once = view.state->all_here != 0;  // written by the kernel before the first turn
+  if (at_once && next.count > 0) AdmitNext();      // the next turn has nothing to do
+  if (!first) AwaitPrevious();
   const Warps warps = WarpsOfGrid();
   const Current current = view.state->current;
-  const bool at_once = view.state->all_here != 0;
-  const bool first = planned.first == 0;
   const bool last = at_once || next.count == 0;
   if (at_once && !first) return;
   const Turn turn = at_once ? Turn{0, view.config.ep_size, 0, kLastPart} : planned;

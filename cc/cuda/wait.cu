@@ -43,53 +43,71 @@ __device__ void Take(const RankView& view, const WaitArgs& args) {
   state->current = {sequence, slot, kOk, 0};
 }
 
-// Waits for one source's notice and looks at what it says.
+__device__ void Refuse(const RankView& view, const WaitArgs& args, const FaultNumbers& fault) {
+  Raise(view, args.op, fault);
+  view.state->current.failed = kEmpty;
+}
+
+// Waits for one source's notice.
 __device__ void AwaitNotice(const RankView& view, const WaitArgs& args, int32_t source) {
-  DeviceState* state = view.state;
-  const Current current = state->current;
-  state->num_rows[source] = 0;
-  state->first_part[source] = 0;
+  const Current current = view.state->current;
   const auto has_come = [&](int32_t from) {
     return LoadAcquire(Noticed(view, view.rank, current.slot, from)) >= current.sequence;
   };
   if (!Await(view, args.op, source, has_come)) return;
   const MessageHeader& header = HeaderOf(Notice(view, view.rank, current.slot, source));
-  const auto refuse = [&](const FaultNumbers& fault) {
-    Raise(view, args.op, fault);
-    state->current.failed = kEmpty;
-  };
   const auto kind = static_cast<int32_t>(args.kind);
-  if (header.kind == kPoisonedKind) return refuse({FaultCode::kPeer, source});
-  if (header.kind != kind) return refuse({FaultCode::kMessageKind, source, kind, header.kind});
+  if (header.kind == kPoisonedKind) return Refuse(view, args, {FaultCode::kPeer, source});
+  if (header.kind == kind) return;
+  Refuse(view, args, {FaultCode::kMessageKind, source, kind, header.kind});
+}
+
+// Looks at what it says.
+__device__ void ReadNotice(const RankView& view, const WaitArgs& args, int32_t source) {
+  DeviceState* state = view.state;
+  const std::byte* notice = Notice(view, view.rank, state->current.slot, source);
+  const MessageHeader& header = HeaderOf(notice);
   const int32_t num_rows =
       args.expected_rows != nullptr ? args.expected_rows[source] : header.num_rows;
   if (source == view.rank && args.num_tokens >= 0 && header.num_tokens != args.num_tokens) {
-    return refuse({FaultCode::kOutOfStep, source, args.row_bytes, header.row_bytes,
+    return Refuse(view, args,
+                  {FaultCode::kOutOfStep, source, args.row_bytes, header.row_bytes,
                    args.num_tokens << 32 | header.num_tokens});
   }
   if (header.row_bytes != args.row_bytes || header.num_rows != num_rows) {
-    return refuse({FaultCode::kOutOfStep, source, args.row_bytes, header.row_bytes,
+    return Refuse(view, args,
+                  {FaultCode::kOutOfStep, source, args.row_bytes, header.row_bytes,
                    int64_t{num_rows} << 32 | header.num_rows});
   }
   state->num_rows[source] = header.num_rows;
   state->first_part[source] = static_cast<int32_t>(header.first_part);
 }
 
+// Waits beside the kernels before it, which find the routing again.
 __global__ void WaitKernel(const RankView view, const WaitArgs args) {
   DeviceState* state = view.state;
-  AwaitPrevious();
   if (threadIdx.x == 0) Take(view, args);
   __syncthreads();
-  if (state->current.failed == kNothing) return;
-  for (int32_t source = threadIdx.x; source < view.config.ep_size; source += blockDim.x) {
+  const bool taken = state->current.failed != kNothing;
+  for (int32_t source = threadIdx.x; taken && source < view.config.ep_size; source += blockDim.x) {
+    state->num_rows[source] = 0;
+    state->first_part[source] = 0;
     AwaitNotice(view, args, source);
   }
   __syncthreads();
   if (args.for_messages && state->current.failed == kOk) {
     AwaitMessages(view, args.op, {0, view.config.ep_size, kLastPart});
   }
-  __syncthreads();
+  AwaitPrevious();
   AdmitNext();
+  if (!taken) return;
+  __syncthreads();
+  const bool ok = state->current.failed == kOk;
+  __syncthreads();
+  for (int32_t source = threadIdx.x; ok && source < view.config.ep_size; source += blockDim.x) {
+    ReadNotice(view, args, source);
+  }
+  __syncthreads();
   if (threadIdx.x != 0) return;
   int32_t next = 0;
   for (int32_t source = 0; source < view.config.ep_size; ++source) {
