@@ -91,6 +91,27 @@ __device__ void PlaceGroups(const RankView& view, const ExpertsOut& out, int64_t
   if (threadIdx.x == 0) *out.dropped = static_cast<int32_t>(dropped);
 }
 
+// Calls with(source, rows) for the rows that each source has for a local expert; none after a
+// fault.
+template <typename With>
+__device__ void ForEachSource(const RankView& view, const Current& current, int32_t expert,
+                              const With& with) {
+  constexpr int kUnroll = 8;  // a round trip to memory for so many sources
+  const int32_t num_sources = current.failed == kOk ? view.config.ep_size : 0;
+  for (int32_t first = 0; first < num_sources; first += kUnroll) {
+    int32_t rows[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (first + u >= num_sources) break;
+      rows[u] = RowsPerExpert(Notice(view, view.rank, current.slot, first + u))[expert];
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (first + u < num_sources) with(first + u, rows[u]);
+    }
+  }
+}
+
 // Whether all messages have come. In all threads of the block.
 __device__ bool AllHere(const RankView& view) {
   const Current current = view.state->current;
@@ -113,11 +134,7 @@ __global__ void PlanKernel(const RankView view, const ExpertsOut out) {
   int64_t highest = 0;
   for (int32_t e = threadIdx.x; e < num_local; e += blockDim.x) {
     int64_t count = 0;
-    for (int32_t source = 0; source < config.ep_size; ++source) {
-      view.group_row[source * num_local + e] = count;
-      if (current.failed != kOk) continue;
-      count += RowsPerExpert(Notice(view, view.rank, current.slot, source))[e];
-    }
+    ForEachSource(view, current, e, [&](int32_t /*source*/, int32_t rows) { count += rows; });
     counts[e] = count;
     out.counts[e] = static_cast<int32_t>(count);
     highest = highest > count ? highest : count;
@@ -129,9 +146,11 @@ __global__ void PlanKernel(const RankView view, const ExpertsOut out) {
   __syncthreads();
   for (int32_t e = threadIdx.x; e < num_local; e += blockDim.x) {
     out.group_sizes[e] = static_cast<int32_t>(view.group_next[e] - counts[e]);
-    for (int32_t source = 0; source < config.ep_size; ++source) {
-      view.group_row[source * num_local + e] += counts[e];
-    }
+    int64_t next = counts[e];
+    ForEachSource(view, current, e, [&](int32_t source, int32_t rows) {
+      view.group_row[source * num_local + e] = next;
+      next += rows;
+    });
   }
   for (int32_t source = threadIdx.x; source < config.ep_size; source += blockDim.x) {
     out.num_rows_from[source] = current.failed == kOk ? view.state->num_rows[source] : 0;

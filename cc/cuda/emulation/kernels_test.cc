@@ -259,7 +259,7 @@ std::string NameOf(const testing::TestParamInfo<Case>& info) {
 INSTANTIATE_TEST_SUITE_P(
     All, KernelsTest,
     testing::Values(Case{1, 5, 8}, Case{2, 1, 7}, Case{2, 40, 8}, Case{3, 40, 7}, Case{4, 33, 64},
-                    Case{8, 20, 8}, Case{4, 20, 8, Routing::kEverywhere},
+                    Case{8, 20, 8}, Case{12, 10, 8}, Case{4, 20, 8, Routing::kEverywhere},
                     Case{2, 40, 8, Routing::kNearlyEverywhere},
                     Case{4, 40, 8, Routing::kNearlyEverywhere},
                     Case{3, 40, 8, Routing::kNearlyEverywhere, -1, true},
