@@ -34,7 +34,7 @@ BAZEL_TEST := bazel test $(BAZEL_FLAGS) --test_tag_filters=-python --build_tests
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: help debian setup build demo bench bench-processes bench-gpu bench-gpu-processes bench-kernels \
-  test test-gpu kernels-test sanitize-gpu test-cc test-python test-sanitizers test-wheel \
+  test test-gpu kernel-programs sanitize-gpu test-cc test-python test-sanitizers test-wheel \
   lint lint-py lint-cc docs wheel clean
 .DELETE_ON_ERROR:
 
@@ -112,8 +112,12 @@ bench-gpu: build
 bench-gpu-processes: build
 	JAX_PLATFORMS=cuda $(VENV_PYTHON) -m benchmarks.gpu_processes
 
-bench-kernels: setup
-	bazel build $(BAZEL_FLAGS) //benchmarks:kernels
+# For GPUs, without JAX. The tests have all ranks on one.
+KERNELS_TEST := bazel-bin/cc/cuda/kernel_tests/kernels_test_on_gpu
+kernel-programs: setup
+	bazel build $(BAZEL_FLAGS) //cc/cuda/kernel_tests:kernels_test_on_gpu //benchmarks:kernels
+
+bench-kernels: kernel-programs
 	bazel-bin/benchmarks/kernels
 
 test: test-cc test-python
@@ -126,18 +130,13 @@ test-cc: setup
 test-python: build
 	$(VENV_PYTHON) -m pytest -n 3 --dist worksteal $(PYTEST_FLAGS)
 
-# All ranks on one GPU.
-KERNELS_TEST := bazel-bin/cc/cuda/emulation/kernels_test_on_gpu
-kernels-test: setup
-	bazel build $(BAZEL_FLAGS) //cc/cuda/emulation:kernels_test_on_gpu
-
-test-gpu: build kernels-test
+test-gpu: build kernel-programs
 	$(KERNELS_TEST)
 	JAX_PLATFORMS=cuda $(VENV_PYTHON) -m pytest -n 4 -m "not alone"
 	JAX_PLATFORMS=cuda $(VENV_PYTHON) -m pytest -n 0 -m alone
 
 SANITIZE := JAX_PLATFORMS=cuda PYTHONPATH=.:tests compute-sanitizer --error-exitcode 1
-sanitize-gpu: build kernels-test
+sanitize-gpu: build kernel-programs
 	$(SANITIZE) --tool memcheck $(KERNELS_TEST)
 	$(SANITIZE) --tool racecheck $(KERNELS_TEST)
 	$(SANITIZE) --tool memcheck --report-api-errors no $(VENV_PYTHON) tests/every_kernel.py

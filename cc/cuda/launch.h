@@ -50,8 +50,10 @@ inline int BlocksFor(int64_t num_warps, int most, int threads = kRowThreads) {
   return static_cast<int>(std::clamp<int64_t>(needed, 1, most));
 }
 
-// The same and the watch (device.cuh) that looks after them.
-inline int WithWatch(int blocks) { return 1 + std::max(blocks, 1); }
+// The same and one more, the first: the watch (device.cuh) of the others.
+inline int BlocksAndWatch(int64_t num_warps, int most, int threads = kRowThreads) {
+  return 1 + BlocksFor(num_warps, std::max(most - 1, 1), threads);
+}
 
 // Whether the device has what came with Hopper: bulk copies, and launches behind another kernel.
 inline bool IsHopperOrNewer() {

@@ -51,8 +51,7 @@ __global__ void __launch_bounds__(kRowThreads)
 void LaunchPack(const RankView& view, const PackArgs& args, cudaStream_t stream) {
   static const int most = FullGrid(PackKernel);
   const int64_t warps = args.num_tokens * SegmentsOf(args).per_row;
-  EnqueueBehind(PackKernel, {WithWatch(BlocksFor(warps, most - 1)), kRowThreads}, stream, view,
-                args);
+  EnqueueBehind(PackKernel, {BlocksAndWatch(warps, most), kRowThreads}, stream, view, args);
 }
 
 cudaError_t LoadPack() { return Load(PackKernel); }

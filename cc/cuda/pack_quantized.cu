@@ -88,12 +88,17 @@ __device__ void PackColumns(std::byte* target, const std::byte* x, int64_t hidde
   }
 }
 
+template <typename T>
+__host__ __device__ Segments SegmentsOf(int64_t hidden) {
+  return GroupSegments(hidden, kUnroll * kWarpGroups<T>);
+}
+
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
     PackQuantizedKernel(const RankView view, const PackQuantizedArgs args) {
   const Warps warps = Workers();
   const int64_t hidden = args.matrix.hidden;
-  const Segments segments = GroupSegments(hidden, kUnroll * kWarpGroups<T>);
+  const Segments segments = SegmentsOf<T>(hidden);
   int64_t item = warps.index;  // of the segments of all parts, so that no warp gets more in each
   const auto pack = [&](const OutRows* outs, int64_t end) {
     for (; item < end * segments.per_row; item += warps.count) {
@@ -120,7 +125,8 @@ struct Launch {
   void operator()() const {
     const auto kernel = PackQuantizedKernel<T, kWidth>;
     static const int most = FullGrid(kernel);
-    EnqueueBehind(kernel, {WithWatch(most - 1), kRowThreads}, stream, view, args);
+    const int64_t warps = args.num_tokens * SegmentsOf<T>(args.matrix.hidden).per_row;
+    EnqueueBehind(kernel, {BlocksAndWatch(warps, most), kRowThreads}, stream, view, args);
   }
 };
 

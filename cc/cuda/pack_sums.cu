@@ -148,8 +148,7 @@ struct Launch {
     static const int most = FullGrid(kernel, kThreads);
     const Segments segments(args.matrix.row_bytes(), kSumWords<kBulk>);
     const int64_t warps = view.config.max_recv_tokens() * segments.per_row;
-    EnqueueBehind(kernel, {WithWatch(BlocksFor(warps, most - 1, kThreads)), kThreads}, stream, view,
-                  args);
+    EnqueueBehind(kernel, {BlocksAndWatch(warps, most, kThreads), kThreads}, stream, view, args);
   }
   template <typename T, int kWidth, bool kWeighted>
   void Run() const {

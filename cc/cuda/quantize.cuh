@@ -28,7 +28,7 @@ template <typename T>
 inline constexpr int kWarpGroups = kWarpSize / kGroupLanes<T>;
 
 // Rows in segments of at most `max_groups`, counted in place of words.
-__device__ inline Segments GroupSegments(int64_t hidden, int32_t max_groups) {
+__host__ __device__ inline Segments GroupSegments(int64_t hidden, int32_t max_groups) {
   return Segments(NumScales(hidden) * 16, max_groups);
 }
 

@@ -18,16 +18,10 @@
 #include "cc/cuda/kernels.h"
 #include "cc/cuda/launch.h"
 #include "cc/cuda/post.cuh"
+#include "cc/cuda/tile.cuh"
 
 namespace jax_sm_free::cuda {
 namespace {
-
-struct Entry {
-  int32_t expert = -1;     // -1: none
-  int32_t dst = -1;        // its rank, if this is the token's first entry for that rank, else -1
-  bool bad = false;        // names an expert that there is not
-  bool is_common = false;  // the first of a token that goes to all other ranks
-};
 
 __host__ __device__ bool IsSend(const RouteArgs& args) { return args.begin.token != nullptr; }
 
@@ -49,62 +43,6 @@ __host__ __device__ int32_t CommonKey(const Config& config) {
   return config.num_experts + config.ep_size;
 }
 
-// This thread's entry of the tile, read through shared memory.
-class Tile {
- public:
-  __device__ Tile(const RankView& view, const RouteArgs& args)
-      : top_k_(view.config.top_k), num_experts_(view.config.num_experts) {
-    const int32_t tile_tokens = TileTokens(view.config);
-    first_token_ = int64_t{blockIdx.x} * tile_tokens;
-    const int64_t left = args.num_tokens - first_token_;
-    size_ = static_cast<int32_t>(left < tile_tokens ? left : tile_tokens) * top_k_;
-  }
-
-  __device__ Entry Read(const RankView& view, const RouteArgs& args) const {
-    __shared__ int32_t experts[kTileEntries];
-    __shared__ int32_t num_others[kTileEntries];  // by token: other ranks that it goes to
-    const auto i = static_cast<int32_t>(threadIdx.x);
-    if (i < size_) experts[i] = args.topk_idx[first_token_ * top_k_ + i];
-    num_others[i] = 0;
-    __syncthreads();
-    Entry entry;
-    if (i < size_) entry = EntryOf(experts, i, view.config.num_local_experts());
-    if (!IsDispatch(args)) return entry;
-    if (entry.dst >= 0 && entry.dst != view.rank) atomicAdd(&num_others[i / top_k_], 1);
-    __syncthreads();
-    const bool is_first = i < size_ && i % top_k_ == 0;
-    entry.is_common = is_first && num_others[i / top_k_] == view.config.ep_size - 1;
-    return entry;
-  }
-
-  __device__ unsigned long long entry() const { return first_token_ * top_k_ + threadIdx.x; }
-  __device__ int64_t token() const { return first_token_ + threadIdx.x / top_k_; }
-  __device__ int64_t first_token() const { return first_token_; }
-  __device__ int32_t num_tokens() const { return size_ / top_k_; }
-
- private:
-  __device__ Entry EntryOf(const int32_t* experts, int32_t i, int32_t num_local) const {
-    Entry entry;
-    if (experts[i] == -1) return entry;
-    entry.bad = experts[i] < -1 || experts[i] >= num_experts_;
-    if (entry.bad) return entry;
-    entry.expert = experts[i];
-    entry.dst = OwnerRank(entry.expert, num_local);
-    for (int32_t before = i - i % top_k_; before < i; ++before) {
-      if (experts[before] >= 0 && OwnerRank(experts[before], num_local) == entry.dst) {
-        entry.dst = -1;
-        break;
-      }
-    }
-    return entry;
-  }
-
-  int32_t top_k_;
-  int32_t num_experts_;
-  int64_t first_token_;
-  int32_t size_;
-};
-
 // Raises the first index that is out of range, if one is.
 __device__ void RaiseBadEntry(const RankView& view, const RouteArgs& args) {
   DeviceState* state = view.state;
@@ -112,7 +50,8 @@ __device__ void RaiseBadEntry(const RankView& view, const RouteArgs& args) {
   if (bad == 0) return;
   const auto entry = static_cast<int64_t>(~bad);
   Raise(view, args.begin.op, {FaultCode::kIndex, -1, 0, args.topk_idx[entry], entry});
-  if (state->current.failed == kOk) state->current.failed = kEmpty;
+  // A recv's exchange is not taken yet, or is being taken meanwhile.
+  if (IsSend(args) && state->current.failed == kOk) state->current.failed = kEmpty;
   state->bad_entry = 0;
 }
 
@@ -189,8 +128,8 @@ __device__ void CountTile(const RankView& view, const RouteArgs& args) {
   const int32_t first_key = FirstKey(view, args);
   for (int32_t key = first_key + threadIdx.x; key < num_keys; key += blockDim.x) histogram[key] = 0;
   __syncthreads();
-  const Tile tile(view, args);
-  const Entry entry = tile.Read(view, args);
+  const Tile tile(view.config, args.num_tokens);
+  const Entry entry = tile.Read(args.topk_idx, view.rank, IsDispatch(args));
   // The complement, so that 0 is none and the first one is the largest.
   if (entry.bad) atomicMax(&view.state->bad_entry, ~tile.entry());
   if (entry.expert >= first_key) atomicAdd(&histogram[entry.expert], 1);
@@ -301,11 +240,12 @@ __global__ void __launch_bounds__(kTileEntries)
   const int32_t num_used = num_keys - first_key;
   int32_t* own = histograms + threadIdx.x / kWarpSize * num_used - first_key;  // by key
   for (int32_t i = threadIdx.x; i < num_used * num_warps; i += blockDim.x) histograms[i] = 0;
-  const Tile tile(view, args);
+  const Tile tile(view.config, args.num_tokens);
   for (int32_t i = threadIdx.x; i < tile.num_tokens() * config.ep_size; i += blockDim.x) {
     view.row_of[tile.first_token() * config.ep_size + i] = -1;
   }
-  const Entry entry = tile.Read(view, args);  // with a barrier, behind the zeros
+  const Entry entry =
+      tile.Read(args.topk_idx, view.rank, IsDispatch(args));  // with a barrier, behind the zeros
   const int32_t dst_key = entry.dst < 0 ? -1 : config.num_experts + entry.dst;
   const Rank expert_rank = RankInWarp(entry.expert);
   const Rank dst_rank = RankInWarp(dst_key);

@@ -1,13 +1,13 @@
 // Memory that kernels and the host both reach, and waiting for kernels: on the host where they run
 // there (memory_on_host.cc), on the GPU where they run on one (memory_on_gpu.cc).
 
-#ifndef JAX_SM_FREE_CC_CUDA_EMULATION_MEMORY_H_
-#define JAX_SM_FREE_CC_CUDA_EMULATION_MEMORY_H_
+#ifndef JAX_SM_FREE_CC_CUDA_KERNEL_TESTS_MEMORY_H_
+#define JAX_SM_FREE_CC_CUDA_KERNEL_TESTS_MEMORY_H_
 
 #include <cstddef>
 #include <vector>
 
-namespace jax_sm_free::cuda::emulation {
+namespace jax_sm_free::cuda::kernel_tests {
 
 void* AllocateForKernels(size_t bytes);
 void FreeForKernels(void* memory);
@@ -33,6 +33,6 @@ struct KernelAllocator {
 template <typename T>
 using Array = std::vector<T, KernelAllocator<T>>;
 
-}  // namespace jax_sm_free::cuda::emulation
+}  // namespace jax_sm_free::cuda::kernel_tests
 
-#endif  // JAX_SM_FREE_CC_CUDA_EMULATION_MEMORY_H_
+#endif  // JAX_SM_FREE_CC_CUDA_KERNEL_TESTS_MEMORY_H_

@@ -1,11 +1,11 @@
-#include "cc/cuda/emulation/group.h"
+#include "cc/cuda/kernel_tests/group.h"
 
 #include <algorithm>
 #include <array>
 #include <bit>
 #include <cstring>
 
-namespace jax_sm_free::cuda::emulation {
+namespace jax_sm_free::cuda::kernel_tests {
 namespace {
 
 constexpr std::byte kUnwritten{0xFF};  // NaN in every float type
@@ -90,4 +90,4 @@ void Group::HoldUp() {
   for (const auto& rank : ranks_) TakeOrders(*rank);
 }
 
-}  // namespace jax_sm_free::cuda::emulation
+}  // namespace jax_sm_free::cuda::kernel_tests

@@ -3,9 +3,9 @@
 #include <cstdio>
 #include <cstdlib>
 
-#include "cc/cuda/emulation/memory.h"
+#include "cc/cuda/kernel_tests/memory.h"
 
-namespace jax_sm_free::cuda::emulation {
+namespace jax_sm_free::cuda::kernel_tests {
 namespace {
 
 void MustSucceed(cudaError_t error, const char* what) {
@@ -29,4 +29,4 @@ void AwaitKernels() {
   MustSucceed(cudaDeviceSynchronize(), "kernel");
 }
 
-}  // namespace jax_sm_free::cuda::emulation
+}  // namespace jax_sm_free::cuda::kernel_tests

@@ -2,8 +2,8 @@
 // movers, all recvs. Rows are float32; numbers are small and whole, so that sums are exact in any
 // order.
 
-#ifndef JAX_SM_FREE_CC_CUDA_EMULATION_OPS_H_
-#define JAX_SM_FREE_CC_CUDA_EMULATION_OPS_H_
+#ifndef JAX_SM_FREE_CC_CUDA_KERNEL_TESTS_OPS_H_
+#define JAX_SM_FREE_CC_CUDA_KERNEL_TESTS_OPS_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -12,13 +12,13 @@
 #include <vector>
 
 #include "cc/config.h"
-#include "cc/cuda/emulation/group.h"
-#include "cc/cuda/emulation/memory.h"
+#include "cc/cuda/kernel_tests/group.h"
+#include "cc/cuda/kernel_tests/memory.h"
 #include "cc/cuda/kernels.h"
 #include "cc/op.h"
 #include "cc/operands.h"
 
-namespace jax_sm_free::cuda::emulation {
+namespace jax_sm_free::cuda::kernel_tests {
 
 // How tokens choose their experts.
 enum class Routing { kAnywhere, kEverywhere, kNearlyEverywhere, kToFirstRank, kNowhere };
@@ -121,6 +121,6 @@ class Ops {
   Array<Arrays> arrays_;
 };
 
-}  // namespace jax_sm_free::cuda::emulation
+}  // namespace jax_sm_free::cuda::kernel_tests
 
-#endif  // JAX_SM_FREE_CC_CUDA_EMULATION_OPS_H_
+#endif  // JAX_SM_FREE_CC_CUDA_KERNEL_TESTS_OPS_H_

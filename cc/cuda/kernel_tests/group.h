@@ -1,7 +1,7 @@
 // The ranks of a group as kernels see them, all in one memory, and a mover for all of them.
 
-#ifndef JAX_SM_FREE_CC_CUDA_EMULATION_GROUP_H_
-#define JAX_SM_FREE_CC_CUDA_EMULATION_GROUP_H_
+#ifndef JAX_SM_FREE_CC_CUDA_KERNEL_TESTS_GROUP_H_
+#define JAX_SM_FREE_CC_CUDA_KERNEL_TESTS_GROUP_H_
 
 #include <cstddef>
 #include <cstdint>
@@ -10,9 +10,9 @@
 
 #include "cc/config.h"
 #include "cc/cuda/device_state.h"
-#include "cc/cuda/emulation/memory.h"
+#include "cc/cuda/kernel_tests/memory.h"
 
-namespace jax_sm_free::cuda::emulation {
+namespace jax_sm_free::cuda::kernel_tests {
 
 class Group {
  public:
@@ -58,6 +58,6 @@ class Group {
   int64_t num_first_parts_ = 0;
 };
 
-}  // namespace jax_sm_free::cuda::emulation
+}  // namespace jax_sm_free::cuda::kernel_tests
 
-#endif  // JAX_SM_FREE_CC_CUDA_EMULATION_GROUP_H_
+#endif  // JAX_SM_FREE_CC_CUDA_KERNEL_TESTS_GROUP_H_

@@ -9,10 +9,10 @@
 #include <vector>
 
 #include "cc/cpu/quantize.h"
-#include "cc/cuda/emulation/ops.h"
+#include "cc/cuda/kernel_tests/ops.h"
 #include "gtest/gtest.h"
 
-namespace jax_sm_free::cuda::emulation {
+namespace jax_sm_free::cuda::kernel_tests {
 namespace {
 
 // A choice (token, k) of a rank: where it should lie.
@@ -321,4 +321,4 @@ TEST(KernelsFaultTest, ATokenThatIsNoneIsNamed) {
 }
 
 }  // namespace
-}  // namespace jax_sm_free::cuda::emulation
+}  // namespace jax_sm_free::cuda::kernel_tests

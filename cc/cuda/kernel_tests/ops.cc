@@ -1,4 +1,4 @@
-#include "cc/cuda/emulation/ops.h"
+#include "cc/cuda/kernel_tests/ops.h"
 
 #include <cmath>
 #include <utility>
@@ -6,7 +6,7 @@
 #include "cc/quantized.h"
 #include "cc/token.h"
 
-namespace jax_sm_free::cuda::emulation {
+namespace jax_sm_free::cuda::kernel_tests {
 namespace {
 
 constexpr int32_t kUnset = -9;
@@ -283,4 +283,4 @@ std::vector<Floats> Ops::CombineBackward(const std::vector<Floats>& grads,
   return y_grads;
 }
 
-}  // namespace jax_sm_free::cuda::emulation
+}  // namespace jax_sm_free::cuda::kernel_tests
