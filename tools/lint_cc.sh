@@ -3,7 +3,7 @@
 set -euo pipefail
 python=$1 headers=$2
 
-find cc xla_ffi -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' |
+find cc xla_ffi benchmarks -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh' |
   xargs clang-format --dry-run -Werror
 
 # Sources for GPUs need the headers of a CUDA toolkit, which a machine may lack.
