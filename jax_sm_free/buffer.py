@@ -12,12 +12,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from jax_sm_free import autodiff, checks, transports
+from jax_sm_free import autodiff, checks, receiving, transports
 from jax_sm_free.config import Config
 from jax_sm_free.native import Native, register_cuda
 from jax_sm_free.primitives import RowType, Target
 from jax_sm_free.results import Layout, Received, ReceivedTokens
 from jax_sm_free.schedule import Hook, Sent
+from jax_sm_free.varying import vary_alike
 
 Output = Literal["experts", "tokens"]
 Rows = Array | tuple[Array, Array]
@@ -152,12 +153,12 @@ class Buffer:
         values, *parts = x if isinstance(x, (tuple, list)) else (x,)
         checks.check_topk(op, self.config, values.shape[0], topk_idx, topk_weights)
         position = jax.lax.axis_index(self.mesh.axis_names)
-        position, values, topk_idx, topk_weights, *parts = _vary_alike(
+        position, values, topk_idx, topk_weights, *parts = vary_alike(
             position, values, topk_idx, topk_weights, *parts
         )
         if parts:
             values, *parts = autodiff.no_gradient(values, *parts)
-        scales = parts[0] if parts else _no_scales(values, row_type)
+        scales = parts[0] if parts else receiving.no_scales(values, row_type)
         token = autodiff.dispatch_send(
             self._target, row_type, values, scales, topk_idx, topk_weights, position
         )
@@ -186,11 +187,11 @@ class Buffer:
         """
         op = "dispatch_recv"
         self._check_usable(op)
-        _check_sent(op, sent, "dispatch")
+        checks.check_sent(op, sent, "dispatch")
         if output == "experts":
-            return self._recv_experts(sent)
+            return receiving.by_expert(self._target, sent)
         if output == "tokens":
-            return self._recv_tokens(sent)
+            return receiving.by_token(self._target, sent)
         raise ValueError(f"{op}: expected output 'experts' or 'tokens', got {output!r}")
 
     def combine_send(self, y: Array, layout: Layout, weights: Array | None = None) -> Sent:
@@ -215,7 +216,7 @@ class Buffer:
         checks.check_array(op, "y", y, config.dtype, (num_rows, config.hidden))
         if weights is not None:
             checks.check_array(op, "weights", weights, jnp.float32, (num_rows,))
-        y, rows, num_rows_from, topk_idx, *present = _vary_alike(
+        y, rows, num_rows_from, topk_idx, *present = vary_alike(
             y,
             layout.rows,
             layout.num_rows_from,
@@ -241,7 +242,7 @@ class Buffer:
         """
         op = "combine_recv"
         self._check_usable(op)
-        _check_sent(op, sent, "combine")
+        checks.check_sent(op, sent, "combine")
         return autodiff.combine_recv(self._target, sent.token, sent.topk_idx, *sent.own_rows)
 
     # ------------------------------------------------------------------------------ whole ops
@@ -360,69 +361,7 @@ class Buffer:
         if op not in ("check", "message_bytes"):
             checks.check_inside(op, self.mesh, self.axes)
 
-    def _recv_experts(self, sent: Sent) -> Received:
-        values, scales, group_sizes, counts, weights, dropped, rows, num_rows_from = (
-            autodiff.dispatch_recv(self._target, sent.row_type, sent.token, *_own_rows(sent))
-        )
-        return Received(
-            x=(values, scales) if sent.row_type.has_scales else values,
-            group_sizes=group_sizes,
-            counts=counts,
-            weights=weights,
-            dropped=dropped,
-            layout=Layout(sent.topk_idx, rows, num_rows_from, "experts"),
-        )
-
-    def _recv_tokens(self, sent: Sent) -> ReceivedTokens:
-        values, scales, topk_idx, topk_weights, counts, num_tokens, rows, num_rows_from = (
-            autodiff.dispatch_recv_tokens(self._target, sent.row_type, sent.token, *_own_rows(sent))
-        )
-        return ReceivedTokens(
-            x=(values, scales) if sent.row_type.has_scales else values,
-            topk_idx=topk_idx,
-            topk_weights=topk_weights,
-            counts=counts,
-            num_tokens=num_tokens,
-            layout=Layout(sent.topk_idx, rows, num_rows_from, "tokens"),
-        )
-
 
 def _close(native: Native | None, buffer_id: int) -> None:
     if native is not None:
         native.close_buffer(buffer_id)
-
-
-def _no_scales(values: Array, row_type: RowType) -> Array:
-    return values[:, :0].astype(row_type.scale_dtype)
-
-
-def _own_rows(sent: Sent) -> tuple[Array, Array]:
-    """Values and scales of a dispatch; both without rows where its recv needs none."""
-    values, *scales = sent.own_rows or (
-        jnp.broadcast_to(sent.topk_idx[:0, :1], (0, sent.row_type.columns)).astype(
-            sent.row_type.dtype
-        ),
-    )
-    return values, scales[0] if scales else _no_scales(values, sent.row_type)
-
-
-def _check_sent(op: str, sent: Any, kind: str) -> None:
-    if not isinstance(sent, Sent):
-        raise TypeError(f"{op}: expected what {kind}_send returned, got {type(sent).__name__}")
-    if sent.kind != kind:
-        raise TypeError(f"{op}: expected what {kind}_send returned, got that of {sent.kind}_send")
-
-
-def _vary_alike(*arrays: Array) -> tuple[Array, ...]:
-    """Makes all arrays vary over the mesh axes that one of them varies over.
-
-    Under shard_map's check_vma, values that are equal on all ranks have another type; the cast's
-    transpose sums their gradients over the ranks, as it must be.
-    """
-    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
-    every = frozenset[str]().union(*varying)
-    cast = []
-    for array, axes in zip(arrays, varying, strict=True):
-        missing = tuple(sorted(every - axes))
-        cast.append(jax.lax.pcast(array, missing, to="varying") if missing else array)
-    return tuple(cast)

@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh
 from jax_sm_free.config import Config
 from jax_sm_free.primitives import RowType
 from jax_sm_free.results import Layout
+from jax_sm_free.schedule import Sent
 
 
 def describe(array: Any) -> str:
@@ -111,6 +112,13 @@ def check_layout(op: str, config: Config, layout: Any) -> None:
     check_array(op, "layout.rows", layout.rows, jnp.int32, (config.max_recv_tokens, fanout))
     check_array(op, "layout.topk_idx", layout.topk_idx, jnp.int32, ("T", config.top_k))
     check_array(op, "layout.num_rows_from", layout.num_rows_from, jnp.int32, (config.ep_size,))
+
+
+def check_sent(op: str, sent: Any, kind: str) -> None:
+    if not isinstance(sent, Sent):
+        raise TypeError(f"{op}: expected what {kind}_send returned, got {type(sent).__name__}")
+    if sent.kind != kind:
+        raise TypeError(f"{op}: expected what {kind}_send returned, got that of {sent.kind}_send")
 
 
 def check_mesh(mesh: Any, axis: Any) -> tuple[str, ...]:

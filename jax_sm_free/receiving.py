@@ -1,0 +1,54 @@
+"""The two forms in which a dispatch is received."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from jax import Array
+
+from jax_sm_free import autodiff
+from jax_sm_free.primitives import RowType, Target
+from jax_sm_free.results import Layout, Received, ReceivedTokens
+from jax_sm_free.schedule import Sent
+
+
+def by_expert(target: Target, sent: Sent) -> Received:
+    values, scales, group_sizes, counts, weights, dropped, rows, num_rows_from = (
+        autodiff.dispatch_recv(target, sent.row_type, sent.token, *_own_rows(sent))
+    )
+    return Received(
+        x=(values, scales) if sent.row_type.has_scales else values,
+        group_sizes=group_sizes,
+        counts=counts,
+        weights=weights,
+        dropped=dropped,
+        layout=Layout(sent.topk_idx, rows, num_rows_from, "experts"),
+    )
+
+
+def by_token(target: Target, sent: Sent) -> ReceivedTokens:
+    values, scales, topk_idx, topk_weights, counts, num_tokens, rows, num_rows_from = (
+        autodiff.dispatch_recv_tokens(target, sent.row_type, sent.token, *_own_rows(sent))
+    )
+    return ReceivedTokens(
+        x=(values, scales) if sent.row_type.has_scales else values,
+        topk_idx=topk_idx,
+        topk_weights=topk_weights,
+        counts=counts,
+        num_tokens=num_tokens,
+        layout=Layout(sent.topk_idx, rows, num_rows_from, "tokens"),
+    )
+
+
+def no_scales(values: Array, row_type: RowType) -> Array:
+    """[T, 0], beside values [T, columns]."""
+    return values[:, :0].astype(row_type.scale_dtype)
+
+
+def _own_rows(sent: Sent) -> tuple[Array, Array]:
+    """Values and scales of a dispatch; both without rows where its recv needs none."""
+    values, *scales = sent.own_rows or (
+        jnp.broadcast_to(sent.topk_idx[:0, :1], (0, sent.row_type.columns)).astype(
+            sent.row_type.dtype
+        ),
+    )
+    return values, scales[0] if scales else no_scales(values, sent.row_type)

@@ -1,0 +1,21 @@
+"""Values of one type over the mesh, for calls whose operands have to have it."""
+
+from __future__ import annotations
+
+import jax
+from jax import Array
+
+
+def vary_alike(*arrays: Array) -> tuple[Array, ...]:
+    """Makes all arrays vary over the mesh axes that one of them varies over.
+
+    Under shard_map's check_vma, values that are equal on all ranks have another type; the cast's
+    transpose sums their gradients over the ranks, as it must be.
+    """
+    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    every = frozenset[str]().union(*varying)
+    cast = []
+    for array, axes in zip(arrays, varying, strict=True):
+        missing = tuple(sorted(every - axes))
+        cast.append(jax.lax.pcast(array, missing, to="varying") if missing else array)
+    return tuple(cast)
