@@ -3,6 +3,7 @@
 #ifndef JAX_SM_FREE_CC_CUDA_BEGIN_CUH_
 #define JAX_SM_FREE_CC_CUDA_BEGIN_CUH_
 
+#include "cc/cuda/claims.cuh"
 #include "cc/cuda/device.cuh"
 #include "cc/cuda/kernels.h"
 
@@ -24,6 +25,7 @@ __device__ inline void WriteToken(const RankView& view, const BeginArgs& args) {
 // By one block. It waits until all peers have read the exchange that had the slot before.
 __device__ inline void Begin(const RankView& view, const BeginArgs& args) {
   DeviceState* state = view.state;
+  ResetClaims(state);
   __shared__ uint64_t before;  // the exchange that used the slot last; 0 for none
   if (threadIdx.x == 0) {
     const int32_t num_slots = view.config.num_slots;

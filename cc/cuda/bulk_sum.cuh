@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cc/cuda/claims.cuh"
 #include "cc/cuda/device.cuh"
 #include "cc/cuda/launch.h"
 #include "cc/cuda/sums.cuh"
@@ -20,23 +21,23 @@ namespace jax_sm_free::cuda {
 inline constexpr int kBulkPerLane = 4;
 inline constexpr int32_t kBulkWords = kBulkPerLane * kWarpSize;
 
-// As DirectSum, for blocks of one warp and rows of whole 16-byte words; Sum is called for the items
-// warps.index, warps.index + warps.count, ... in order, all of them. The terms of each are asked
-// for twice: when its rows are sent for, and when they are added.
+// As DirectSum, for blocks of one warp and rows of whole 16-byte words. What the terms of a sum are
+// is found when their rows are sent for, and left beside them for when they are added.
 template <typename T, bool kWeighted, typename TermsOf>
 class BulkSum {
  public:
-  __device__ BulkSum(const Matrix& matrix, int64_t num_rows, const Warps& warps,
+  __device__ BulkSum(const Matrix& matrix, int64_t num_rows, const Warps& warps, DeviceState* state,
                      const TermsOf& terms_of)
       : segments_(matrix.row_bytes(), kWords),
-        num_items_(num_rows * segments_.per_row),
+        num_rows_(static_cast<int32_t>(num_rows)),
         terms_of_(terms_of),
-        num_warps_(warps.count),
-        to_load_(warps.index) {
-    __shared__ __align__(128) uint4 stages[kStages][kWords];
+        claims_(state, segments_, num_rows, warps) {
+    __shared__ __align__(128) uint4 words[kStages][kWords];
     __shared__ __align__(8) uint64_t barriers[kStages];
-    stages_ = stages;
+    __shared__ Note notes[kStages];
+    words_ = words;
     barriers_ = barriers;
+    notes_ = notes;
     if (threadIdx.x == 0) {
       for (int stage = 0; stage < kStages; ++stage) {
         asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(Barrier(stage)) : "memory");
@@ -44,21 +45,24 @@ class BulkSum {
       asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
     }
     __syncwarp();
-    FindTerms();
-    for (int i = 0; i < kStages; ++i) Load();
+    Load();
   }
 
-  __device__ const Segments& segments() const { return segments_; }
-  __device__ int64_t num_items() const { return num_items_; }
+  __device__ Claim Next() {
+    if (num_loaded_ == 0) return {num_rows_, 0};
+    Await(add_stage_);
+    return notes_[add_stage_].claim;
+  }
 
-  __device__ void Sum(int64_t item, std::byte* out) {
-    const int64_t row = segments_.row_of(item);
-    const int32_t segment = segments_.segment_of(item);
-    const int32_t begin = segments_.begin(segment);
-    const int32_t size = segments_.end(segment) - begin;
+  __device__ void Sum(const Claim& claim, std::byte* out) {
+    const int32_t begin = segments_.begin(claim.segment);
+    const int32_t size = segments_.end(claim.segment) - begin;
     Pieces sums = {};
-    if constexpr (HasNested<TermsOf>) sums = SumOfTerms<true>(terms_of_.Nested(row), sums, size);
-    sums = SumOfTerms<kWeighted>(terms_of_(row), sums, size);
+    if constexpr (HasNested<TermsOf>) {
+      sums = SumOfTerms<true>(sums, size);
+      Await(add_stage_);
+    }
+    sums = SumOfTerms<kWeighted>(sums, size);
 #pragma unroll
     for (int u = 0; u < kPerLane; ++u) {
       const int32_t i = u * kWarpSize + threadIdx.x;
@@ -76,36 +80,52 @@ class BulkSum {
   struct Pieces {
     V of[kPerLane];
   };
+  // What a stage is for: a row of a sum; one for a sum without any, too.
+  enum What : uint32_t { kRow = 1, kNestedFirst = 2, kNestedLast = 4, kEnds = 8, kPoisoned = 16 };
+  struct alignas(16) Note {
+    Claim claim;
+    float weight;
+    uint32_t what;
+  };
 
-  // Of this lane's words of the segment, of `size` words; `nested` is what the nested term is.
+  // Of this lane's words of the segment, of `size` words; `nested` is what the nested term is. Its
+  // first stage has been awaited.
   template <bool kWeigh>
-  __device__ Pieces SumOfTerms(const Terms& terms, const Pieces& nested, int32_t size) {
+  __device__ Pieces SumOfTerms(const Pieces& nested, int32_t size) {
     const int lane = threadIdx.x;
     float total[kPerLane][kWidth] = {};
-    for (unsigned left = terms.present | terms.nested; left != 0; left &= left - 1) {
-      const int source = __ffs(static_cast<int>(left)) - 1;
-      if (HasNested<TermsOf> && (terms.nested >> source & 1U) != 0) {
+    uint32_t what = 0;
+    while (true) {
+      what = notes_[add_stage_].what;
+      const float weight = kWeigh ? notes_[add_stage_].weight : 1.0F;
+      if (HasNested<TermsOf> && (what & kNestedFirst) != 0) {
 #pragma unroll
         for (int u = 0; u < kPerLane; ++u) Add<false>(total[u], nested.of[u], 1);
-        continue;
       }
-      const float weight = kWeigh ? __shfl_sync(kFullWarp, terms.weight, source) : 1.0F;
-      Await(add_stage_);
-      const uint4* words = stages_[add_stage_];
+      if ((what & kRow) != 0) {
+        const uint4* words = words_[add_stage_];
 #pragma unroll
-      for (int u = 0; u < kPerLane; ++u) {
-        const int32_t i = u * kWarpSize + lane;
-        // Whole words, which the compiler would else load element by element, in four-fold
-        // conflict.
-        if (i < size) Add<kWeigh>(total[u], std::bit_cast<V>(words[i]), weight);
+        for (int u = 0; u < kPerLane; ++u) {
+          const int32_t i = u * kWarpSize + lane;
+          // Whole words, which the compiler would else load element by element, in four-fold
+          // conflict.
+          if (i < size) Add<kWeigh>(total[u], std::bit_cast<V>(words[i]), weight);
+        }
+      }
+      if (HasNested<TermsOf> && (what & kNestedLast) != 0) {
+#pragma unroll
+        for (int u = 0; u < kPerLane; ++u) Add<false>(total[u], nested.of[u], 1);
       }
       __syncwarp();  // all have read the stage that is loaded next
-      Load();
       add_stage_ = (add_stage_ + 1) % kStages;
+      --num_loaded_;
+      Load();
+      if ((what & kEnds) != 0) break;
+      Await(add_stage_);
     }
     Pieces sums;
 #pragma unroll
-    for (int u = 0; u < kPerLane; ++u) sums.of[u] = Cast<T>(total[u], terms.poisoned);
+    for (int u = 0; u < kPerLane; ++u) sums.of[u] = Cast<T>(total[u], (what & kPoisoned) != 0);
     return sums;
   }
 
@@ -114,52 +134,65 @@ class BulkSum {
   }
   __device__ uint32_t Barrier(int stage) const { return Shared(barriers_ + stage); }
 
-  __device__ Terms TermsToLoad() const {
-    const int64_t row = segments_.row_of(to_load_);
-    if constexpr (HasNested<TermsOf>) {
-      if (loads_nested_) return terms_of_.Nested(row);
-    }
-    return terms_of_(row);
-  }
-  __device__ void Advance() {
-    if (!loads_nested_) to_load_ += num_warps_;
-    loads_nested_ = HasNested<TermsOf> && !loads_nested_;
-  }
-
-  // The next terms that there are to load, and which bytes of their rows.
+  // The terms of the next sum: of a claim the nested one first.
   __device__ void FindTerms() {
-    for (; to_load_ < num_items_; Advance()) {
-      loading_ = TermsToLoad();
-      if (loading_.present == 0) continue;
-      const int32_t segment = segments_.segment_of(to_load_);
-      const int32_t begin = segments_.begin(segment);
-      if (loading_.row != nullptr) loading_.row += begin * kWordBytes;
-      load_bytes_ = (segments_.end(segment) - begin) * kWordBytes;
-      return;
+    const bool claims = !HasNested<TermsOf> || !found_nested_;
+    if (claims) loading_ = claims_.Next();
+    if (loading_.row >= num_rows_) return;
+    if constexpr (HasNested<TermsOf>) {
+      found_nested_ = !found_nested_;
+      terms_ = found_nested_ ? terms_of_.Nested(loading_.row) : terms_of_(loading_.row);
+    } else {
+      terms_ = terms_of_(loading_.row);
+    }
+    has_terms_ = true;
+    left_ = terms_.present;
+    const int32_t begin = segments_.begin(loading_.segment);
+    load_bytes_ = (segments_.end(loading_.segment) - begin) * kWordBytes;
+    if (terms_.row != nullptr) terms_.row += begin * kWordBytes;
+  }
+
+  // Sends for terms as long as there are stages for them.
+  __device__ void Load() {
+    while (loading_.row < num_rows_) {
+      if (!has_terms_) {
+        FindTerms();
+      } else if (num_loaded_ < kStages) {
+        LoadTerm();
+      } else {
+        return;
+      }
     }
   }
 
-  // Sends for the next term.
-  __device__ void Load() {
-    if (to_load_ >= num_items_) return;
-    const std::byte* row =
-        ShufflePointer(loading_.row, __ffs(static_cast<int>(loading_.present)) - 1);
-    if (threadIdx.x == 0) {
-      asm volatile(
-          "mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(Barrier(load_stage_)),
-          "r"(load_bytes_)
-          : "memory");
-      asm volatile(
-          "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-          "[%3];" ::"r"(Shared(stages_[load_stage_])),
-          "l"(row), "r"(load_bytes_), "r"(Barrier(load_stage_))
-          : "memory");
+  // Sends for the next term, by the lane that has it.
+  __device__ void LoadTerm() {
+    const int source = left_ == 0 ? 0 : __ffs(static_cast<int>(left_)) - 1;
+    left_ &= left_ - 1;
+    has_terms_ = left_ != 0;
+    const bool nested_first = (terms_.nested & ((1U << source) - 1)) != 0;
+    if (nested_first) terms_.nested = 0;
+    const uint32_t barrier = Barrier(load_stage_);
+    if (threadIdx.x == source) {
+      const bool has_row = terms_.present != 0;
+      const bool nested_last = !has_terms_ && terms_.nested != 0;
+      notes_[load_stage_] = {loading_, terms_.weight,
+                             (has_row ? kRow : 0U) | (nested_first ? kNestedFirst : 0U) |
+                                 (nested_last ? kNestedLast : 0U) | (has_terms_ ? 0U : kEnds) |
+                                 (terms_.poisoned ? kPoisoned : 0U)};
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+                   "r"(has_row ? load_bytes_ : 0)
+                   : "memory");
+      if (has_row) {
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+            "[%3];" ::"r"(Shared(words_[load_stage_])),
+            "l"(terms_.row), "r"(load_bytes_), "r"(barrier)
+            : "memory");
+      }
     }
     load_stage_ = (load_stage_ + 1) % kStages;
-    loading_.present &= loading_.present - 1;
-    if (loading_.present != 0) return;
-    Advance();
-    FindTerms();
+    ++num_loaded_;
   }
 
   __device__ void Await(int stage) {
@@ -179,17 +212,22 @@ class BulkSum {
   }
 
   Segments segments_;
-  int64_t num_items_;
+  int32_t num_rows_;
   const TermsOf& terms_of_;
-  int64_t num_warps_;
-  uint4 (*stages_)[kWords];
+  Claims claims_;
+  uint4 (*words_)[kWords];
   uint64_t* barriers_;
+  Note* notes_;
   uint32_t phases_ = 0;  // a bit for each stage: the parity that its load completes
   int load_stage_ = 0;
   int add_stage_ = 0;
-  int64_t to_load_;  // item
-  bool loads_nested_ = HasNested<TermsOf>;
-  Terms loading_;  // those of its terms that are still to be sent for
+  int num_loaded_ = 0;  // stages in use
+  // Of the sum whose terms are being sent for.
+  Claim loading_ = {-1, 0};
+  bool found_nested_ = false;
+  bool has_terms_ = false;  // some are left
+  Terms terms_;
+  unsigned left_;
   int32_t load_bytes_;
 };
 
@@ -209,7 +247,7 @@ using SumOf = std::conditional_t<kBulk && kHasBulkCopies, BulkSum<T, kWeighted, 
 template <bool kBulk>
 inline constexpr int kSumThreads = kBulk ? kWarpSize : kRowThreads;
 template <bool kBulk>
-inline constexpr int kSumBlocks = kBulk ? 1 : 4;
+inline constexpr int kSumBlocks = kBulk ? 16 : 4;
 template <bool kBulk>
 inline constexpr int32_t kSumWords = kBulk ? kBulkWords : kDirectWords;
 

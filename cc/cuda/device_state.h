@@ -252,6 +252,12 @@ struct Current {
   uint32_t in_place;  // bit s: the message of source s is read where it was packed
 };
 
+// Warps of a grid fall into so many groups, each with a counter in a sector of memory of its own.
+inline constexpr int kClaimGroups = 128;
+struct alignas(32) ClaimCounter {
+  uint32_t claimed;
+};
+
 // In device memory, one for each rank.
 struct DeviceState {
   uint64_t sequence;                // of the last send
@@ -262,10 +268,11 @@ struct DeviceState {
   int32_t slot_phase[kMaxSlots];   // SlotPhase
   uint32_t blocks_done;            // of the running kernel
   uint32_t steps_done[kMaxSteps];  // blocks of the running kernel that have ended each of its steps
-  int32_t num_rows[kMaxRanks];     // of the messages being packed or unpacked, by peer
-  unsigned long long bad_entry;    // of the running route: see there
-  int32_t routed_rows[kMaxRanks];  // tokens that the last route sent to each rank
-  int32_t first_part[kMaxRanks];   // rows of the first part of the messages, by peer
+  ClaimCounter claimed[kClaimGroups];  // by warps of the op's kernel that sums: see Claims
+  int32_t num_rows[kMaxRanks];         // of the messages being packed or unpacked, by peer
+  unsigned long long bad_entry;        // of the running route: see there
+  int32_t routed_rows[kMaxRanks];      // tokens that the last route sent to each rank
+  int32_t first_part[kMaxRanks];       // rows of the first part of the messages, by peer
   int32_t first_row[kMaxRanks + 1];
   int32_t all_here;  // all messages of the dispatch being received have come
 };

@@ -11,25 +11,36 @@
 
 namespace jax_sm_free::cuda {
 
-// By a warp; this lane's term is the k-th expert row of token row i.
-__device__ inline Terms ExpertTerms(const RankView& view, Op op, const ExpertRows& rows,
-                                    int64_t row_bytes, int64_t i) {
-  const int k = threadIdx.x % kWarpSize;
-  const LayoutIn& layout = rows.layout;
-  int32_t row = k < layout.fanout ? layout.rows[i * layout.fanout + k] : -1;
-  const bool bad = row < -1 || row >= layout.num_rows;
-  if (bad) {
-    Raise(view, op, {FaultCode::kLayout, -1, layout.num_rows, row});
-    row = -1;
+// Row i of `rows.layout`; this lane's term is the k-th expert row.
+class ExpertTerms {
+ public:
+  __device__ ExpertTerms(const RankView& view, Op op, const ExpertRows& rows, int64_t row_bytes)
+      : view_(view), op_(op), rows_(rows), row_bytes_(row_bytes) {}
+
+  __device__ Terms operator()(int64_t i) const {
+    const int k = threadIdx.x % kWarpSize;
+    const LayoutIn& layout = rows_.layout;
+    int32_t row = k < layout.fanout ? layout.rows[i * layout.fanout + k] : -1;
+    const bool bad = row < -1 || row >= layout.num_rows;
+    if (bad) {
+      Raise(view_, op_, {FaultCode::kLayout, -1, layout.num_rows, row});
+      row = -1;
+    }
+    Terms terms;
+    terms.poisoned = __any_sync(kFullWarp, bad) != 0;
+    terms.present = __ballot_sync(kFullWarp, row >= 0);
+    if (row < 0) return terms;
+    terms.row = rows_.y + row * row_bytes_;
+    if (rows_.weights != nullptr) terms.weight = rows_.weights[row];
+    return terms;
   }
-  Terms terms;
-  terms.poisoned = __any_sync(kFullWarp, bad) != 0;
-  terms.present = __ballot_sync(kFullWarp, row >= 0);
-  if (row < 0) return terms;
-  terms.row = rows.y + row * row_bytes;
-  if (rows.weights != nullptr) terms.weight = rows.weights[row];
-  return terms;
-}
+
+ private:
+  const RankView& view_;
+  Op op_;
+  const ExpertRows& rows_;
+  int64_t row_bytes_;
+};
 
 }  // namespace jax_sm_free::cuda
 

@@ -33,17 +33,11 @@ __device__ void PackSegment(const ConstRows& rows, std::byte* target, const Segm
 
 __global__ void __launch_bounds__(kRowThreads)
     PackKernel(const RankView view, const PackArgs args) {
-  const Warps warps = Workers();
   const Segments segments = SegmentsOf(args);
-  int64_t item = warps.index;  // of the segments of all parts, so that no warp gets more in each
-  const auto pack = [&](const OutRows* outs, int64_t end) {
-    for (; item < end * segments.per_row; item += warps.count) {
-      const int64_t token = segments.row_of(item);
-      PackSegment(args.rows, PackTarget(view, outs, token), segments, token,
-                  segments.segment_of(item));
-    }
-  };
-  PackParts(view, args.num_tokens, args.leaves_own, pack);
+  PackParts(view, segments, args.num_tokens, args.leaves_own,
+            [&](std::byte* target, const Claim& at) {
+              PackSegment(args.rows, target, segments, at.row, at.segment);
+            });
 }
 
 }  // namespace

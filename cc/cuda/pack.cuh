@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cc/cuda/claims.cuh"
 #include "cc/cuda/device.cuh"
 #include "cc/cuda/launch.h"
 #include "cc/cuda/post.cuh"
@@ -46,12 +47,12 @@ __device__ inline void PostAllParts(const RankView& view, const Steps& steps, in
   }
 }
 
-// Calls pack(outs, end) for one part after the other, of tokens up to `end`, in all threads that
-// work, and posts each when all have packed it, while some go on with the next. With `leaves_own`,
-// our own rows have no place. Behind the route.
+// Calls pack(target, claim) for all segments of all tokens' rows, by all lanes of a warp: `target`
+// is PackTarget. One part after the other: each is posted when all have packed it, while some go on
+// with the next. With `leaves_own`, our own rows have no place. Behind the route.
 template <typename Pack>
-__device__ void PackParts(const RankView& view, int64_t num_tokens, bool leaves_own,
-                          const Pack& pack) {
+__device__ void PackParts(const RankView& view, const Segments& segments, int64_t num_tokens,
+                          bool leaves_own, const Pack& pack) {
   __shared__ OutRows outs[kMaxRanks];
   AwaitPrevious();
   const Current current = view.state->current;
@@ -72,8 +73,11 @@ __device__ void PackParts(const RankView& view, int64_t num_tokens, bool leaves_
     outs[dst] = {packs ? message + layout.rows : nullptr, layout.row_stride, PlacingOf(header)};
   }
   __syncthreads();
+  Claims claims(view.state, segments, ok ? num_tokens : 0, Workers());
+  Claim at = claims.Next();
   for (int part = first_part == 0 ? kLastPart : 0; part < kNumParts; ++part) {
-    if (ok) pack(outs, part == kLastPart ? num_tokens : first_part);
+    const int64_t end = part == kLastPart ? num_tokens : first_part;
+    for (; ok && at.row < end; at = claims.Next()) pack(PackTarget(view, outs, at.row), at);
     steps.End(part);
   }
 }

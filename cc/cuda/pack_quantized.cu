@@ -96,24 +96,19 @@ __host__ __device__ Segments SegmentsOf(int64_t hidden) {
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
     PackQuantizedKernel(const RankView view, const PackQuantizedArgs args) {
-  const Warps warps = Workers();
   const int64_t hidden = args.matrix.hidden;
   const Segments segments = SegmentsOf<T>(hidden);
-  int64_t item = warps.index;  // of the segments of all parts, so that no warp gets more in each
-  const auto pack = [&](const OutRows* outs, int64_t end) {
-    for (; item < end * segments.per_row; item += warps.count) {
-      const int64_t token = segments.row_of(item);
-      const int32_t segment = segments.segment_of(item);
-      std::byte* target = PackTarget(view, outs, token);
-      const std::byte* x = args.x + token * args.matrix.row_bytes();
-      if constexpr (kWidth > 1) {
-        PackWords<T>(target, x, hidden, segments.begin(segment), segments.end(segment));
-      } else {
-        PackColumns<T>(target, x, hidden, segments.begin(segment), segments.end(segment));
-      }
+  // Our own rows are quantised like others.
+  PackParts(view, segments, args.num_tokens, false, [&](std::byte* target, const Claim& at) {
+    const std::byte* x = args.x + at.row * args.matrix.row_bytes();
+    const int32_t first = segments.begin(at.segment);
+    const int32_t end = segments.end(at.segment);
+    if constexpr (kWidth > 1) {
+      PackWords<T>(target, x, hidden, first, end);
+    } else {
+      PackColumns<T>(target, x, hidden, first, end);
     }
-  };
-  PackParts(view, args.num_tokens, false, pack);  // our own rows are quantised like others
+  });
 }
 
 struct Launch {

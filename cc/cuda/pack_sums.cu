@@ -67,6 +67,19 @@ struct RingOrder {
   __device__ int64_t row(int64_t i) const { return first + i < end ? first + i : first + i - end; }
 };
 
+// The expert rows of a token row in that order.
+class RingTerms {
+ public:
+  __device__ RingTerms(const RankView& view, const PackSumsArgs& args, const RingOrder& order)
+      : experts_(view, args.begin.op, args.rows, args.matrix.row_bytes()), order_(order) {}
+
+  __device__ Terms operator()(int64_t i) const { return experts_(order_.row(i)); }
+
+ private:
+  ExpertTerms experts_;
+  const RingOrder& order_;
+};
+
 // Of a part of the message for the i-th rank down the ring; the first alone may have two.
 __device__ int StepOf(int32_t i, int part) { return i - 1 + part; }
 
@@ -100,17 +113,14 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
     if (threadIdx.x < kWarpSize) PostMessages(view, steps);
     return;
   }
-  const Warps warps = Workers();
   const int lane = threadIdx.x % kWarpSize;
   const int32_t ep_size = view.config.ep_size;
   const int32_t top_k = view.config.top_k;
   const RingOrder order(view, args.leaves_own);
-  const auto terms_of = [&](int64_t i) {
-    return ExpertTerms(view, args.begin.op, args.rows, args.matrix.row_bytes(), order.row(i));
-  };
-  SumOf<T, kWidth, kWeighted, kBulk, decltype(terms_of)> sum(args.matrix, order.count, warps,
-                                                             terms_of);
-  int64_t item = warps.index;
+  const RingTerms terms_of(view, args, order);
+  SumOf<T, kWidth, kWeighted, kBulk, RingTerms> sum(args.matrix, order.count, Workers(), view.state,
+                                                    terms_of);
+  Claim at = sum.Next();
   int64_t before = 0;  // rows of the messages before
   for (int32_t i = 1; i <= ep_size; ++i) {
     const int32_t dst = (view.rank + i) % ep_size;
@@ -120,12 +130,12 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
     const int64_t first = state->first_row[dst];
     for (int part = header.first_part > 0 ? 0 : kLastPart; part < kNumParts; ++part) {
       const int64_t rows = part == kLastPart ? header.num_rows : header.first_part;
-      const int64_t end = min(before + rows, order.count) * sum.segments().per_row;
-      for (; current.failed == kOk && item < end; item += warps.count) {
-        const int64_t token_row = order.row(sum.segments().row_of(item));
+      const int64_t end = min(before + rows, order.count);
+      for (; current.failed == kOk && at.row < end; at = sum.Next()) {
+        const int64_t token_row = order.row(at.row);
         const int64_t row = token_row - first;
-        sum.Sum(item, message + layout.rows + row * layout.row_stride);
-        if (args.weight_grads != nullptr && lane < top_k && sum.segments().segment_of(item) == 0) {
+        sum.Sum(at, message + layout.rows + row * layout.row_stride);
+        if (args.weight_grads != nullptr && lane < top_k && at.segment == 0) {
           PartOf<float>(message, layout.weight)[row * top_k + lane] =
               args.weight_grads[token_row * top_k + lane];
         }

@@ -185,41 +185,67 @@ __device__ Rank RankInWarp(int32_t key) {
   return {__popc(same & before), __popc(same)};
 }
 
-// What says which token row lies where in the message for `dst`.
-__device__ void WriteNumber(const RankView& view, int32_t dst, int32_t number, int64_t token) {
+// Where the routing of a message to one rank goes.
+struct RoutingOut {
+  int32_t* local_expert;
+  int32_t* position;
+  float* weight;
+  int32_t* number;  // null where each row's place is its number
+  Placing placing;
+};
+
+__device__ RoutingOut RoutingOf(const RankView& view, int32_t dst) {
   const int32_t slot = view.state->current.slot;
-  if (dst == view.rank) {
-    view.own_token[int64_t{slot} * view.config.max_tokens + number] = static_cast<int32_t>(token);
-    return;
-  }
   std::byte* message = OutMessage(view, slot, dst);
   const MessageHeader& header = HeaderOf(message);
-  if (header.num_common == 0) return;
-  int32_t* numbers = PartOf<int32_t>(message, LayoutOf(view.config, header).number);
-  numbers[PlaceOf(PlacingOf(header), number, CommonBefore::Of(view.common_before[token]))] = number;
+  const MessageLayout layout = LayoutOf(view.config, header);
+  RoutingOut out;
+  out.local_expert = PartOf<int32_t>(message, layout.local_expert);
+  out.position = PartOf<int32_t>(message, layout.position);
+  out.weight = PartOf<float>(message, layout.weight);
+  out.number = header.num_common > 0 ? PartOf<int32_t>(message, layout.number) : nullptr;
+  out.placing = PlacingOf(header);
+  return out;
+}
+
+// What says which token row lies where in the message for `dst`.
+__device__ void WriteNumber(const RankView& view, const RoutingOut& out, int32_t dst,
+                            int32_t number, const CommonBefore& common, int64_t token) {
+  if (dst == view.rank) {
+    const int64_t first = int64_t{view.state->current.slot} * view.config.max_tokens;
+    view.own_token[first + number] = static_cast<int32_t>(token);
+  } else if (out.number != nullptr) {
+    out.number[PlaceOf(out.placing, number, common)] = number;
+  }
 }
 
 // The routing of one (token, k) into the messages for all ranks that get the token.
-__device__ void WriteRouting(const RankView& view, const RouteArgs& args, int64_t token, int32_t k,
-                             int32_t expert, int32_t position) {
+__device__ void WriteRouting(const RankView& view, const RouteArgs& args, const RoutingOut* outs,
+                             const CommonBefore& common, int64_t token, int32_t k, int32_t expert,
+                             int32_t position) {
+  constexpr int kUnroll = 8;  // a round trip to memory for so many ranks
   const Config& config = view.config;
   const int32_t num_local = config.num_local_experts();
-  const int32_t slot = view.state->current.slot;
-  const CommonBefore common = CommonBefore::Of(view.common_before[token]);
-  for (int32_t dst = 0; dst < config.ep_size; ++dst) {
-    const int32_t number = view.row_of[token * config.ep_size + dst];
-    if (number < 0) continue;
-    std::byte* message = OutMessage(view, slot, dst);
-    const MessageHeader& header = HeaderOf(message);
-    const MessageLayout layout = LayoutOf(config, header);
-    const int32_t place = PlaceOf(PlacingOf(header), number, common);
-    const int64_t entry = int64_t{place} * config.top_k + k;
-    const bool here = expert >= 0 && OwnerRank(expert, num_local) == dst;
-    PartOf<int32_t>(message, layout.local_expert)[entry] =
-        here ? LocalExpert(expert, num_local) : -1;
-    PartOf<int32_t>(message, layout.position)[entry] = here ? position : 0;
-    PartOf<float>(message, layout.weight)[entry] =
-        here ? args.topk_weights[token * config.top_k + k] : 0.0F;
+  const int32_t owner = expert >= 0 ? OwnerRank(expert, num_local) : -1;
+  const int32_t local = expert >= 0 ? LocalExpert(expert, num_local) : -1;
+  const float weight = args.topk_weights[token * config.top_k + k];
+  for (int32_t first = 0; first < config.ep_size; first += kUnroll) {
+    int32_t numbers[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int32_t dst = first + u;
+      numbers[u] = dst < config.ep_size ? view.row_of[token * config.ep_size + dst] : -1;
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (numbers[u] < 0) continue;
+      const RoutingOut& out = outs[first + u];
+      const bool here = owner == first + u;
+      const int64_t entry = int64_t{PlaceOf(out.placing, numbers[u], common)} * config.top_k + k;
+      out.local_expert[entry] = here ? local : -1;
+      out.position[entry] = here ? position : 0;
+      out.weight[entry] = here ? weight : 0.0F;
+    }
   }
 }
 
@@ -255,6 +281,12 @@ __global__ void __launch_bounds__(kTileEntries)
   const int lane = threadIdx.x % kWarpSize;
   if (lane == 0) own[CommonKey(config)] = __popc(common);
   AwaitPrevious();  // The count neither writes what was read here nor reads what was written.
+  const Current current = view.state->current;
+  const bool routed = IsDispatch(args) && current.failed == kOk;
+  __shared__ RoutingOut outs[kMaxRanks];
+  for (int32_t dst = threadIdx.x; routed && dst < config.ep_size; dst += blockDim.x) {
+    outs[dst] = RoutingOf(view, dst);
+  }
   __syncthreads();
   for (int32_t i = threadIdx.x; i < num_used; i += blockDim.x) {
     int32_t place = view.tile_counts[int64_t{blockIdx.x} * num_keys + first_key + i];
@@ -265,8 +297,6 @@ __global__ void __launch_bounds__(kTileEntries)
     }
   }
   __syncthreads();
-  const Current current = view.state->current;
-  const bool routed = IsDispatch(args) && current.failed == kOk;
   const auto in_tile = static_cast<int32_t>(threadIdx.x);
   const bool in_use = in_tile < tile.num_tokens() * config.top_k;
   const int32_t row = dst_key < 0 ? -1 : own[dst_key] + dst_rank.rank;
@@ -277,9 +307,10 @@ __global__ void __launch_bounds__(kTileEntries)
   }
   if (!routed) return;
   __syncthreads();
-  if (row >= 0) WriteNumber(view, entry.dst, row, tile.token());
   if (!in_use) return;
-  WriteRouting(view, args, tile.token(), in_tile % config.top_k, entry.expert,
+  const CommonBefore before = CommonBefore::Of(view.common_before[tile.token()]);
+  if (row >= 0) WriteNumber(view, outs[entry.dst], entry.dst, row, before, tile.token());
+  WriteRouting(view, args, outs, before, tile.token(), in_tile % config.top_k, entry.expert,
                own[max(entry.expert, 0)] + expert_rank.rank);
 }
 

@@ -50,28 +50,31 @@ class TokenRows {
 class TokenRowsAndOwn {
  public:
   __device__ TokenRowsAndOwn(const RankView& view, const SumArgs& args)
-      : messages_(view), view_(view), args_(args) {
-    for (int32_t rank = 0; rank < view.rank; ++rank) {
-      first_row_ += args.own->layout.num_rows_from[rank];
-    }
+      : rank_(view.rank),
+        messages_(view),
+        own_row_of_(view.row_of + view.rank),
+        ep_size_(view.config.ep_size),
+        own_(view, args.op, *args.own, args.matrix.row_bytes()) {
+    for (int32_t rank = 0; rank < rank_; ++rank) first_row_ += args.own->layout.num_rows_from[rank];
   }
 
   __device__ Terms operator()(int64_t token) const {
     Terms terms = messages_(token);
-    terms.nested = terms.present & 1U << view_.rank;
+    terms.nested = terms.present & 1U << rank_;
     terms.present ^= terms.nested;
     return terms;
   }
   __device__ Terms Nested(int64_t token) const {
-    const int32_t row = view_.row_of[token * view_.config.ep_size + view_.rank];
-    if (row < 0) return {};
-    return ExpertTerms(view_, args_.op, *args_.own, args_.matrix.row_bytes(), first_row_ + row);
+    const int32_t row = own_row_of_[token * ep_size_];
+    return row < 0 ? Terms{} : own_(first_row_ + row);
   }
 
  private:
+  int32_t rank_;
   TokenRows messages_;
-  const RankView& view_;
-  const SumArgs& args_;
+  const int32_t* own_row_of_;
+  int32_t ep_size_;
+  ExpertTerms own_;
   int64_t first_row_ = 0;  // of ours, among the token rows of all ranks
 };
 
@@ -116,13 +119,10 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
       }
     }();
     SumOf<T, kWidth, false, kBulk, std::remove_const_t<decltype(terms_of)>> sum(
-        args.matrix, args.num_tokens, warps, terms_of);
-    for (int64_t item = warps.index; item < sum.num_items(); item += warps.count) {
-      const int64_t token = sum.segments().row_of(item);
-      sum.Sum(item, args.out + token * args.matrix.row_bytes());
-      if (args.weight_grads != nullptr && sum.segments().segment_of(item) == 0) {
-        TakeWeightGrads(view, args, token);
-      }
+        args.matrix, args.num_tokens, warps, view.state, terms_of);
+    for (Claim at = sum.Next(); at.row < args.num_tokens; at = sum.Next()) {
+      sum.Sum(at, args.out + at.row * args.matrix.row_bytes());
+      if (args.weight_grads != nullptr && at.segment == 0) TakeWeightGrads(view, args, at.row);
     }
   } else {
     for (int64_t token = warps.index; token < args.num_tokens; token += warps.count) {

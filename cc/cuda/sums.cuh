@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cc/cuda/claims.cuh"
 #include "cc/cuda/device.cuh"
 #include "cc/cuda/elements.cuh"
 
@@ -59,24 +60,23 @@ class DirectSum {
  public:
   static constexpr int kLoads = kWidth == 1 ? 1 : kDirectLoads;
 
-  __device__ DirectSum(const Matrix& matrix, int64_t num_rows, const Warps& /*warps*/,
-                       const TermsOf& terms_of)
+  __device__ DirectSum(const Matrix& matrix, int64_t num_rows, const Warps& warps,
+                       DeviceState* state, const TermsOf& terms_of)
       : segments_(matrix.row_bytes(), kDirectWords),
         // Rows that are not whole 16-byte words are one segment, of elements.
         num_vectors_(static_cast<int32_t>(kWidth == 1 ? matrix.hidden : segments_.num_words)),
-        num_items_(num_rows * segments_.per_row),
-        terms_of_(terms_of) {}
+        terms_of_(terms_of),
+        claims_(state, segments_, num_rows, warps) {}
 
-  __device__ const Segments& segments() const { return segments_; }
-  __device__ int64_t num_items() const { return num_items_; }
+  // What this warp is to sum next; of no row if there is nothing.
+  __device__ Claim Next() { return claims_.Next(); }
 
-  // The segment that `item` numbers, of the row that begins at `out`.
-  __device__ void Sum(int64_t item, std::byte* out) const {
-    const int64_t row = segments_.row_of(item);
-    const Terms terms = terms_of_(row);
+  // A segment of the row that begins at `out`.
+  __device__ void Sum(const Claim& claim, std::byte* out) const {
+    const Terms terms = terms_of_(claim.row);
     Terms nested;
-    if constexpr (HasNested<TermsOf>) nested = terms_of_.Nested(row);
-    const int32_t segment = segments_.segment_of(item);
+    if constexpr (HasNested<TermsOf>) nested = terms_of_.Nested(claim.row);
+    const int32_t segment = claim.segment;
     const int32_t end = kWidth == 1 ? num_vectors_ : segments_.end(segment);
     for (int32_t first = kWidth == 1 ? 0 : segments_.begin(segment); first < end;
          first += kLoads * kWarpSize) {
@@ -129,8 +129,8 @@ class DirectSum {
 
   Segments segments_;
   int32_t num_vectors_;
-  int64_t num_items_;
   const TermsOf& terms_of_;
+  Claims claims_;
 };
 
 }  // namespace jax_sm_free::cuda

@@ -32,14 +32,17 @@ class Tile {
   // This thread's entry, of tokens of `rank`. By all threads of the block. `finds_common`: what
   // says so is set.
   __device__ Entry Read(const int32_t* topk_idx, int32_t rank, bool finds_common) const {
-    __shared__ int32_t experts[kTileEntries];
+    __shared__ int32_t owners[kTileEntries];      // ranks that own the experts; -1 for none
     __shared__ int32_t num_others[kTileEntries];  // by token: other ranks that it goes to
     const auto i = static_cast<int32_t>(threadIdx.x);
-    if (i < size_) experts[i] = topk_idx[first_token_ * top_k_ + i];
+    Entry entry;
+    if (i < size_) entry = EntryOf(topk_idx[first_token_ * top_k_ + i]);
+    owners[i] = entry.dst;
     num_others[i] = 0;
     __syncthreads();
-    Entry entry;
-    if (i < size_) entry = EntryOf(experts, i);
+    for (int32_t before = i - i % top_k_; before < i; ++before) {
+      if (owners[before] == entry.dst) entry.dst = -1;
+    }
     if (!finds_common) return entry;
     if (entry.dst >= 0 && entry.dst != rank) atomicAdd(&num_others[i / top_k_], 1);
     __syncthreads();
@@ -54,20 +57,14 @@ class Tile {
   __device__ int32_t num_tokens() const { return size_ / top_k_; }
 
  private:
-  __device__ Entry EntryOf(const int32_t* experts, int32_t i) const {
+  // Of a token's choice, as if it were its first.
+  __device__ Entry EntryOf(int32_t expert) const {
     Entry entry;
-    if (experts[i] == -1) return entry;
-    entry.bad = experts[i] < -1 || experts[i] >= num_experts_;
+    if (expert == -1) return entry;
+    entry.bad = expert < -1 || expert >= num_experts_;
     if (entry.bad) return entry;
-    const int32_t num_local = num_experts_ / ep_size_;
-    entry.expert = experts[i];
-    entry.dst = OwnerRank(entry.expert, num_local);
-    for (int32_t before = i - i % top_k_; before < i; ++before) {
-      if (experts[before] >= 0 && OwnerRank(experts[before], num_local) == entry.dst) {
-        entry.dst = -1;
-        break;
-      }
-    }
+    entry.expert = expert;
+    entry.dst = OwnerRank(expert, num_experts_ / ep_size_);
     return entry;
   }
 

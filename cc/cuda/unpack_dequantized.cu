@@ -98,13 +98,12 @@ template <typename T, int kWidth>
 __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
     UnpackExpertsDequantizedKernel(const RankView view, const ExpertsOut out, const int64_t hidden,
                                    const Turn turn, const Turn next) {
-  const Warps warps = WarpsOfGrid();
   const Segments segments = GroupSegments(hidden, kUnroll * kWarpGroups<T>);
   TakeTurn(view, out, turn, next, [&](const TurnRows& rows) {
-    const int64_t num_items = int64_t{rows.size()} * segments.per_row;
-    for (int64_t item = warps.index; item < num_items; item += warps.count) {
-      const TokenRow from = rows.at(static_cast<int32_t>(segments.row_of(item)));
-      const int32_t segment = segments.segment_of(item);
+    Claims claims(view.state, segments, rows.size(), WarpsOfGrid());
+    for (Claim at = claims.Next(); at.row < rows.size(); at = claims.Next()) {
+      const TokenRow from = rows.at(at.row);
+      const int32_t segment = at.segment;
       std::byte* target = ExpertTarget(out, ExpertRow(view, from, out, segment == 0));
       UnpackGroups<T, kWidth>(target, from.bytes().values, hidden, segments.begin(segment),
                               segments.end(segment));

@@ -25,14 +25,13 @@ __device__ void SpreadParts(const RowBytes& from, const MutableRows& out, int32_
 __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
     UnpackExpertsKernel(const RankView view, const ExpertsOut out, const Turn turn,
                         const Turn next) {
-  const Warps warps = WarpsOfGrid();
   const bool wide = out.rows.scales_bytes == 0 && out.rows.values_bytes % 16 == 0;
   const Segments segments(wide ? out.rows.values_bytes : 1, kCopyWords);
   TakeTurn(view, out, turn, next, [&](const TurnRows& rows) {
-    const int64_t num_items = int64_t{rows.size()} * segments.per_row;
-    for (int64_t item = warps.index; item < num_items; item += warps.count) {
-      const TokenRow from = rows.at(static_cast<int32_t>(segments.row_of(item)));
-      const int32_t segment = segments.segment_of(item);
+    Claims claims(view.state, segments, rows.size(), WarpsOfGrid());
+    for (Claim at = claims.Next(); at.row < rows.size(); at = claims.Next()) {
+      const TokenRow from = rows.at(at.row);
+      const int32_t segment = at.segment;
       const RowBytes bytes = from.bytes();
       const int32_t expert_row = ExpertRow(view, from, out, segment == 0);
       if (wide) {

@@ -8,6 +8,7 @@
 #include <cstdint>
 
 #include "cc/cuda/await.cuh"
+#include "cc/cuda/claims.cuh"
 #include "cc/cuda/device.cuh"
 #include "cc/cuda/kernels.h"
 #include "cc/cuda/launch.h"
@@ -177,6 +178,7 @@ __device__ void TakeTurn(const RankView& view, const ExpertsOut& out, const Turn
     PoisonExperts(view, out, warps);
   }
   if (current.failed == kNothing || !IsLastBlock(view.state)) return;
+  ResetClaims(view.state);
   if (last) {
     Acknowledge(view);
   } else if (current.failed == kOk) {

@@ -5,6 +5,7 @@
 #include <cuda_runtime.h>
 
 #include "cc/cuda/await.cuh"
+#include "cc/cuda/claims.cuh"
 #include "cc/cuda/device.cuh"
 #include "cc/cuda/kernels.h"
 #include "cc/cuda/launch.h"
@@ -86,6 +87,7 @@ __device__ void ReadNotice(const RankView& view, const WaitArgs& args, int32_t s
 // Waits beside the kernels before it, which find the routing again.
 __global__ void WaitKernel(const RankView view, const WaitArgs args) {
   DeviceState* state = view.state;
+  ResetClaims(state);
   if (threadIdx.x == 0) Take(view, args);
   __syncthreads();
   const bool taken = state->current.failed != kNothing;

@@ -34,12 +34,6 @@ struct Segments {
     per_row = wide && num_words > 0 ? (num_words + max_words - 1) / max_words : 1;
     words = (num_words + per_row - 1) / per_row;
   }
-  // Items number the segments of all rows.
-  __device__ int64_t row_of(int64_t item) const { return static_cast<uint32_t>(item) / divisor(); }
-  __device__ int32_t segment_of(int64_t item) const {
-    return static_cast<int32_t>(static_cast<uint32_t>(item) % divisor());
-  }
-  __device__ uint32_t divisor() const { return static_cast<uint32_t>(per_row); }
 
   __device__ int32_t begin(int32_t segment) const { return segment * words; }
   __device__ int32_t end(int32_t segment) const {
