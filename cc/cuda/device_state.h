@@ -268,7 +268,7 @@ struct DeviceState {
   int32_t slot_phase[kMaxSlots];   // SlotPhase
   uint32_t blocks_done;            // of the running kernel
   uint32_t steps_done[kMaxSteps];  // blocks of the running kernel that have ended each of its steps
-  ClaimCounter claimed[kClaimGroups];  // by warps of the op's kernel that sums: see Claims
+  ClaimCounter claimed[kClaimGroups];  // of the running kernel: see Claims
   int32_t num_rows[kMaxRanks];         // of the messages being packed or unpacked, by peer
   unsigned long long bad_entry;        // of the running route: see there
   int32_t routed_rows[kMaxRanks];      // tokens that the last route sent to each rank
