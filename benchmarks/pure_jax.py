@@ -184,7 +184,10 @@ class PureJax:
         key = jnp.where((local >= 0) & (local < num_local), local, num_local).reshape(-1)
         # One array of unique numbers sorts faster than a stable sort of pairs.
         order = jnp.sort(key * key.size + jnp.arange(key.size, dtype=jnp.int32))
-        order = order[: self.recv_capacity]
+        missing = max(self.recv_capacity - key.size, 0)
+        order = jnp.pad(
+            order[: self.recv_capacity], (0, missing), constant_values=num_local * key.size
+        )
         entry = jnp.where(order < num_local * key.size, order % key.size, key.size)
         place = jnp.full(key.shape, self.recv_capacity, jnp.int32)
         place = place.at[entry].set(jnp.arange(entry.size, dtype=jnp.int32), mode="drop")

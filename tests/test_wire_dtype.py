@@ -115,7 +115,9 @@ def test_fewer_tokens(num_tokens):
 @pytest.mark.parametrize("alignment", [1, 16])
 @pytest.mark.parametrize("capacity", [0, 3, 16])
 def test_what_is_dropped_and_what_is_padding(alignment, capacity):
-    config = dataclasses.replace(CONFIG, recv_capacity=capacity, expert_alignment=alignment)
+    config = dataclasses.replace(
+        CONFIG, max_tokens=16, recv_capacity=capacity, expert_alignment=alignment
+    )
     inputs = make_inputs(config, seed=5, how="all_to_one_rank")
     recv = check_rows(config, by_experts, *inputs)
     support.check_same(config, by_experts, *inputs)
