@@ -48,6 +48,7 @@ class BulkSum {
     Load();
   }
 
+  // As there, once before each Sum: it waits for the first stage of that.
   __device__ Claim Next() {
     if (num_loaded_ == 0) return {num_rows_, 0};
     Await(add_stage_);
@@ -136,8 +137,7 @@ class BulkSum {
 
   // The terms of the next sum: of a claim the nested one first.
   __device__ void FindTerms() {
-    const bool claims = !HasNested<TermsOf> || !found_nested_;
-    if (claims) loading_ = claims_.Next();
+    if (!found_nested_) loading_ = claims_.Next();
     if (loading_.row >= num_rows_) return;
     if constexpr (HasNested<TermsOf>) {
       found_nested_ = !found_nested_;

@@ -67,19 +67,6 @@ struct RingOrder {
   __device__ int64_t row(int64_t i) const { return first + i < end ? first + i : first + i - end; }
 };
 
-// The expert rows of a token row in that order.
-class RingTerms {
- public:
-  __device__ RingTerms(const RankView& view, const PackSumsArgs& args, const RingOrder& order)
-      : experts_(view, args.begin.op, args.rows, args.matrix.row_bytes()), order_(order) {}
-
-  __device__ Terms operator()(int64_t i) const { return experts_(order_.row(i)); }
-
- private:
-  ExpertTerms experts_;
-  const RingOrder& order_;
-};
-
 // Of a part of the message for the i-th rank down the ring; the first alone may have two.
 __device__ int StepOf(int32_t i, int part) { return i - 1 + part; }
 
@@ -117,9 +104,10 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
   const int32_t ep_size = view.config.ep_size;
   const int32_t top_k = view.config.top_k;
   const RingOrder order(view, args.leaves_own);
-  const RingTerms terms_of(view, args, order);
-  SumOf<T, kWidth, kWeighted, kBulk, RingTerms> sum(args.matrix, order.count, Workers(), view.state,
-                                                    terms_of);
+  const ExpertTerms experts(view, args.begin.op, args.rows, args.matrix.row_bytes());
+  const auto terms_of = [&](int64_t i) { return experts(order.row(i)); };
+  SumOf<T, kWidth, kWeighted, kBulk, decltype(terms_of)> sum(args.matrix, order.count, Workers(),
+                                                             view.state, terms_of);
   Claim at = sum.Next();
   int64_t before = 0;  // rows of the messages before
   for (int32_t i = 1; i <= ep_size; ++i) {
