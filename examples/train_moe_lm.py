@@ -33,7 +33,7 @@ from jax_sm_free import reference
 _STEPS = flags.DEFINE_integer("steps", 300, "Training steps.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 16, "Sequences in a batch, over all devices.")
 _LENGTH = flags.DEFINE_integer("length", 128, "Bytes in a sequence.")
-_LAYERS = flags.DEFINE_integer("layers", 2, "Transformer blocks.")
+_LAYERS = flags.DEFINE_integer("layers", 2, "Transformer blocks.", lower_bound=1)
 _HIDDEN = flags.DEFINE_integer("hidden", 128, "Width of the model.")
 _EXPERTS = flags.DEFINE_integer("experts", 16, "Experts of a layer, over all devices.")
 _TOP_K = flags.DEFINE_integer("top_k", 2, "Experts of a token.")

@@ -93,7 +93,10 @@ def _dispatch_recv_fwd(target: Target, row_type: RowType, *operands: Array) -> A
 def _dispatch_recv_bwd(target: Target, row_type: RowType, layout: Any, cts: Any) -> Any:
     rows, num_rows_from = layout
     # A row's weight belongs to one (token row, k): hand its gradient back there.
-    weight_grads = cts[4].at[rows].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    if cts[4].size:
+        weight_grads = cts[4].at[rows].get(mode="fill", fill_value=0, wrap_negative_indices=False)
+    else:
+        weight_grads = 0 * rows.astype(jnp.float32)
     hidden, dtype = _gradient_rows(target, row_type)
     x_grad = cts[0][:, :hidden].astype(dtype)
     token = primitives.dispatch_backward_send(target, x_grad, weight_grads, rows, num_rows_from)

@@ -138,7 +138,8 @@ class Buffer:
 
         Args:
           x: [T, hidden] of the buffer's dtype, T <= max_tokens; or (values [T, A], scales [T, B])
-            of any dtypes, whose rows travel as bytes and have no gradient. A row of both together
+            of any dtypes of whole bytes, whose rows travel as they are and have no gradient (view
+            4-bit numbers as int8, two to one). A row of both together
             is at most as wide as one of the buffer's (`Config.row_bytes`). A buffer with a
             `wire_dtype` takes no pairs: it makes them itself.
           topk_idx: i32 [T, top_k] in [-1, num_experts); -1 selects none.
@@ -311,7 +312,7 @@ class Buffer:
           FaultError: with rank, peer, op, expected and seen.
           RuntimeError: if the buffer is closed.
         """
-        self._check_usable("check")
+        self._check_open("check")
         if self._native is None:
             return
         fault = self._native.take_fault(self._target.buffer_id)
@@ -326,6 +327,7 @@ class Buffer:
         self._closer()
 
     def __enter__(self) -> Buffer:
+        self._check_open("with")
         return self
 
     def __exit__(
@@ -346,20 +348,28 @@ class Buffer:
           device: a `jax.Device` of this process.
 
         Raises:
+          TypeError: if `device` is no `jax.Device`.
           RuntimeError: if the buffer is closed.
         """
-        self._check_usable("message_bytes")
+        self._check_open("message_bytes")
+        if not isinstance(device, jax.Device):
+            raise TypeError(f"message_bytes: expected a jax.Device, got {device!r}")
         if self._native is None:
             return 0
         return self._native.message_bytes(self._target.buffer_id, transports.ordinal(device))
 
+    def __reduce__(self) -> Any:
+        raise TypeError("a Buffer, which has its memory, cannot be copied or pickled: open another")
+
     # -------------------------------------------------------------------------------- inside
 
-    def _check_usable(self, op: str) -> None:
+    def _check_open(self, op: str) -> None:
         if not self._closer.alive:
             raise RuntimeError(f"{op}: expected an open buffer, got one that is closed")
-        if op not in ("check", "message_bytes"):
-            checks.check_inside(op, self.mesh, self.axes)
+
+    def _check_usable(self, op: str) -> None:
+        self._check_open(op)
+        checks.check_inside(op, self.mesh, self.axes)
 
 
 def _close(native: Native | None, buffer_id: int) -> None:

@@ -19,7 +19,7 @@ def describe(array: Any) -> str:
     """Dtype and shape, as in bfloat16[128, 7168]."""
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
         return type(array).__name__
-    return f"{jnp.dtype(array.dtype).name}{list(array.shape)}"
+    return f"{getattr(array.dtype, 'name', array.dtype)}{list(array.shape)}"
 
 
 def check_array(op: str, name: str, array: Any, dtype: Any, shape: tuple[Any, ...]) -> None:
@@ -76,6 +76,8 @@ def check_rows(op: str, config: Config, x: Any) -> RowType:
     for name, part in zip(("values", "scales"), x, strict=True):
         if not hasattr(part, "shape") or len(part.shape) != 2:
             raise ValueError(f"{op}: expected {name} of two dimensions, got {describe(part)}")
+        if not _has_whole_bytes(part.dtype):
+            raise TypeError(f"{op}: expected {name} of whole bytes each, got {describe(part)}")
     values, scales = x
     if values.shape[0] != scales.shape[0]:
         raise ValueError(
@@ -92,6 +94,16 @@ def check_rows(op: str, config: Config, x: Any) -> RowType:
             f"{describe(scales)}"
         )
     return rows
+
+
+def _has_whole_bytes(dtype: Any) -> bool:
+    """Whether elements are numbers of 8 bits or more: smaller ones share bytes."""
+    if dtype == jnp.bool_:
+        return True
+    if not jnp.issubdtype(dtype, jnp.number):
+        return False
+    info = jnp.iinfo if jnp.issubdtype(dtype, jnp.integer) else jnp.finfo
+    return info(dtype).bits >= 8
 
 
 def check_topk(op: str, config: Config, num_tokens: int, topk_idx: Any, weights: Any) -> None:

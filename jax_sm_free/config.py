@@ -39,7 +39,31 @@ def _check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
         raise TypeError(f"{name} must be an integer {bounds}, got {value!r}")
     if value < low or (high is not None and value > high):
         raise ValueError(f"{name} must be {bounds}, got {value}")
+    if value > np.iinfo(np.int32).max:
+        raise ValueError(f"{name} must fit int32, got {value}")
     return int(value)
+
+
+def _check_dtype(dtype: Any) -> Any:
+    names = ", ".join(DTYPES)
+    try:
+        checked = None if dtype is None else jnp.dtype(dtype)  # NumPy takes None for float64
+    except TypeError:
+        checked = None
+    if checked is None or checked.name not in DTYPES:
+        got = repr(dtype) if checked is None else checked.name
+        raise TypeError(f"dtype must be one of {names}, got {got}")
+    return checked
+
+
+def _check_timeout(timeout_s: Any) -> float:
+    bounds = f"in (0, {MAX_TIMEOUT_S}]"
+    number = isinstance(timeout_s, (int, float, np.integer, np.floating))
+    if isinstance(timeout_s, bool) or not number:
+        raise TypeError(f"timeout_s must be a number {bounds}, got {timeout_s!r}")
+    if not 0 < timeout_s <= MAX_TIMEOUT_S:
+        raise ValueError(f"timeout_s must be {bounds}, got {timeout_s}")
+    return float(timeout_s)
 
 
 def _check_wire_dtype(wire_dtype: Any) -> Any:
@@ -60,6 +84,9 @@ def _check_wire_dtype(wire_dtype: Any) -> Any:
 @dataclasses.dataclass(frozen=True)
 class Config:
     """Sizes of one expert-parallel group. Frozen and hashable.
+
+    `recv_capacity` is always a number here. With `dataclasses.replace`, which hands that number on,
+    say `recv_capacity=None` to have it follow from the new sizes.
 
     Attributes:
       ep_size: ranks in the group.
@@ -125,13 +152,9 @@ class Config:
             raise ValueError(
                 f"num_experts ({self.num_experts}) must be divisible by ep_size ({self.ep_size})"
             )
-        put("dtype", jnp.dtype(self.dtype))
-        if self.dtype.name not in DTYPES:
-            raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {self.dtype.name}")
+        put("dtype", _check_dtype(self.dtype))
         put("wire_dtype", _check_wire_dtype(self.wire_dtype))
-        if not 0 < self.timeout_s <= MAX_TIMEOUT_S:
-            raise ValueError(f"timeout_s must be in (0, {MAX_TIMEOUT_S}], got {self.timeout_s}")
-        put("timeout_s", float(self.timeout_s))
+        put("timeout_s", _check_timeout(self.timeout_s))
         if self.expert_capacity is not None:
             put("expert_capacity", _check_int("expert_capacity", self.expert_capacity, 1))
             self._check_fixed_groups(self.num_local_experts * self.expert_capacity)
@@ -257,6 +280,11 @@ class MemoryEstimate:
         return self.messages + self.stage + self.recv
 
 
+def _check_config(op: str, config: Any) -> None:
+    if not isinstance(config, Config):
+        raise TypeError(f"{op}: expected a Config, got {type(config).__name__}")
+
+
 def estimate_memory(config: Config) -> MemoryEstimate:
     """Bytes a rank needs, before anything is allocated. Not collective.
 
@@ -265,7 +293,11 @@ def estimate_memory(config: Config) -> MemoryEstimate:
 
     Returns:
       What follows from the sizes alone, whatever is routed where.
+
+    Raises:
+      TypeError: if `config` is no `Config`.
     """
+    _check_config("estimate_memory", config)
     recv = (
         config.recv_capacity * (config.hidden * config.dtype.itemsize + 4)  # rows, their weights
         + 4 * (2 * config.num_local_experts + 1)  # group_sizes, counts, dropped
@@ -286,5 +318,9 @@ def get_rdma_size_hint(config: Config) -> int:
 
     Returns:
       num_slots * (ep_size - 1) times the bytes of the largest message.
+
+    Raises:
+      TypeError: if `config` is no `Config`.
     """
+    _check_config("get_rdma_size_hint", config)
     return config.num_slots * (config.ep_size - 1) * config.message_bytes

@@ -147,8 +147,8 @@ class Buffer:
         """Sends every token to the ranks of its experts. Collective.
 
         Args:
-          x: [T, H] of the buffer's dtype, or a pair (values [T, A], scales [T, B]) of any dtypes,
-            but no pair with a `wire_dtype`.
+          x: [T, H] of the buffer's dtype, or a pair (values [T, A], scales [T, B]) of any dtypes
+            of whole bytes, but no pair with a `wire_dtype`.
           topk_idx: i32 [T, K], experts in [-1, num_experts); -1 selects none. A token may name
             an expert twice.
           topk_weights: f32 [T, K].

@@ -32,6 +32,7 @@ def shape(*sizes, dtype=jnp.float32):
 
 
 X, IDX, WEIGHTS = shape(T, H), shape(T, K, dtype=jnp.int32), shape(T, K)
+KEY = jax.eval_shape(lambda: jax.random.key(0)).dtype
 Y, ROW_WEIGHTS = shape(ROWS, H), shape(ROWS)
 
 
@@ -82,6 +83,21 @@ def buffer(request):
         (((X, shape(T - 1, 2)), IDX, WEIGHTS), ValueError, "float32[6, 7] and float32[5, 2]"),
         (((X, shape(T, 0)), IDX, WEIGHTS), ValueError, "scales to have columns, got float32[6, 0]"),
         (((X, shape(T)), IDX, WEIGHTS), ValueError, "scales of two dimensions, got float32[6]"),
+        (
+            ((shape(T, 8, dtype=jnp.int4), shape(T, 1)), IDX, WEIGHTS),
+            TypeError,
+            "values of whole bytes each, got int4[6, 8]",
+        ),
+        (
+            ((shape(T, 1), shape(T, 8, dtype=jnp.float4_e2m1fn)), IDX, WEIGHTS),
+            TypeError,
+            "scales of whole bytes each, got float4_e2m1fn[6, 8]",
+        ),
+        (
+            ((shape(T, 1, dtype=KEY), shape(T, 1)), IDX, WEIGHTS),
+            TypeError,
+            "values of whole bytes each, got key<fry>[6, 1]",
+        ),
         (
             ((X, shape(T, 1)), IDX, WEIGHTS),
             ValueError,

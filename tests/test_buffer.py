@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import functools
+import pickle
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +52,12 @@ def layer(buffer, x, topk_idx, weights):
             r"expert_alignment must be 1 with an expert_capacity, got 2",
         ),
         ({"dtype": jnp.int8}, TypeError, r"one of bfloat16, float16, float32, got int8"),
+        ({"dtype": "nonsense"}, TypeError, r"one of bfloat16, float16, float32, got 'nonsense'"),
+        ({"dtype": None}, TypeError, r"one of bfloat16, float16, float32, got None"),
+        ({"hidden": 2**31}, ValueError, r"hidden must fit int32, got 2147483648"),
         ({"timeout_s": 0}, ValueError, r"timeout_s must be .*, got 0"),
+        ({"timeout_s": "a"}, TypeError, r"timeout_s must be a number .*, got 'a'"),
+        ({"timeout_s": True}, TypeError, r"timeout_s must be a number .*, got True"),
         ({"timeout_s": float("inf")}, ValueError, r"timeout_s must be .*, got inf"),
         ({"max_tokens": 2**31 - 1}, ValueError, r"must fit int32, got \d+"),
     ],
@@ -109,6 +116,17 @@ def test_a_buffer_used_after_close():
     for use in (buffer.check, lambda: buffer.message_bytes(jax.devices()[0])):
         with pytest.raises(RuntimeError, match="expected an open buffer, got one that is closed"):
             use()
+    with pytest.raises(RuntimeError, match="with: expected an open buffer"), buffer:
+        pass
+
+
+def test_a_buffer_is_one_of_its_kind():
+    with support.open_buffer(CONFIG) as buffer:
+        for make in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(TypeError, match=r"a Buffer.* cannot be copied or pickled"):
+                make(buffer)
+        with pytest.raises(TypeError, match=r"message_bytes: expected a jax\.Device, got 0"):
+            buffer.message_bytes(0)
 
 
 def test_a_buffer_closes_at_the_end_of_its_block():

@@ -285,9 +285,11 @@ def test_one_computation_called_twice() -> None:
 # ------------------------------------------------------------------------------ what is refused
 
 
-def test_program_without_our_calls_is_empty() -> None:
+def test_program_without_our_calls_has_its_gemms() -> None:
     schedule = smf.inspect(module(entry(dot("a"))))
-    assert (schedule.steps, schedule.pairs, schedule.num_slots) == ((), (), 0)
+    assert [(step.kind, step.name) for step in schedule.steps] == [("gemm", "a")]
+    assert (schedule.pairs, schedule.unmatched, schedule.num_slots) == ((), (), 0)
+    assert smf.inspect(module(entry())).steps == ()
 
 
 def test_program_without_schedule() -> None:

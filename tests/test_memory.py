@@ -117,6 +117,12 @@ def test_message_bytes_are_those_of_the_native_layout():
             assert _cpu.max_message_bytes(config.sizes()) == config.message_bytes, config
 
 
+def test_estimates_are_of_a_config():
+    for estimate in (smf.estimate_memory, smf.get_rdma_size_hint):
+        with pytest.raises(TypeError, match=f"{estimate.__name__}: expected a Config, got dict"):
+            estimate({})
+
+
 def test_estimates_of_a_large_configuration():
     """The sizes of the README, by hand: 4096 tokens x 7168 bfloat16, top-8 of 256 on 8 ranks."""
     config = smf.Config(

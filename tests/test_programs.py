@@ -132,6 +132,14 @@ def test_gradients_with_dropped_and_padding_rows(layer, inputs):
     check_gradients(CUT, alone, layer, inputs, check_vma=False)
 
 
+@support.needs_empty_inputs
+@pytest.mark.parametrize("check_vma", [False, True])
+def test_gradients_where_every_row_is_dropped(check_vma, inputs):
+    config = dataclasses.replace(CONFIG, recv_capacity=0)
+    for run in support.runners(config, program_of(alone, plain_layer), check_vma=check_vma):
+        assert not any(np.asarray(leaf).any() for leaf in jax.tree.leaves(run(*inputs)))
+
+
 def test_gradients_with_check_vma(inputs):
     check_gradients(CUT, in_scan_and_checkpoint, overlapped_layer, inputs, check_vma=True)
 

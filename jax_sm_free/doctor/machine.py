@@ -86,7 +86,11 @@ def check_memory(config: Config) -> Iterator[Finding]:
         return
     available, ranks = _available_bytes(), len(jax.local_devices())
     text = f"{available / _GIB:.1f} GiB available for {ranks} rank(s) of this process"
-    yield ok(text) if ranks * need.total <= available else problem(f"{text}: too little")
+    if ranks * need.total <= available:
+        yield ok(text)
+    else:
+        needed = f"{ranks * need.total / _GIB:.1f} GiB are needed at these sizes"
+        yield problem(f"{text}: too little,\n{needed}; --max_tokens, --hidden and others set them")
 
 
 def _check_gpu_memory(outside: int, inside: int) -> Iterator[Finding]:
