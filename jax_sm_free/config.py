@@ -45,14 +45,13 @@ def _check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
 
 
 def _check_dtype(dtype: Any) -> Any:
-    names = ", ".join(DTYPES)
     try:
         checked = None if dtype is None else jnp.dtype(dtype)  # NumPy takes None for float64
     except TypeError:
         checked = None
     if checked is None or checked.name not in DTYPES:
         got = repr(dtype) if checked is None else checked.name
-        raise TypeError(f"dtype must be one of {names}, got {got}")
+        raise TypeError(f"dtype must be one of {', '.join(DTYPES)}, got {got}")
     return checked
 
 
