@@ -3,6 +3,18 @@
 Operands arrive checked (`buffer.py`), and all vary over the same mesh axes. A call has an HLO side
 effect but no JAX effect: XLA neither merges nor hoists it, and scan, remat and custom_vjp still
 take it.
+
+XLA:GPU has passes that repeat or remove a call although it has a side effect. An optimization
+barrier over all operands, and one for each result, keeps these passes away:
+
+- The dynamic-slice fusion of jaxlib 0.11.1 and 0.11.2 fuses a call with a slice of an operand, or
+  with the update that stacks its result in a scan. The original call stays, and runs as well.
+- The pipelining of all-gathers, in all versions, copies what feeds an all-gather into the loop's
+  iteration before. It then removes the original recv and keeps its send.
+
+The operands share one barrier: with a barrier for each operand, XLA fails a check of its own where
+it unrolls a loop or double-buffers it. Each result has its own: one over all results makes XLA
+warn at each call.
 """
 
 from __future__ import annotations
@@ -16,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.extend import core
+from jax.extend.mlir.dialects import stablehlo
 from jax.interpreters import batching, mlir
 from jax.sharding import PartitionSpec
 
@@ -23,7 +36,6 @@ from jax_sm_free import call_names
 from jax_sm_free.config import Config
 
 TOKEN_SIZE = 8
-
 
 @dataclasses.dataclass(frozen=True)
 class Target:
@@ -75,6 +87,11 @@ def _define(name: str, spans_processes: bool) -> core.Primitive:
         names = call_names.names_of(name, buffer_id, ctx) if is_named else {}
         return rule(ctx, *operands, buffer=np.int64(buffer_id), **names)
 
+    def lower_for_gpus(ctx: Any, *operands: Any, **params: Any) -> Any:
+        operands = stablehlo.OptimizationBarrierOp(operands).results
+        results = lower(ctx, *operands, **params)
+        return [stablehlo.OptimizationBarrierOp([result]).result for result in results]
+
     def refuse_vmap(*_: Any, **__: Any) -> Any:
         raise NotImplementedError(
             f"jax_sm_free: {name} expected to be called on whole ranks, got called under jax.vmap; "
@@ -85,6 +102,7 @@ def _define(name: str, spans_processes: bool) -> core.Primitive:
     primitive.def_impl(functools.partial(_run_eagerly, primitive))
     # Of equal calls in a module, one lowering would do, but for the names.
     mlir.register_lowering(primitive, lower, cacheable=not is_named)
+    mlir.register_lowering(primitive, lower_for_gpus, platform="cuda", cacheable=not is_named)
     batching.primitive_batchers[primitive] = refuse_vmap
     return primitive
 
