@@ -11,6 +11,7 @@ import functools
 import itertools
 import re
 from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from jax_sm_free import hlo
@@ -22,6 +23,7 @@ _BUFFER = re.compile(r'"?\bbuffer"?\s*[=:]\s*"?(-?\d+)')
 _MATRIX_OPS = frozenset({"dot", "convolution", "ragged-dot", "scaled-dot"})
 _MATRIX_CALL = re.compile(r"gemm|matmul|cublas|cudnn|onednn|triton|mosaic", re.IGNORECASE)
 _NESTING_OPS = ("while", "call", "conditional", "async")
+_BRANCHING_OPS = ("while", "conditional")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +76,11 @@ class Schedule:
       steps: all of them.
       pairs: one for each send, in the order of the sends.
       unmatched: sends whose token reaches no recv, and recvs whose token is of no send.
+      repeated: recvs whose token another recv of the same loop or branch takes as well: all that do.
+        Such a program ends in a fault.
+      copied: for each operation of the JAX program that stands several times in one loop or branch,
+        these calls. XLA has unrolled the loop, or runs the exchange several times; or the program
+        makes the call in a loop of Python, whose rounds have one `Step.op_name`.
       num_slots: the most exchanges of one buffer that are in flight at once: what `Buffer` needs as
         its `num_slots`. 0 without our calls.
     """
@@ -81,7 +88,14 @@ class Schedule:
     steps: tuple[Step, ...]
     pairs: tuple[Pair, ...]
     unmatched: tuple[Step, ...]
+    repeated: tuple[Step, ...]
+    copied: tuple[tuple[Step, ...], ...]
     num_slots: int
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """How often each of our ops stands in the program, sends and recvs, loops counted once."""
+        return dict(Counter(step.op for step in self.steps if step.kind != "gemm"))
 
     def __str__(self) -> str:
         """The timeline, one step a line, indented by what it lies in."""
@@ -93,6 +107,9 @@ class Schedule:
                 lines.append(f"{'  ' * depth}{caller}:")
             callers = step.callers
             lines.append("  " * len(callers) + self._describe(step))
+        for copies in self.copied:
+            where = copies[0].callers[-1] if copies[0].callers else "the program"
+            lines.append(f"{len(copies)} calls in {where} of {copies[0].op_name}")
         lines.append(f"slots needed: {self.num_slots}")
         return "\n".join(lines)
 
@@ -103,7 +120,8 @@ class Schedule:
         sends = [pair.send.name for pair in self.pairs if pair.recv == step]
         if sends:
             text += f", of {' or '.join(sends)}"
-        return f"{text}, UNMATCHED" if step in self.unmatched else text
+        text += ", UNMATCHED" if step in self.unmatched else ""
+        return text + (", REPEATED" if step in self.repeated else "")
 
 
 def inspect(compiled: Any) -> Schedule:
@@ -134,7 +152,8 @@ def inspect(compiled: Any) -> Schedule:
         step = _step(module, place)
         if step is not None:
             steps[place] = step
-    return _schedule(tuple(steps.values()), _senders(module, steps))
+    frames = {step: _frame(module, place) for place, step in steps.items()}
+    return _schedule(tuple(steps.values()), _senders(module, steps), frames)
 
 
 def _text_of(compiled: Any) -> str:
@@ -197,15 +216,52 @@ def _senders(module: hlo.Module, steps: dict[hlo.Place, Step]) -> dict[Step, fro
     return senders
 
 
-def _schedule(steps: tuple[Step, ...], senders: dict[Step, frozenset[Step]]) -> Schedule:
+def _frame(module: hlo.Module, place: hlo.Place) -> hlo.Place:
+    """The loops and branches that an instruction lies in: (computation, caller) of each.
+
+    What lies in the same ones runs equally often.
+    """
+    depths = range(1, len(place))
+    enters = (
+        (place[depth][0], place[depth - 1][1])
+        for depth in depths
+        if any(map(module.at(place[:depth]).is_op, _BRANCHING_OPS))
+    )
+    return tuple(enters)
+
+
+def _schedule(
+    steps: tuple[Step, ...],
+    senders: dict[Step, frozenset[Step]],
+    frames: dict[Step, hlo.Place],
+) -> Schedule:
     pairs = []
+    repeated: set[Step] = set()
     for position, step in enumerate(steps):
         if step.kind == "send":
             recvs = [i for i, recv in enumerate(steps) if step in senders.get(recv, ())]
             pairs.append(_pair(steps, position, recvs))
+            for alike in _alike([steps[i] for i in recvs], frames.__getitem__):
+                repeated.update(alike)
     unmatched = [pair.send for pair in pairs if pair.recv is None]
     unmatched += [recv for recv, sends in senders.items() if not sends]
-    return Schedule(steps, tuple(pairs), tuple(unmatched), _num_slots(steps, senders))
+    named = [step for step in steps if step.kind != "gemm" and step.op_name]
+    return Schedule(
+        steps=steps,
+        pairs=tuple(pairs),
+        unmatched=tuple(unmatched),
+        repeated=tuple(step for step in steps if step in repeated),
+        copied=tuple(_alike(named, lambda step: (step.op_name, step.buffer, frames[step]))),
+        num_slots=_num_slots(steps, senders),
+    )
+
+
+def _alike(steps: Sequence[Step], key: Callable[[Step], Any]) -> list[tuple[Step, ...]]:
+    """The steps that have a key in common with others, those of each such key together."""
+    groups: dict[Any, list[Step]] = {}
+    for step in steps:
+        groups.setdefault(key(step), []).append(step)
+    return [tuple(group) for group in groups.values() if len(group) > 1]
 
 
 def _pair(steps: tuple[Step, ...], position: int, recvs: list[int]) -> Pair:

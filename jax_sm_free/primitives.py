@@ -37,6 +37,7 @@ from jax_sm_free.config import Config
 
 TOKEN_SIZE = 8
 
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """The buffer that a call is for: its sizes, and the number by which its handler finds it."""
@@ -88,8 +89,8 @@ def _define(name: str, spans_processes: bool) -> core.Primitive:
         return rule(ctx, *operands, buffer=np.int64(buffer_id), **names)
 
     def lower_for_gpus(ctx: Any, *operands: Any, **params: Any) -> Any:
-        operands = stablehlo.OptimizationBarrierOp(operands).results
-        results = lower(ctx, *operands, **params)
+        held = stablehlo.OptimizationBarrierOp(operands).results
+        results = lower(ctx, *held, **params)
         return [stablehlo.OptimizationBarrierOp([result]).result for result in results]
 
     def refuse_vmap(*_: Any, **__: Any) -> Any:

@@ -2,60 +2,19 @@
 
 from __future__ import annotations
 
-import textwrap
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hlo_text import LOOP, STATE, computation, dot, entry, module, recv, send, while_loop
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 import jax_sm_free as smf
 
 # ------------------------------------------------------------------------------ hand-written
-
-HEADER = "HloModule jit_f, is_scheduled=true, entry_computation_layout={(f32[4,4]{1,0})->f32[8]{0}}"
-TYPED = "custom_call_has_side_effect=true, api_version=API_VERSION_TYPED_FFI"
-
-
-def computation(name: str, *lines: str, entry: bool = False, parameter: str = "f32[4,4]") -> str:
-    """HLO text of a computation of one parameter p, whose last line is its result."""
-    body = [f"%{name}.p = {parameter} parameter(0)", *lines]
-    body[-1] = f"ROOT {body[-1]}"
-    head = f"{'ENTRY ' if entry else ''}%{name} (p: {parameter}) -> f32[8] {{"
-    return "\n".join([head, textwrap.indent("\n".join(body), "  "), "}", ""])
-
-
-def entry(*lines: str) -> str:
-    return computation("main", *lines, entry=True)
-
-
-def module(*computations: str) -> str:
-    return "\n\n".join([HEADER, *computations])
-
-
-def send(name: str, op: str = "dispatch_send", buffer: int = 1, rows: str = "main.p") -> str:
-    return (
-        f'%{name} = f32[8]{{0}} custom-call(%{rows}), custom_call_target="smf_{op}", {TYPED}, '
-        f'metadata={{op_name="jit(f)/smf_{op}" stack_frame_id=3}}, '
-        f"backend_config={{buffer = {buffer} : i64}}"
-    )
-
-
-def recv(name: str, token: str, op: str = "dispatch_recv", buffer: int = 1) -> str:
-    return (
-        f"%{name} = (f32[4,4]{{1,0}}, /*index=1*/s32[2]{{0}}) custom-call(%{token}), "
-        f'custom_call_target="smf_{op}", {TYPED}, backend_config={{buffer = {buffer} : i64}}'
-    )
-
-
-def dot(name: str) -> str:
-    return (
-        f"%{name} = f32[4,4]{{1,0}} dot(%main.p, %main.p), lhs_contracting_dims={{1}}, "
-        f'rhs_contracting_dims={{0}}, metadata={{op_name="jit(f)/dot_general"}}'
-    )
 
 
 def matched(schedule: smf.Schedule) -> dict[str, str | None]:
@@ -188,18 +147,6 @@ def test_what_does_not_count_as_gemm(line: str) -> None:
 
 
 # ------------------------------------------------------------------- loops, calls, conditionals
-
-
-def while_loop(*lines: str) -> tuple[str, str]:
-    """A loop's body and condition, whose state is its parameter."""
-    return (
-        computation("body", *lines, parameter="(f32[4,4], f32[8])"),
-        computation("cond", "%cond.r = pred[] constant(true)", parameter="(f32[4,4], f32[8])"),
-    )
-
-
-LOOP = "%loop = (f32[4,4], f32[8]) while(%t), condition=%cond, body=%body"
-STATE = "%t = (f32[4,4], f32[8]) tuple(%main.p, %s)"
 
 
 def test_pair_within_a_loop_lies_within_it() -> None:
