@@ -77,10 +77,10 @@ CallSites& CallSites::Get() {
   return *sites;
 }
 
-std::unique_ptr<CallCopy> CallSites::Add(int64_t buffer, const std::string& program,
+std::unique_ptr<CallCopy> CallSites::Add(const std::string& buffer, const std::string& program,
                                          int64_t lowering, int64_t call_number,
                                          const std::string& call) {
-  const std::string key = std::to_string(buffer) + '\n' + program + '\n' +
+  const std::string key = buffer + '\n' + program + '\n' +
                           std::to_string(lowering) + '\n' + std::to_string(call_number) + '\n' +
                           call;
   const std::lock_guard lock(mutex_);

@@ -13,7 +13,7 @@ namespace {
 class CallSiteTest : public ::testing::Test {
  protected:
   std::unique_ptr<CallCopy> Add(const std::string& program, int64_t number, int64_t lowering = 0) {
-    return sites_.Add(1, program, lowering, number,
+    return sites_.Add("a", program, lowering, number,
                       "dispatch_send " + std::to_string(number) + " ()");
   }
 
@@ -64,8 +64,8 @@ TEST_F(CallSiteTest, CopiesThatAreGoneBeforeAnyRanDoNotCount) {
 TEST_F(CallSiteTest, ProgramsBuffersAndOperandsAreToldApart) {
   const auto one = Add("jit_f", 0);
   const auto other_program = Add("jit_g", 0);
-  const auto other_buffer = sites_.Add(2, "jit_f", 0, 0, "dispatch_send 0 ()");
-  const auto other_operands = sites_.Add(1, "jit_f", 0, 0, "dispatch_send 0 (f32)");
+  const auto other_buffer = sites_.Add("b", "jit_f", 0, 0, "dispatch_send 0 ()");
+  const auto other_operands = sites_.Add("a", "jit_f", 0, 0, "dispatch_send 0 (f32)");
   EXPECT_EQ(one->Site()->num_copies, 1);
   EXPECT_NE(*one->Site(), *other_program->Site());
   EXPECT_NE(*one->Site(), *other_operands->Site());

@@ -3,11 +3,14 @@
 #ifndef JAX_SM_FREE_CC_RUNTIME_H_
 #define JAX_SM_FREE_CC_RUNTIME_H_
 
+#include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <unordered_map>
 #include <vector>
 
@@ -57,24 +60,46 @@ class Buffer {
   std::optional<std::string> fault_;
 };
 
-// The process's open buffers. A handler finds its buffer by the id that was lowered into it.
+// The process's open buffers.
+//
+// Python knows a buffer by its id. A program knows it by its name, which was lowered into the
+// program and means the same in every process: a description, and behind it the number of the
+// buffer among those of one description (jax_sm_free/identity.py). So a program never meets a
+// buffer that it was not made for, and a program from another process finds the equal one here.
 class Registry {
  public:
   static Registry& Get();
 
-  // Ids are never used again, so that a program can not meet another buffer than its own.
+  // Ids are never used again.
   int64_t NextId();
   // The lowest id that NextId has not given out, nor Add seen. Processes that open a buffer
   // together take the highest of all of theirs.
   int64_t LowestFreeId() const;
-  void Add(std::shared_ptr<Buffer> buffer);
+  void Add(std::shared_ptr<Buffer> buffer, const std::string& name);
   std::shared_ptr<Buffer> Find(int64_t id) const;  // null if it is closed or never was
   bool Close(int64_t id);                          // false if it was not open
 
+  // The open buffer of a program's name. Where this process has had no buffer of this number, the
+  // only open one of the same description stands in. A fault if there is none.
+  Result<std::shared_ptr<Buffer>> FindFor(std::string_view name) const;
+
  private:
+  struct Hash {
+    using is_transparent = void;
+    size_t operator()(std::string_view text) const { return std::hash<std::string_view>{}(text); }
+  };
+  struct Open {
+    std::shared_ptr<Buffer> buffer;
+    std::string name;
+  };
+
+  std::vector<const Open*> OpenLike(std::string_view name) const;
+  std::string NamesOfOpen() const;
+
   mutable std::mutex mutex_;
   int64_t next_id_ = 0;
-  std::unordered_map<int64_t, std::shared_ptr<Buffer>> buffers_;
+  std::unordered_map<int64_t, Open> buffers_;
+  std::unordered_map<std::string, int64_t, Hash, std::equal_to<>> ids_;  // of all that ever were
 };
 
 }  // namespace jax_sm_free

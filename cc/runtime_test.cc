@@ -3,6 +3,8 @@
 #include <memory>
 #include <optional>
 #include <set>
+#include <string>
+#include <string_view>
 #include <thread>
 #include <vector>
 
@@ -30,8 +32,33 @@ class FakeBuffer : public Buffer {
 
 std::shared_ptr<FakeBuffer> Opened() {
   auto buffer = std::make_shared<FakeBuffer>(Registry::Get().NextId());
-  Registry::Get().Add(buffer);
+  Registry::Get().Add(buffer, "any #" + std::to_string(buffer->id()));
   return buffer;
+}
+
+// Closes its buffer at the end of a scope.
+class Named {
+ public:
+  explicit Named(const std::string& name)
+      : buffer_(std::make_shared<FakeBuffer>(Registry::Get().NextId())) {
+    Registry::Get().Add(buffer_, name);
+  }
+  ~Named() { Close(); }
+  void Close() { Registry::Get().Close(buffer_->id()); }
+
+  bool IsFoundFor(std::string_view name) const {
+    const Result<std::shared_ptr<Buffer>> found = Registry::Get().FindFor(name);
+    return FaultOf(found) == nullptr && std::get<0>(found) == buffer_;
+  }
+
+ private:
+  std::shared_ptr<FakeBuffer> buffer_;
+};
+
+std::string WhyNoneFor(std::string_view name) {
+  const Result<std::shared_ptr<Buffer>> found = Registry::Get().FindFor(name);
+  const Fault* fault = FaultOf(found);
+  return fault == nullptr ? "" : fault->Describe();
 }
 
 Fault FaultWith(const char* seen) { return {.expected = "", .seen = seen, .exchange = {}}; }
@@ -117,6 +144,36 @@ TEST(RegistryTest, NeverGivesAnIdTwice) {
   std::set<int64_t> all;
   for (const auto& own : ids) all.insert(own.begin(), own.end());
   EXPECT_EQ(all.size(), static_cast<size_t>(kThreads * kIds));
+}
+
+TEST(RegistryTest, AProgramFindsTheBufferOfItsName) {
+  const Named first("axes x #0");
+  const Named second("axes x #1");
+  const Named other("axes y #0");
+  EXPECT_TRUE(first.IsFoundFor("axes x #0"));
+  EXPECT_TRUE(second.IsFoundFor("axes x #1"));
+  EXPECT_TRUE(other.IsFoundFor("axes y #0"));
+}
+
+TEST(RegistryTest, AProgramFindsNoBufferOfAnotherDescription) {
+  const Named other("axes y #0");
+  const std::string why = WhyNoneFor("axes x #0");
+  EXPECT_PRED_FORMAT2(IsSubstring, "made for to be open: axes x", why);
+  EXPECT_PRED_FORMAT2(IsSubstring, "open buffers: axes y", why);
+}
+
+TEST(RegistryTest, TheOnlyBufferOfADescriptionStandsInForANumberThatNeverWas) {
+  const Named only("axes x #3");
+  EXPECT_TRUE(only.IsFoundFor("axes x #0"));
+  const Named another("axes x #4");
+  EXPECT_PRED_FORMAT2(IsSubstring, "2 that are alike", WhyNoneFor("axes x #0"));
+}
+
+TEST(RegistryTest, NoBufferStandsInForOneThatIsClosed) {
+  Named closed("axes z #0");
+  closed.Close();
+  const Named next("axes z #1");
+  EXPECT_PRED_FORMAT2(IsSubstring, "it is closed", WhyNoneFor("axes z #0"));
 }
 
 }  // namespace

@@ -5,6 +5,7 @@ The public names; see `Buffer` for the ops and `overlap` for placing compute.
 
 from jax_sm_free.buffer import Buffer, FaultError
 from jax_sm_free.config import Config, MemoryEstimate, estimate_memory, get_rdma_size_hint
+from jax_sm_free.exporting import export_checks
 from jax_sm_free.inspection import Pair, Schedule, Step, inspect
 from jax_sm_free.results import Layout, Received, ReceivedTokens
 from jax_sm_free.schedule import Hook, Sent, overlap
@@ -25,6 +26,7 @@ __all__ = [
     "Step",
     "__version__",
     "estimate_memory",
+    "export_checks",
     "get_rdma_size_hint",
     "inspect",
     "overlap",

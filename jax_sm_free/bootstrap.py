@@ -183,7 +183,9 @@ class Bootstrap:
         )
 
 
-def facts_of(mesh: Mesh, axes: tuple[str, ...], config: Config, transport: str) -> dict[str, Any]:
+def facts_of(
+    mesh: Mesh, axes: tuple[str, ...], config: Config, transport: str, description: str
+) -> dict[str, Any]:
     """What all processes have to agree on, by name, for `Bootstrap.compare`."""
     return {
         "jax_sm_free": __version__,
@@ -194,6 +196,7 @@ def facts_of(mesh: Mesh, axes: tuple[str, ...], config: Config, transport: str) 
         "mesh axes": dict(mesh.shape),
         "mesh devices": [device.id for device in mesh.devices.flat],
         **vars(config),
+        "description": description,
     }
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
+import functools
 import weakref
-from types import TracebackType
+from types import NoneType, TracebackType
 from typing import Any, Literal, overload
 
 import jax
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from jax_sm_free import autodiff, checks, receiving, transports
+from jax_sm_free import autodiff, checks, identity, receiving, transports
 from jax_sm_free.config import Config
 from jax_sm_free.native import Native, register_cuda
 from jax_sm_free.primitives import RowType, Target
@@ -22,10 +22,6 @@ from jax_sm_free.varying import vary_alike
 
 Output = Literal["experts", "tokens"]
 Rows = Array | tuple[Array, Array]
-
-# Buffers without memory have numbers, too, which tell them apart in a compiled program: below zero,
-# so that no handler takes one for an open buffer.
-_abstract_ids = itertools.count(-1, -1)
 
 
 class FaultError(RuntimeError):
@@ -66,6 +62,7 @@ class Buffer:
         wire_dtype: Any = None,
         transport: str = "auto",
         timeout_s: float = 100.0,
+        name: str | None = None,
     ) -> None:
         """Opens the buffer. Collective where the mesh has devices of several processes.
 
@@ -89,6 +86,8 @@ class Buffer:
           transport: "auto"; "in_process" for CPU devices of this process, "ucx" for those of
             several; "cuda_peer" for GPUs of this process, "nvshmem" for one of each of several.
           timeout_s: seconds a receive waits before it is a fault.
+          name: tells this buffer from equal ones in a program that is saved in one process and runs
+            in another (docs/sharp_bits.md); None for the order in which equal ones are opened.
 
         Raises:
           TypeError, ValueError: for a bad argument, naming it, the expected and the given value; in
@@ -114,18 +113,25 @@ class Buffer:
             wire_dtype=wire_dtype,
             timeout_s=timeout_s,
         )
+        if not isinstance(name, (str, NoneType)):
+            raise TypeError(f"expected name to be a string or None, got {name!r}")
         self.transport = transports.choose(mesh, transport)
         self._native: Native | None = None
+        self._id = -1
+        described = functools.partial(
+            identity.describe, name=name, mesh=mesh, axes=self.axes, config=self.config
+        )
         if self.transport == "abstract":
             register_cuda()
-            buffer_id = next(_abstract_ids)
+            description = described(transport=transports.for_real(mesh))
+            program_name = identity.take_name(description, is_abstract=True)
         else:
-            self._native, buffer_id = transports.open_buffer(
-                self.transport, mesh, self.axes, self.config
+            self._native, self._id, program_name = transports.open_buffer(
+                self.transport, mesh, self.axes, self.config, described(transport=self.transport)
             )
-        self._closer = weakref.finalize(self, _close, self._native, buffer_id)
+        self._closer = weakref.finalize(self, _close, self._native, self._id)
         named = transports.names_calls(self.transport)
-        self._target = Target(self.config, buffer_id, named)
+        self._target = Target(self.config, program_name, named)
 
     def __repr__(self) -> str:
         state = "open" if self._closer.alive else "closed"
@@ -315,7 +321,7 @@ class Buffer:
         self._check_open("check")
         if self._native is None:
             return
-        fault = self._native.take_fault(self._target.buffer_id)
+        fault = self._native.take_fault(self._id)
         if fault is not None:
             raise FaultError(fault)
 
@@ -356,7 +362,7 @@ class Buffer:
             raise TypeError(f"message_bytes: expected a jax.Device, got {device!r}")
         if self._native is None:
             return 0
-        return self._native.message_bytes(self._target.buffer_id, transports.ordinal(device))
+        return self._native.message_bytes(self._id, transports.ordinal(device))
 
     def __reduce__(self) -> Any:
         raise TypeError("a Buffer, which has its memory, cannot be copied or pickled: open another")

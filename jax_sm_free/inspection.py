@@ -19,7 +19,7 @@ from jax_sm_free import hlo
 Kind = Literal["send", "recv", "gemm"]
 
 _PREFIX = "smf_"
-_BUFFER = re.compile(r'"?\bbuffer"?\s*[=:]\s*"?(-?\d+)')
+_BUFFER = re.compile(r'\bbuffer\s*=\s*"((?:[^"\\]|\\.)*)"')
 _MATRIX_OPS = frozenset({"dot", "convolution", "ragged-dot", "scaled-dot"})
 _MATRIX_CALL = re.compile(r"gemm|matmul|cublas|cudnn|onednn|triton|mosaic", re.IGNORECASE)
 _NESTING_OPS = ("while", "call", "conditional", "async")
@@ -37,7 +37,8 @@ class Step:
       op: "dispatch_send", "combine_backward_recv", ...; of a gemm its opcode.
       name: of the HLO instruction.
       callers: names of the loops, calls and conditionals that it lies in, outermost first.
-      buffer: the number of our call's buffer; None for a gemm.
+      buffer: which of the program's buffers our call is for, numbered by first use; None for a
+        gemm.
       op_name: what of the JAX program it was made of, as far as XLA tells.
     """
 
@@ -76,8 +77,8 @@ class Schedule:
       steps: all of them.
       pairs: one for each send, in the order of the sends.
       unmatched: sends whose token reaches no recv, and recvs whose token is of no send.
-      repeated: recvs whose token another recv of the same loop or branch takes as well: all that do.
-        Such a program ends in a fault.
+      repeated: recvs whose token another recv of the same loop or branch takes, too. Such a
+        program ends in a fault.
       copied: for each operation of the JAX program that stands several times in one loop or branch,
         these calls. XLA has unrolled the loop, or runs the exchange several times; or the program
         makes the call in a loop of Python, whose rounds have one `Step.op_name`.
@@ -148,8 +149,9 @@ def inspect(compiled: Any) -> Schedule:
             "without; pass what .lower(...).compile() returned"
         )
     steps = {}
+    buffers: dict[str, int] = {}  # their numbers, by name
     for place in hlo.walk(module, functools.partial(_is_entered, module)):
-        step = _step(module, place)
+        step = _step(module, place, buffers)
         if step is not None:
             steps[place] = step
     frames = {step: _frame(module, place) for place, step in steps.items()}
@@ -180,7 +182,7 @@ def _is_ours(instruction: hlo.Instruction) -> bool:
     return instruction.target.startswith(_PREFIX)
 
 
-def _step(module: hlo.Module, place: hlo.Place) -> Step | None:
+def _step(module: hlo.Module, place: hlo.Place, buffers: dict[str, int]) -> Step | None:
     instruction = module.at(place)
     outer = (place[:depth] for depth in range(1, len(place)))
     callers = tuple(p[-1][1] for p in outer if not module.at(p).is_op("fusion"))
@@ -190,9 +192,10 @@ def _step(module: hlo.Module, place: hlo.Place) -> Step | None:
     )
     if _is_ours(instruction):
         op = instruction.target.removeprefix(_PREFIX)
-        buffer = _BUFFER.search(instruction.attributes.partition("backend_config=")[2])
+        name = _BUFFER.search(instruction.attributes.partition("backend_config=")[2])
         kind: Kind = "send" if op.endswith("_send") else "recv"
-        return describe(kind, op, buffer=int(buffer[1]) if buffer else None)
+        buffer = buffers.setdefault(name[1], len(buffers)) if name else None
+        return describe(kind, op, buffer=buffer)
     is_gemm = _is_gemm(instruction) or (
         instruction.is_op("fusion")
         and not _is_entered(module, instruction)

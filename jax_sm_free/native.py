@@ -20,9 +20,17 @@ class Native:
         register = {"cpu": register_cpu, "cuda": register_cuda}[platform]
         register()
 
-    def open_buffer(self, config: Config, places: list[tuple[int, int, int] | None]) -> int:
-        """Makes the memory of a buffer; places: each device's (group, rank, mesh position)."""
-        return int(self._module.open_buffer(config.sizes(), places))
+    def open_buffer(
+        self, config: Config, places: list[tuple[int, int, int] | None], name: str
+    ) -> int:
+        """Makes the memory of a buffer.
+
+        Args:
+          config: the sizes.
+          places: each device's (group, rank, mesh position).
+          name: by which programs find it.
+        """
+        return int(self._module.open_buffer(name, config.sizes(), places))
 
     def lowest_free_id(self) -> int:
         """The lowest number above those of all buffers so far."""
@@ -31,6 +39,7 @@ class Native:
     def open_ucx_buffer(
         self,
         buffer_id: int,
+        name: str,
         config: Config,
         places: list[tuple[int, int, int] | None],
         process: int,
@@ -41,12 +50,13 @@ class Native:
         """Makes this process's part of a buffer over several; places: of its own devices."""
         sizes = config.sizes()
         self._module.open_ucx_buffer(
-            buffer_id, sizes, places, process, num_processes, process_of_rank, library
+            buffer_id, name, sizes, places, process, num_processes, process_of_rank, library
         )
 
     def open_nvshmem_buffer(
         self,
         buffer_id: int,
+        name: str,
         config: Config,
         places: list[tuple[int, int, int] | None],
         process: int,
@@ -59,6 +69,7 @@ class Native:
 
         Args:
           buffer_id: the same in all processes.
+          name: by which programs find it; the same in all processes.
           config: the sizes.
           places: as for `open_buffer`, of this process's device alone.
           process: this process's number among those that open the buffer.
@@ -68,7 +79,15 @@ class Native:
           warn: gets the text of what works, but slowly.
         """
         self._module.open_nvshmem_buffer(
-            buffer_id, config.sizes(), places, process, process_of_rank, library, exchange, warn
+            buffer_id,
+            name,
+            config.sizes(),
+            places,
+            process,
+            process_of_rank,
+            library,
+            exchange,
+            warn,
         )
 
     def address(self, buffer_id: int) -> bytes:

@@ -25,7 +25,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jax.extend import core
 from jax.extend.mlir.dialects import stablehlo
@@ -40,10 +39,10 @@ TOKEN_SIZE = 8
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The buffer that a call is for: its sizes, and the number by which its handler finds it."""
+    """The buffer that a call is for: its sizes, and the name by which its handler finds it."""
 
     config: Config
-    buffer_id: int
+    buffer: str
     spans_processes: bool = False
 
 
@@ -78,15 +77,15 @@ def _define(name: str, spans_processes: bool) -> core.Primitive:
     primitive = core.Primitive(f"smf_{name}")
     primitive.multiple_results = True
 
-    def abstract_eval(*operands: Any, buffer_id: int, results: tuple[tuple[Any, Any], ...]) -> Any:
-        del buffer_id
+    def abstract_eval(*operands: Any, buffer: str, results: tuple[tuple[Any, Any], ...]) -> Any:
+        del buffer
         return [_result_aval(operands[0], shape, dtype) for shape, dtype in results]
 
-    def lower(ctx: Any, *operands: Any, buffer_id: int, results: Any) -> Any:
+    def lower(ctx: Any, *operands: Any, buffer: str, results: Any) -> Any:
         del results
         rule = jax.ffi.ffi_lowering(f"smf_{name}", has_side_effect=True)
-        names = call_names.names_of(name, buffer_id, ctx) if is_named else {}
-        return rule(ctx, *operands, buffer=np.int64(buffer_id), **names)
+        names = call_names.names_of(name, buffer, ctx) if is_named else {}
+        return rule(ctx, *operands, buffer=buffer, **names)
 
     def lower_for_gpus(ctx: Any, *operands: Any, **params: Any) -> Any:
         held = stablehlo.OptimizationBarrierOp(operands).results
@@ -112,7 +111,7 @@ def _run_eagerly(primitive: core.Primitive, *operands: Any, **params: Any) -> An
     return jax.jit(functools.partial(primitive.bind, **params))(*operands)
 
 
-_NAMES = (
+OP_NAMES = (
     "dispatch_send",
     "dispatch_recv",
     "dispatch_recv_tokens",
@@ -123,13 +122,13 @@ _NAMES = (
     "combine_backward_send",
     "combine_backward_recv",
 )
-_PRIMITIVES = {(name, spans): _define(name, spans) for name in _NAMES for spans in (False, True)}
+_PRIMITIVES = {(name, spans): _define(name, spans) for name in OP_NAMES for spans in (False, True)}
 
 
 def _bind(name: str, target: Target, operands: Any, *results: tuple[Any, Any]) -> tuple[Array, ...]:
     hashable = tuple((tuple(shape), jnp.dtype(dtype)) for shape, dtype in results)
     primitive = _PRIMITIVES[name, target.spans_processes]
-    return tuple(primitive.bind(*operands, buffer_id=target.buffer_id, results=hashable))
+    return tuple(primitive.bind(*operands, buffer=target.buffer, results=hashable))
 
 
 _TOKEN = ((TOKEN_SIZE,), jnp.float32)

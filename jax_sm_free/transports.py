@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_sm_free import checks
+from jax_sm_free import checks, identity
 from jax_sm_free.bootstrap import Bootstrap, facts_of
 from jax_sm_free.config import Config
 from jax_sm_free.native import Native
@@ -82,18 +82,28 @@ def choose(mesh: Mesh, transport: str) -> str:
     return chosen
 
 
-def open_buffer(transport: str, mesh: Mesh, axes: tuple[str, ...], config: Config) -> Any:
+def for_real(mesh: Mesh) -> str:
+    """The transport of GPUs as a mesh describes them, which are not there."""
+    processes = {device.process_index for device in mesh.devices.flat}
+    return "cuda_peer" if len(processes) == 1 else "nvshmem"
+
+
+def open_buffer(
+    transport: str, mesh: Mesh, axes: tuple[str, ...], config: Config, description: str
+) -> tuple[Native, int, str]:
     """Opens a buffer over `transport`; collective where that connects processes.
 
     Returns:
-      The extension, and the number by which it knows the buffer: the same in all processes.
+      The extension, the number by which it knows the buffer, and the name by which programs do:
+      both are the same in all processes. `description` is what the name begins with.
     """
     native = Native(_TRANSPORTS[transport][0])
     if transport == "ucx":
-        return native, _open_ucx(native, mesh, axes, config)
+        return native, *_open_ucx(native, mesh, axes, config, description)
     if transport == "nvshmem":
-        return native, _open_nvshmem(native, mesh, axes, config)
-    return native, native.open_buffer(config, _places(mesh, axes))
+        return native, *_open_nvshmem(native, mesh, axes, config, description)
+    name = identity.take_name(description)
+    return native, native.open_buffer(config, _places(mesh, axes), name), name
 
 
 def names_calls(transport: str) -> bool:
@@ -106,17 +116,26 @@ def ordinal(device: Any) -> int:
     return int(device.id if device.platform == "cpu" else device.local_hardware_id)
 
 
-def _open_ucx(native: Native, mesh: Mesh, axes: tuple[str, ...], config: Config) -> int:
+def _agree_on_names(bootstrap: Bootstrap, native: Native, description: str) -> tuple[int, str]:
+    """A number and a name that no process has used, so that all compile the same program."""
+    own = f"{native.lowest_free_id()} {identity.num_opened(description)}"
+    of_all = [payload.decode().split() for payload in bootstrap.exchange(own.encode())]
+    buffer_id, number = (max(map(int, numbers)) for numbers in zip(*of_all, strict=True))
+    return buffer_id, identity.take_name(description, number)
+
+
+def _open_ucx(
+    native: Native, mesh: Mesh, axes: tuple[str, ...], config: Config, description: str
+) -> tuple[int, str]:
     buffer_id = None
     try:
         with Bootstrap(mesh, config.timeout_s) as bootstrap:
-            bootstrap.compare(facts_of(mesh, axes, config, "ucx"))
-            # A number that no process has used, so that all compile the same program.
-            free_ids = bootstrap.exchange(str(native.lowest_free_id()).encode())
-            buffer_id = max(map(int, free_ids))
+            bootstrap.compare(facts_of(mesh, axes, config, "ucx", description))
+            buffer_id, name = _agree_on_names(bootstrap, native, description)
             index = bootstrap.processes.index
             native.open_ucx_buffer(
                 buffer_id,
+                name,
                 config,
                 _places(mesh, axes),
                 bootstrap.index,
@@ -129,10 +148,12 @@ def _open_ucx(native: Native, mesh: Mesh, axes: tuple[str, ...], config: Config)
         if buffer_id is not None:
             native.close_buffer(buffer_id)
         raise
-    return buffer_id
+    return buffer_id, name
 
 
-def _open_nvshmem(native: Native, mesh: Mesh, axes: tuple[str, ...], config: Config) -> int:
+def _open_nvshmem(
+    native: Native, mesh: Mesh, axes: tuple[str, ...], config: Config, description: str
+) -> tuple[int, str]:
     for process, count in collections.Counter(d.process_index for d in mesh.devices.flat).items():
         if count > 1:
             raise ValueError(
@@ -142,13 +163,13 @@ def _open_nvshmem(native: Native, mesh: Mesh, axes: tuple[str, ...], config: Con
     buffer_id = None
     try:
         with Bootstrap(mesh, config.timeout_s) as bootstrap:
-            bootstrap.compare(facts_of(mesh, axes, config, "nvshmem"))
-            free_ids = bootstrap.exchange(str(native.lowest_free_id()).encode())
-            buffer_id = max(map(int, free_ids))
+            bootstrap.compare(facts_of(mesh, axes, config, "nvshmem", description))
+            buffer_id, name = _agree_on_names(bootstrap, native, description)
             index = bootstrap.processes.index
             groups = _by_rank(mesh, axes, lambda device, _: index(device.process_index))
             native.open_nvshmem_buffer(
                 buffer_id,
+                name,
                 config,
                 _places(mesh, axes),
                 bootstrap.index,
@@ -161,7 +182,7 @@ def _open_nvshmem(native: Native, mesh: Mesh, axes: tuple[str, ...], config: Con
         if buffer_id is not None:
             native.close_buffer(buffer_id)
         raise
-    return buffer_id
+    return buffer_id, name
 
 
 def nvshmem_library() -> str:

@@ -28,14 +28,14 @@ def send(name: str, op: str = "dispatch_send", buffer: int = 1, rows: str = "mai
     return (
         f'%{name} = f32[8]{{0}} custom-call(%{rows}), custom_call_target="smf_{op}", {TYPED}, '
         f'metadata={{op_name="jit(f)/smf_{op}" stack_frame_id=3}}, '
-        f"backend_config={{buffer = {buffer} : i64}}"
+        f'backend_config={{buffer = "axes ep #{buffer}"}}'
     )
 
 
 def recv(name: str, token: str, op: str = "dispatch_recv", buffer: int = 1) -> str:
     return (
         f"%{name} = (f32[4,4]{{1,0}}, /*index=1*/s32[2]{{0}}) custom-call(%{token}), "
-        f'custom_call_target="smf_{op}", {TYPED}, backend_config={{buffer = {buffer} : i64}}'
+        f'custom_call_target="smf_{op}", {TYPED}, backend_config={{buffer = "axes ep #{buffer}"}}'
     )
 
 

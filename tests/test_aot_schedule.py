@@ -14,7 +14,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_sm_free as smf
-from jax_sm_free import _cpu, native
+from jax_sm_free import native
 
 NUM_RANKS, T, H, F, E, TOP_K, NUM_LAYERS = 4, 1024, 1024, 2048, 16, 2, 3
 SIZES = {"hidden": H, "num_experts": E, "top_k": TOP_K, "max_tokens": T}
@@ -252,7 +252,6 @@ def test_abstract_devices_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> Non
     schedule = schedule_of(f, P("ep"), {}, specs={})
     numbers = {step.buffer for step in schedule.steps}
     assert len(numbers) == 2, "buffers are told apart"
-    assert not any(_cpu.is_open(number) for number in numbers)
     assert schedule.num_slots == 1
     with buffer, other:
         pass

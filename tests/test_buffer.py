@@ -109,7 +109,7 @@ def test_a_buffer_used_after_close():
     buffer.close()
     assert "closed" in repr(buffer)
     support.assert_matches(
-        support.error_of(run, *inputs), r"buffer \d+ to be open, but it is closed"
+        support.error_of(run, *inputs), r"buffer \d+ to be open, seen it is closed"
     )
     with pytest.raises(RuntimeError, match="dispatch_send: expected an open buffer, got one that"):
         compiled(buffer)(*inputs)

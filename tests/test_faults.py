@@ -285,7 +285,7 @@ def test_a_buffer_that_nobody_refers_to_is_closed(inputs):
     jax.block_until_ready(run(*inputs, actions_of()))
     del buffer
     gc.collect()
-    support.assert_matches(support.error_of(run, *inputs, actions_of()), "but it is closed")
+    support.assert_matches(support.error_of(run, *inputs, actions_of()), "seen it is closed")
 
 
 # ------------------------------------------------------------------------------ ranks out of step

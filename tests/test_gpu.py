@@ -226,7 +226,7 @@ def test_closed_with_runs_queued(inputs):
         try:
             ranks = np.asarray(out)
         except support.RUN_ERROR as error:
-            support.assert_matches(str(error), "but it is closed")
+            support.assert_matches(str(error), "seen it is closed")
             continue
         for got, want in zip(ranks, np.asarray(expected_output()), strict=True):
             assert np.isnan(got).all() or got.tobytes() == want.tobytes()

@@ -31,7 +31,7 @@ def test_gemm_between_send_and_recv() -> None:
     assert matched(schedule) == {"s": "r"}
     assert between(schedule) == {"s": ["b"]}
     assert schedule.num_slots == 1
-    assert schedule.steps[1].buffer == 1
+    assert schedule.steps[1].buffer == 0
     assert schedule.steps[1].op_name == "jit(f)/smf_dispatch_send"
     assert not schedule.unmatched
 
@@ -49,7 +49,7 @@ def test_slots_are_counted_for_each_buffer() -> None:
     lines = (send("s", buffer=1), send("t", buffer=-2), recv("q", "t", buffer=-2), recv("r", "s"))
     schedule = smf.inspect(module(entry(*lines)))
     assert schedule.num_slots == 1
-    assert {step.buffer for step in schedule.steps} == {1, -2}
+    assert {step.buffer for step in schedule.steps} == {0, 1}
 
 
 def test_unmatched_calls() -> None:
@@ -164,12 +164,12 @@ def test_pair_within_a_loop_lies_within_it() -> None:
     assert schedule.pairs[1].send.callers == ("loop",)
     assert schedule.num_slots == 2, "the loop runs while the outer exchange is in flight"
     assert str(schedule).splitlines() == [
-        "dispatch_send               s, buffer 1",
+        "dispatch_send               s, buffer 0",
         "loop:",
-        "  dispatch_send               bs, buffer 1",
+        "  dispatch_send               bs, buffer 0",
         "    dot                       bd",
-        "  dispatch_recv               br, buffer 1, of bs",
-        "dispatch_recv               r, buffer 1, of s",
+        "  dispatch_recv               br, buffer 0, of bs",
+        "dispatch_recv               r, buffer 0, of s",
         "slots needed: 2",
     ]
 

@@ -4,16 +4,15 @@
 #include <utility>
 
 #include "cc/cpu/host_buffer.h"
-#include "cc/runtime.h"
 #include "xla_ffi/decode.h"
 
 namespace jax_sm_free {
 
-ffi::Error Locate(Op op, int64_t buffer_id, int32_t device, ffi::RunId run, HostCall& call) {
-  auto buffer = std::dynamic_pointer_cast<HostBuffer>(Registry::Get().Find(buffer_id));
-  if (buffer == nullptr) return IsClosed(op, buffer_id);
+ffi::Error Locate(Op op, std::string_view name, int32_t device, ffi::RunId run, HostCall& call) {
+  std::shared_ptr<HostBuffer> buffer;
+  if (auto error = FindBuffer(op, name, buffer); error.failure()) return error;
   HostRank* rank = buffer->RankOf(device);
-  if (rank == nullptr) return IsOutside(op, buffer_id, device);
+  if (rank == nullptr) return IsOutside(op, buffer->id(), device);
   call = {op, std::move(buffer), rank, run.run_id};
   return ffi::Error::Success();
 }

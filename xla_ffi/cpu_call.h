@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <string_view>
 
 #include "cc/cpu/ops.h"
 #include "cc/fault.h"
@@ -15,8 +16,8 @@ namespace jax_sm_free {
 
 namespace ffi = xla::ffi;
 
-// Finds the buffer and the rank of a call.
-ffi::Error Locate(Op op, int64_t buffer_id, int32_t device, ffi::RunId run, HostCall& call);
+// Finds the buffer of a program's name for it, and the rank of a call.
+ffi::Error Locate(Op op, std::string_view name, int32_t device, ffi::RunId run, HostCall& call);
 
 ffi::Error ToError(const std::optional<Fault>& fault);
 

@@ -26,17 +26,17 @@ nb::dict CallSiteType() {
 }
 
 // Returns the buffer's id.
-int64_t OpenBuffer(const nb::dict& sizes, const PythonPlaces& places) {
+int64_t OpenBuffer(const std::string& name, const nb::dict& sizes, const PythonPlaces& places) {
   Registry& registry = Registry::Get();
   const int64_t id = registry.NextId();
-  registry.Add(std::make_shared<HostBuffer>(id, ToConfig(sizes), ToPlaces(places)));
+  registry.Add(std::make_shared<HostBuffer>(id, ToConfig(sizes), ToPlaces(places)), name);
   return id;
 }
 
 // This process's part of a buffer over several: process `self` of `count`, those of the ranks in
 // `of_rank` [group][rank]. `library`: path of libucp.so.0.
-void OpenUcxBuffer(int64_t id, const nb::dict& sizes, const PythonPlaces& places, int32_t self,
-                   int32_t count, std::vector<std::vector<int32_t>> of_rank,
+void OpenUcxBuffer(int64_t id, const std::string& name, const nb::dict& sizes,
+                   const PythonPlaces& places, int32_t self, int32_t count, std::vector<std::vector<int32_t>> of_rank,
                    const std::string& library) {
   const Config config = ToConfig(sizes);
   const UcxWire::Options options{
@@ -49,7 +49,7 @@ void OpenUcxBuffer(int64_t id, const nb::dict& sizes, const PythonPlaces& places
   auto buffer = SpanningBuffer::Open(id, config, ToPlaces(places),
                                      {self, count, std::move(of_rank)}, open_wire);
   if (const Fault* fault = FaultOf(buffer)) throw std::runtime_error(fault->Describe());
-  Registry::Get().Add(std::get<0>(std::move(buffer)));
+  Registry::Get().Add(std::get<0>(std::move(buffer)), name);
 }
 
 std::shared_ptr<SpanningBuffer> FindSpanning(int64_t id) {
@@ -80,7 +80,7 @@ NB_MODULE(_cpu, module) {
   module.def("handlers", [] { return Handlers(CpuHandlers()); });
   module.def("cuda_handlers", [] { return Handlers(CudaStubHandlers()); });
   module.def("call_site_type", &CallSiteType);
-  module.def("open_buffer", &OpenBuffer, nb::arg("sizes"), nb::arg("places").none());
+  module.def("open_buffer", &OpenBuffer, nb::arg("name"), nb::arg("sizes"), nb::arg("places").none());
   module.def("open_ucx_buffer", &OpenUcxBuffer);
   module.def("address", &AddressOf);
   module.def("connect", &Connect);

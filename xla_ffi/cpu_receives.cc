@@ -3,6 +3,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -13,6 +14,7 @@
 #include "xla_ffi/cpu_call.h"
 #include "xla_ffi/cpu_handlers.h"
 #include "xla_ffi/decode.h"
+#include "xla_ffi/operand_checks.h"
 #include "xla_ffi/signatures.h"
 
 namespace jax_sm_free {
@@ -47,25 +49,15 @@ struct DispatchRecv {
   std::optional<Matrix> dequantized;
   MutableRows rows;
 };
-ffi::Error LocateDispatchRecv(int64_t buffer_id, ffi::RunId run, int32_t device,
-                              const S32& layout_rows, Out<ffi::AnyBuffer>& values,
-                              Out<ffi::AnyBuffer>& scales, DispatchRecv& recv) {
-  HostCall& call = recv.call;
-  if (auto error = Locate(Op::kDispatchRecv, buffer_id, device, run, call); error.failure()) {
-    return error;
-  }
-  if (auto error = CheckLayout(OpName(call.op), call.config(), layout_rows, 0); error.failure()) {
-    return error;
-  }
-  recv.dequantized = QuantizedOf(call.config(), *values);
-  recv.rows = RowsOf(values, scales);
-  return CheckDispatched(OpName(call.op), call.config(), 0, recv.rows.row_bytes(),
-                         recv.dequantized);
+DispatchRecv MakeDispatchRecv(const HostCall& call, Out<ffi::AnyBuffer>& values,
+                              Out<ffi::AnyBuffer>& scales) {
+  return {call, QuantizedOf(call.config(), *values), RowsOf(values, scales)};
 }
 
-ffi::Future DispatchRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
+ffi::Future DispatchRecvImpl(std::string_view buffer, ffi::RunId run, int32_t device,
                              F32 token,  // [kTokenSize]
-                             ffi::AnyBuffer /*own_values*/, ffi::AnyBuffer /*own_scales*/,
+                             ffi::AnyBuffer own_values,   // [T or 0, values columns]
+                             ffi::AnyBuffer own_scales,   // [T or 0, scales columns]
                              Out<ffi::AnyBuffer> values,  // [recv_capacity, values columns]
                              Out<ffi::AnyBuffer> scales,  // [recv_capacity, scales columns]
                              Out<S32> group_sizes,        // [num_local_experts]
@@ -74,18 +66,21 @@ ffi::Future DispatchRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
                              Out<S32> dropped,            // []
                              Out<S32> rows,               // [ep_size * max_tokens, top_k]
                              Out<S32> num_rows_from) {    // [ep_size]
-  DispatchRecv recv;
-  if (auto error = LocateDispatchRecv(buffer_id, run, device, *rows, values, scales, recv);
+  HostCall call;
+  if (auto error = Locate(Op::kDispatchRecv, buffer, device, run, call); error.failure()) {
+    return Failed(error);
+  }
+  if (auto error = CheckReceivedRows(call.config(), token, own_values, own_scales, values, scales,
+                                     call.config().recv_capacity);
       error.failure()) {
     return Failed(error);
   }
-  const int64_t capacity = recv.call.config().recv_capacity;
-  const int64_t num_rows = values->dimensions()[0];
-  if (auto error = CheckSizes(OpName(recv.call.op), "recv_capacity", num_rows == capacity, capacity,
-                              num_rows);
+  if (auto error = CheckReceivedExperts(call.config(), group_sizes, counts, weights, dropped, rows,
+                                        num_rows_from);
       error.failure()) {
     return Failed(error);
   }
+  const DispatchRecv recv = MakeDispatchRecv(call, values, scales);
   const ExpertsOut out{.rows = recv.rows,
                        .dequantized = recv.dequantized,
                        .group_sizes = group_sizes->typed_data(),
@@ -98,9 +93,10 @@ ffi::Future DispatchRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
   });
 }
 
-ffi::Future DispatchRecvTokensImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
+ffi::Future DispatchRecvTokensImpl(std::string_view buffer, ffi::RunId run, int32_t device,
                                    F32 token,  // [kTokenSize]
-                                   ffi::AnyBuffer /*own_values*/, ffi::AnyBuffer /*own_scales*/,
+                                   ffi::AnyBuffer own_values,   // [T or 0, values columns]
+                                   ffi::AnyBuffer own_scales,   // [T or 0, scales columns]
                                    Out<ffi::AnyBuffer> values,  // [R, values columns],
                                    Out<ffi::AnyBuffer> scales,  // [R, scales columns],
                                    Out<S32> topk_idx,           // [R, top_k]; R is
@@ -109,11 +105,21 @@ ffi::Future DispatchRecvTokensImpl(int64_t buffer_id, ffi::RunId run, int32_t de
                                    Out<S32> num_tokens,         // []
                                    Out<S32> rows,               // [R, 1]
                                    Out<S32> num_rows_from) {    // [ep_size]
-  DispatchRecv recv;
-  if (auto error = LocateDispatchRecv(buffer_id, run, device, *rows, values, scales, recv);
+  HostCall call;
+  if (auto error = Locate(Op::kDispatchRecv, buffer, device, run, call); error.failure()) {
+    return Failed(error);
+  }
+  if (auto error = CheckReceivedRows(call.config(), token, own_values, own_scales, values, scales,
+                                     call.config().max_recv_tokens());
       error.failure()) {
     return Failed(error);
   }
+  if (auto error = CheckReceivedTokens(call.config(), topk_idx, topk_weights, counts, num_tokens,
+                                       rows, num_rows_from);
+      error.failure()) {
+    return Failed(error);
+  }
+  const DispatchRecv recv = MakeDispatchRecv(call, values, scales);
   const TokensOut out{.rows = recv.rows,
                       .dequantized = recv.dequantized,
                       .topk_idx = topk_idx->typed_data(),
@@ -129,13 +135,8 @@ ffi::Future DispatchRecvTokensImpl(int64_t buffer_id, ffi::RunId run, int32_t de
 // The sum over ranks; `weight_grads` is null in the forward pass.
 ffi::Future ReceiveSums(const HostCall& call, const F32& token, const S32& topk_idx,
                         Out<ffi::AnyBuffer>& out, float* weight_grads) {
-  const int64_t num_tokens = topk_idx.dimensions()[0];
   const Matrix matrix = MatrixOf(*out);
-  if (auto error = CheckRows(OpName(call.op), call.config(), num_tokens, matrix.row_bytes());
-      error.failure()) {
-    return Failed(error);
-  }
-  const TopK topk{topk_idx.typed_data(), nullptr, num_tokens};
+  const TopK topk{topk_idx.typed_data(), nullptr, topk_idx.dimensions()[0]};
   auto* sums = static_cast<std::byte*>(out->untyped_data());
   return ReceiveAsync(
       call, token, [matrix, topk, sums, weight_grads](const Config& config, const auto& messages) {
@@ -143,33 +144,44 @@ ffi::Future ReceiveSums(const HostCall& call, const F32& token, const S32& topk_
       });
 }
 
-ffi::Future CombineRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
+ffi::Future CombineRecvImpl(std::string_view buffer, ffi::RunId run, int32_t device,
                             F32 token,     // [kTokenSize]
                             S32 topk_idx,  // [T, top_k]
-                            ffi::AnyBuffer /*y*/, F32 /*weights*/, S32 /*rows*/,
-                            S32 /*num_rows_from*/,
+                            ffi::AnyBuffer y,           // [N, hidden], as for the send
+                            F32 weights,                // [N], or [0] for a plain sum
+                            S32 rows,                   // [ep_size * max_tokens, fanout]
+                            S32 num_rows_from,          // [ep_size]
                             Out<ffi::AnyBuffer> out) {  // [T, hidden]
   HostCall call;
-  if (auto error = Locate(Op::kCombineRecv, buffer_id, device, run, call); error.failure()) {
+  if (auto error = Locate(Op::kCombineRecv, buffer, device, run, call); error.failure()) {
+    return Failed(error);
+  }
+  if (auto error = CheckCombineRecv(call.config(), token, topk_idx, y, weights, rows,
+                                    num_rows_from, out);
+      error.failure()) {
     return Failed(error);
   }
   return ReceiveSums(call, token, topk_idx, out, nullptr);
 }
 
-ffi::Future DispatchBackwardRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
+ffi::Future DispatchBackwardRecvImpl(std::string_view buffer, ffi::RunId run, int32_t device,
                                      F32 token,                   // [kTokenSize]
                                      S32 topk_idx,                // [T, top_k]
                                      Out<ffi::AnyBuffer> x_grad,  // [T, hidden]
                                      Out<F32> weight_grads) {     // [T, top_k]
   HostCall call;
-  if (auto error = Locate(Op::kDispatchBackwardRecv, buffer_id, device, run, call);
+  if (auto error = Locate(Op::kDispatchBackwardRecv, buffer, device, run, call);
+      error.failure()) {
+    return Failed(error);
+  }
+  if (auto error = CheckDispatchBackwardRecv(call.config(), token, topk_idx, x_grad, weight_grads);
       error.failure()) {
     return Failed(error);
   }
   return ReceiveSums(call, token, topk_idx, x_grad, weight_grads->typed_data());
 }
 
-ffi::Future CombineBackwardRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t device,
+ffi::Future CombineBackwardRecvImpl(std::string_view buffer, ffi::RunId run, int32_t device,
                                     F32 token,                   // [kTokenSize]
                                     ffi::AnyBuffer y,            // [N, hidden], or [0, hidden]
                                     F32 weights,                 // [N], or [0] for a plain sum
@@ -178,15 +190,16 @@ ffi::Future CombineBackwardRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t d
                                     Out<ffi::AnyBuffer> y_grad,  // [N, hidden]
                                     Out<F32> weight_grads) {     // [N], or [0]
   HostCall call;
-  if (auto error = Locate(Op::kCombineBackwardRecv, buffer_id, device, run, call);
+  if (auto error = Locate(Op::kCombineBackwardRecv, buffer, device, run, call);
+      error.failure()) {
+    return Failed(error);
+  }
+  if (auto error = CheckCombineBackwardRecv(call.config(), token, y, weights, rows, num_rows_from,
+                                            y_grad, weight_grads);
       error.failure()) {
     return Failed(error);
   }
   const Matrix matrix = MatrixOf(*y_grad);
-  if (auto error = CheckLayout(OpName(call.op), call.config(), rows, matrix.row_bytes());
-      error.failure()) {
-    return Failed(error);
-  }
   const LayoutIn layout = LayoutOf(rows, num_rows_from, y_grad->dimensions()[0]);
   const auto* values = static_cast<const std::byte*>(y.untyped_data());
   const float* scale = DataOrNull(weights);
@@ -200,9 +213,9 @@ ffi::Future CombineBackwardRecvImpl(int64_t buffer_id, ffi::RunId run, int32_t d
                       });
 }
 
-// A receive: the buffer by its id, the run, and the device that the call runs on.
+// A receive: the program's name for the buffer, the run, and the device that the call runs on.
 auto BindCall() {
-  return ffi::Ffi::Bind().Attr<int64_t>("buffer").Ctx<ffi::RunId>().Ctx<ffi::DeviceOrdinal>();
+  return ffi::Ffi::Bind().Attr<std::string_view>("buffer").Ctx<ffi::RunId>().Ctx<ffi::DeviceOrdinal>();
 }
 
 SMF_RECEIVE_TARGETS(SMF_DEFINE_HANDLER)

@@ -11,6 +11,7 @@
 #include "xla_ffi/cpu_call.h"
 #include "xla_ffi/cpu_handlers.h"
 #include "xla_ffi/decode.h"
+#include "xla_ffi/operand_checks.h"
 #include "xla_ffi/send_site.h"
 #include "xla_ffi/signatures.h"
 
@@ -41,15 +42,14 @@ ffi::Error DispatchSendImpl(ffi::RunId run, int32_t device, SendSite* site,
       error.failure()) {
     return error;
   }
-  const ConstRows rows = RowsOf(values, scales);
-  const std::optional<Matrix> quantized = QuantizedOf(call.config(), values);
-  const int64_t num_tokens = topk_idx.dimensions()[0];
-  if (auto error =
-          CheckDispatched(OpName(call.op), call.config(), num_tokens, rows.row_bytes(), quantized);
+  if (auto error = CheckDispatchSend(call.config(), values, scales, topk_idx, topk_weights,
+                                     position, token);
       error.failure()) {
     return error;
   }
-  const TopK topk{topk_idx.typed_data(), topk_weights.typed_data(), num_tokens};
+  const ConstRows rows = RowsOf(values, scales);
+  const std::optional<Matrix> quantized = QuantizedOf(call.config(), values);
+  const TopK topk{topk_idx.typed_data(), topk_weights.typed_data(), topk_idx.dimensions()[0]};
   if (quantized) {
     return ToError(DispatchSendQuantized(call, number, position.typed_data()[0], topk, *quantized,
                                          rows.values, token->typed_data()));
@@ -68,14 +68,13 @@ ffi::Error CombineBackwardSendImpl(ffi::RunId run, int32_t device, SendSite* sit
       error.failure()) {
     return error;
   }
-  const ConstRows rows{.values = static_cast<const std::byte*>(out_grad.untyped_data()),
-                       .values_bytes = RowBytes(out_grad)};
-  const int64_t num_tokens = topk_idx.dimensions()[0];
-  if (auto error = CheckRows(OpName(call.op), call.config(), num_tokens, rows.row_bytes());
+  if (auto error = CheckCombineBackwardSend(call.config(), out_grad, topk_idx, token);
       error.failure()) {
     return error;
   }
-  const TopK topk{topk_idx.typed_data(), nullptr, num_tokens};
+  const ConstRows rows{.values = static_cast<const std::byte*>(out_grad.untyped_data()),
+                       .values_bytes = RowBytes(out_grad)};
+  const TopK topk{topk_idx.typed_data(), nullptr, topk_idx.dimensions()[0]};
   return ToError(CombineBackwardSend(call, number, topk, rows, token->typed_data()));
 }
 
@@ -90,7 +89,7 @@ ffi::Error CombineSendImpl(ffi::RunId run, int32_t device, SendSite* site,
   if (auto error = LocateSend(Op::kCombineSend, site, device, run, call, number); error.failure()) {
     return error;
   }
-  if (auto error = CheckLayout(OpName(call.op), call.config(), rows, RowBytes(y));
+  if (auto error = CheckCombineSend(call.config(), y, weights, rows, num_rows_from, token);
       error.failure()) {
     return error;
   }
@@ -113,7 +112,8 @@ ffi::Error DispatchBackwardSendImpl(ffi::RunId run, int32_t device, SendSite* si
       error.failure()) {
     return error;
   }
-  if (auto error = CheckLayout(OpName(call.op), call.config(), rows, RowBytes(x_grad));
+  if (auto error = CheckDispatchBackwardSend(call.config(), x_grad, weight_grads, rows,
+                                             num_rows_from, token);
       error.failure()) {
     return error;
   }

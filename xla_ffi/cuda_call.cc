@@ -4,16 +4,15 @@
 #include <string>
 #include <utility>
 
-#include "cc/runtime.h"
 #include "xla_ffi/decode.h"
 
 namespace jax_sm_free::cuda {
 
-ffi::Error Locate(Op op, int64_t buffer_id, int32_t device, Call& call) {
-  auto buffer = std::dynamic_pointer_cast<DeviceBuffer>(Registry::Get().Find(buffer_id));
-  if (buffer == nullptr) return IsClosed(op, buffer_id);
+ffi::Error Locate(Op op, std::string_view name, int32_t device, Call& call) {
+  std::shared_ptr<DeviceBuffer> buffer;
+  if (auto error = FindBuffer(op, name, buffer); error.failure()) return error;
   DeviceRank* rank = buffer->RankOf(device);
-  if (rank == nullptr) return IsOutside(op, buffer_id, device);
+  if (rank == nullptr) return IsOutside(op, buffer->id(), device);
   if (const std::optional<std::string> fault = buffer->SeenFault()) {
     buffer->Stop();
     return ffi::Error::Internal(*fault);

@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <string_view>
 
 #include "cc/cuda/device_buffer.h"
 #include "cc/cuda/kernels.h"
@@ -28,8 +29,8 @@ struct Call {
   const RankView& view() const { return rank->view; }
 };
 
-// Finds the buffer and the rank; an earlier fault of the buffer is this call's error.
-ffi::Error Locate(Op op, int64_t buffer_id, int32_t device, Call& call);
+// Finds the buffer of a program's name for it, and the rank; an earlier fault of the buffer is this call's error.
+ffi::Error Locate(Op op, std::string_view name, int32_t device, Call& call);
 
 inline ExpertRows ExpertRowsOf(const ffi::AnyBuffer& y, const F32& weights, const S32& rows,
                                const S32& num_rows_from) {
@@ -40,10 +41,10 @@ inline ExpertRows ExpertRowsOf(const ffi::AnyBuffer& y, const F32& weights, cons
 // Whether all kernels of the call could be enqueued.
 ffi::Error Enqueued(const Call& call);
 
-// Every op: the buffer by its id, the device, and the stream to enqueue on.
+// Every op: the program's name for the buffer, the device, and the stream to enqueue on.
 inline auto BindCall() {
   return ffi::Ffi::Bind()
-      .Attr<int64_t>("buffer")
+      .Attr<std::string_view>("buffer")
       .Ctx<ffi::DeviceOrdinal>()
       .Ctx<ffi::PlatformStream<cudaStream_t>>();
 }

@@ -16,21 +16,21 @@
 namespace jax_sm_free {
 namespace {
 
-void Register(Result<std::shared_ptr<cuda::DeviceBuffer>> made) {
+void Register(Result<std::shared_ptr<cuda::DeviceBuffer>> made, const std::string& name) {
   if (const Fault* fault = FaultOf(made)) throw std::runtime_error(fault->Describe());
-  Registry::Get().Add(std::get<std::shared_ptr<cuda::DeviceBuffer>>(std::move(made)));
+  Registry::Get().Add(std::get<std::shared_ptr<cuda::DeviceBuffer>>(std::move(made)), name);
 }
 
 // Returns the buffer's id.
-int64_t OpenBuffer(const nb::dict& sizes, const PythonPlaces& places) {
+int64_t OpenBuffer(const std::string& name, const nb::dict& sizes, const PythonPlaces& places) {
   const int64_t id = Registry::Get().NextId();
-  Register(cuda::DeviceBuffer::Make(id, ToConfig(sizes), ToPlaces(places)));
+  Register(cuda::DeviceBuffer::Make(id, ToConfig(sizes), ToPlaces(places)), name);
   return id;
 }
 
 // `exchange` takes and gives bytes, `warn` takes a text: those of Processes.
-void OpenNvshmemBuffer(int64_t id, const nb::dict& sizes, const PythonPlaces& places,
-                       int32_t process, const std::vector<int32_t>& process_of_rank,
+void OpenNvshmemBuffer(int64_t id, const std::string& name, const nb::dict& sizes,
+                       const PythonPlaces& places, int32_t process, const std::vector<int32_t>& process_of_rank,
                        const std::string& library, const nb::callable& exchange,
                        const nb::callable& warn) {
   const Config config = ToConfig(sizes);
@@ -51,7 +51,7 @@ void OpenNvshmemBuffer(int64_t id, const nb::dict& sizes, const PythonPlaces& pl
   const cuda::Processes processes{process, process_of_rank, call, call_warn};
   // Python goes on meanwhile: the other processes may wait for a callback of a program.
   const nb::gil_scoped_release release;
-  Register(cuda::OpenNvshmemBuffer(id, config, by_device, library, processes));
+  Register(cuda::OpenNvshmemBuffer(id, config, by_device, library, processes), name);
 }
 
 }  // namespace
@@ -60,8 +60,8 @@ NB_MODULE(_cuda, module) {
   module.doc() = "CUDA platform of jax_sm_free; use it through jax_sm_free.Buffer.";
   DefineCommon(module);
   module.def("handlers", [] { return Handlers(CudaHandlers()); });
-  module.def("open_buffer", &OpenBuffer, nb::arg("sizes"), nb::arg("places").none());
-  module.def("open_nvshmem_buffer", &OpenNvshmemBuffer, nb::arg("id"), nb::arg("sizes"),
+  module.def("open_buffer", &OpenBuffer, nb::arg("name"), nb::arg("sizes"), nb::arg("places").none());
+  module.def("open_nvshmem_buffer", &OpenNvshmemBuffer, nb::arg("id"), nb::arg("name"), nb::arg("sizes"),
              nb::arg("places").none(), nb::arg("process"), nb::arg("process_of_rank"),
              nb::arg("library"), nb::arg("exchange"), nb::arg("warn"));
 }

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <string_view>
 #include <vector>
 
 #include "cc/cuda/kernels.h"
@@ -13,37 +14,24 @@
 #include "xla_ffi/cuda_call.h"
 #include "xla_ffi/cuda_handlers.h"
 #include "xla_ffi/decode.h"
+#include "xla_ffi/operand_checks.h"
 #include "xla_ffi/signatures.h"
 
 namespace jax_sm_free::cuda {
 namespace {
 
-// Takes the dispatch that the token names, whose rows are like these. `own_rows`, of `num_tokens`,
-// are null where the wire quantises.
-ffi::Error WaitForRows(const Call& call, const MutableRows& rows,
-                       const std::optional<Matrix>& dequantized, const F32& token,
-                       const ConstRows& own_rows, int64_t num_tokens, bool for_messages,
-                       cudaStream_t stream) {
-  const int64_t row_bytes = rows.row_bytes();
-  if (auto error = CheckDispatched(call.name, call.config(), num_tokens, row_bytes, dequantized);
-      error.failure()) {
-    return error;
-  }
-  const bool sizes_match = dequantized || (own_rows.values_bytes == rows.values_bytes &&
-                                           own_rows.scales_bytes == rows.scales_bytes);
-  if (auto error =
-          CheckSizes(call.name, "bytes of own rows", sizes_match, row_bytes, own_rows.row_bytes());
-      error.failure()) {
-    return error;
-  }
+// Takes the dispatch that the token names, whose rows are like these. This rank has `num_own` rows
+// of its own beside them.
+void WaitForRows(const Call& call, const MutableRows& rows,
+                 const std::optional<Matrix>& dequantized, const F32& token, int64_t num_own,
+                 bool for_messages, cudaStream_t stream) {
   LaunchWait(call.view(),
-             {Op::kDispatchRecv, Kind::kDispatch, WireBytes(dequantized, row_bytes), nullptr,
-              token.typed_data(), for_messages, true, dequantized ? -1 : num_tokens},
+             {Op::kDispatchRecv, Kind::kDispatch, WireBytes(dequantized, rows.row_bytes()), nullptr,
+              token.typed_data(), for_messages, true, dequantized ? -1 : num_own},
              stream);
-  return ffi::Error::Success();
 }
 
-ffi::Error DispatchRecvImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
+ffi::Error DispatchRecvImpl(std::string_view buffer, int32_t device, cudaStream_t stream,
                             F32 token,                  // [kTokenSize]
                             ffi::AnyBuffer own_values,  // [T, values columns], what was sent; T is
                             ffi::AnyBuffer own_scales,  // [T, scales columns]  0 for quantised rows
@@ -56,12 +44,15 @@ ffi::Error DispatchRecvImpl(int64_t buffer_id, int32_t device, cudaStream_t stre
                             Out<S32> rows,               // [ep_size * max_tokens, top_k]
                             Out<S32> num_rows_from) {    // [ep_size]
   Call call;
-  if (auto error = Locate(Op::kDispatchRecv, buffer_id, device, call); error.failure())
+  if (auto error = Locate(Op::kDispatchRecv, buffer, device, call); error.failure())
     return error;
-  if (auto error = CheckLayout(call.name, call.config(), *rows, 0); error.failure()) return error;
-  const int64_t capacity = call.config().recv_capacity;
-  const int64_t num_rows = values->dimensions()[0];
-  if (auto error = CheckSizes(call.name, "recv_capacity", num_rows == capacity, capacity, num_rows);
+  if (auto error = CheckReceivedRows(call.config(), token, own_values, own_scales, values, scales,
+                                     call.config().recv_capacity);
+      error.failure()) {
+    return error;
+  }
+  if (auto error = CheckReceivedExperts(call.config(), group_sizes, counts, weights, dropped, rows,
+                                        num_rows_from);
       error.failure()) {
     return error;
   }
@@ -79,11 +70,7 @@ ffi::Error DispatchRecvImpl(int64_t buffer_id, int32_t device, cudaStream_t stre
                        rows->typed_data(),
                        num_rows_from->typed_data(),
                        all_here};
-  if (auto error = WaitForRows(call, out.rows, dequantized, token, out.own_rows,
-                               own_values.dimensions()[0], all_here, stream);
-      error.failure()) {
-    return error;
-  }
+  WaitForRows(call, out.rows, dequantized, token, own_values.dimensions()[0], all_here, stream);
   if (dequantized) {
     LaunchUnpackExpertsDequantized(call.view(), out, *dequantized, stream);
   } else {
@@ -92,7 +79,7 @@ ffi::Error DispatchRecvImpl(int64_t buffer_id, int32_t device, cudaStream_t stre
   return Enqueued(call);
 }
 
-ffi::Error DispatchRecvTokensImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
+ffi::Error DispatchRecvTokensImpl(std::string_view buffer, int32_t device, cudaStream_t stream,
                                   F32 token,                   // [kTokenSize]
                                   ffi::AnyBuffer own_values,   // [T, values columns], as above
                                   ffi::AnyBuffer own_scales,   // [T, scales columns]
@@ -105,9 +92,18 @@ ffi::Error DispatchRecvTokensImpl(int64_t buffer_id, int32_t device, cudaStream_
                                   Out<S32> rows,               // [R, 1]
                                   Out<S32> num_rows_from) {    // [ep_size]
   Call call;
-  if (auto error = Locate(Op::kDispatchRecv, buffer_id, device, call); error.failure())
+  if (auto error = Locate(Op::kDispatchRecv, buffer, device, call); error.failure())
     return error;
-  if (auto error = CheckLayout(call.name, call.config(), *rows, 0); error.failure()) return error;
+  if (auto error = CheckReceivedRows(call.config(), token, own_values, own_scales, values, scales,
+                                     call.config().max_recv_tokens());
+      error.failure()) {
+    return error;
+  }
+  if (auto error = CheckReceivedTokens(call.config(), topk_idx, topk_weights, counts, num_tokens,
+                                       rows, num_rows_from);
+      error.failure()) {
+    return error;
+  }
   const std::optional<Matrix> dequantized = QuantizedOf(call.config(), *values);
   const ConstRows own_rows = dequantized ? ConstRows{} : RowsOf(own_values, own_scales);
   const TokensOut out{own_rows,
@@ -118,11 +114,7 @@ ffi::Error DispatchRecvTokensImpl(int64_t buffer_id, int32_t device, cudaStream_
                       num_tokens->typed_data(),
                       rows->typed_data(),
                       num_rows_from->typed_data()};
-  if (auto error = WaitForRows(call, out.rows, dequantized, token, out.own_rows,
-                               own_values.dimensions()[0], true, stream);
-      error.failure()) {
-    return error;
-  }
+  WaitForRows(call, out.rows, dequantized, token, own_values.dimensions()[0], true, stream);
   if (dequantized) {
     LaunchUnpackTokensDequantized(call.view(), out, *dequantized, stream);
   } else {
@@ -137,10 +129,6 @@ ffi::Error ReceiveSums(const Call& call, Op op, Kind kind, const float* token, c
                        float* weight_grads, cudaStream_t stream) {
   const int64_t num_tokens = topk_idx.dimensions()[0];
   const Matrix matrix = MatrixOf(*out);
-  if (auto error = CheckRows(call.name, call.config(), num_tokens, matrix.row_bytes());
-      error.failure()) {
-    return error;
-  }
   const int32_t* idx = topk_idx.typed_data();
   // The routing is found again while the messages are still on their way.
   LaunchRoute(call.view(),
@@ -155,7 +143,7 @@ ffi::Error ReceiveSums(const Call& call, Op op, Kind kind, const float* token, c
   return Enqueued(call);
 }
 
-ffi::Error CombineRecvImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
+ffi::Error CombineRecvImpl(std::string_view buffer, int32_t device, cudaStream_t stream,
                            F32 token,                  // [kTokenSize]
                            S32 topk_idx,               // [T, top_k]
                            ffi::AnyBuffer y,           // [N, hidden], what was given to the send:
@@ -164,28 +152,34 @@ ffi::Error CombineRecvImpl(int64_t buffer_id, int32_t device, cudaStream_t strea
                            S32 num_rows_from,          // [ep_size]
                            Out<ffi::AnyBuffer> out) {  // [T, hidden]
   Call call;
-  if (auto error = Locate(Op::kCombineRecv, buffer_id, device, call); error.failure()) return error;
-  if (auto error = CheckLayout(call.name, call.config(), rows, RowBytes(y)); error.failure()) {
+  if (auto error = Locate(Op::kCombineRecv, buffer, device, call); error.failure()) return error;
+  if (auto error = CheckCombineRecv(call.config(), token, topk_idx, y, weights, rows,
+                                    num_rows_from, out);
+      error.failure()) {
     return error;
   }
   return ReceiveSums(call, Op::kCombineRecv, Kind::kCombine, token.typed_data(), topk_idx,
                      ExpertRowsOf(y, weights, rows, num_rows_from), out, nullptr, stream);
 }
 
-ffi::Error DispatchBackwardRecvImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
+ffi::Error DispatchBackwardRecvImpl(std::string_view buffer, int32_t device, cudaStream_t stream,
                                     F32 token,                   // [kTokenSize]
                                     S32 topk_idx,                // [T, top_k]
                                     Out<ffi::AnyBuffer> x_grad,  // [T, hidden]
                                     Out<F32> weight_grads) {     // [T, top_k]
   Call call;
-  if (auto error = Locate(Op::kDispatchBackwardRecv, buffer_id, device, call); error.failure()) {
+  if (auto error = Locate(Op::kDispatchBackwardRecv, buffer, device, call); error.failure()) {
+    return error;
+  }
+  if (auto error = CheckDispatchBackwardRecv(call.config(), token, topk_idx, x_grad, weight_grads);
+      error.failure()) {
     return error;
   }
   return ReceiveSums(call, Op::kDispatchBackwardRecv, Kind::kDispatchBackward, token.typed_data(),
                      topk_idx, std::nullopt, x_grad, weight_grads->typed_data(), stream);
 }
 
-ffi::Error CombineBackwardRecvImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
+ffi::Error CombineBackwardRecvImpl(std::string_view buffer, int32_t device, cudaStream_t stream,
                                    F32 token,                   // [kTokenSize]
                                    ffi::AnyBuffer y,            // [N, hidden], or [0, hidden]
                                    F32 weights,                 // [N], or [0] for a plain sum
@@ -194,14 +188,15 @@ ffi::Error CombineBackwardRecvImpl(int64_t buffer_id, int32_t device, cudaStream
                                    Out<ffi::AnyBuffer> y_grad,  // [N, hidden]
                                    Out<F32> weight_grads) {     // [N], or [0]
   Call call;
-  if (auto error = Locate(Op::kCombineBackwardRecv, buffer_id, device, call); error.failure()) {
+  if (auto error = Locate(Op::kCombineBackwardRecv, buffer, device, call); error.failure()) {
     return error;
   }
-  const Matrix matrix = MatrixOf(*y_grad);
-  if (auto error = CheckLayout(call.name, call.config(), rows, matrix.row_bytes());
+  if (auto error = CheckCombineBackwardRecv(call.config(), token, y, weights, rows, num_rows_from,
+                                            y_grad, weight_grads);
       error.failure()) {
     return error;
   }
+  const Matrix matrix = MatrixOf(*y_grad);
   const SpreadArgs args{Op::kCombineBackwardRecv,
                         matrix,
                         LayoutOf(rows, num_rows_from, y_grad->dimensions()[0]),

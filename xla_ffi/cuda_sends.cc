@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <string_view>
 #include <vector>
 
 #include "cc/cuda/kernels.h"
@@ -13,6 +14,7 @@
 #include "xla_ffi/cuda_call.h"
 #include "xla_ffi/cuda_handlers.h"
 #include "xla_ffi/decode.h"
+#include "xla_ffi/operand_checks.h"
 #include "xla_ffi/signatures.h"
 
 namespace jax_sm_free::cuda {
@@ -23,7 +25,7 @@ void WakeMover(const Call& call) {
   if (call.rank->mover != nullptr) call.rank->mover->Wake();
 }
 
-ffi::Error DispatchSendImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
+ffi::Error DispatchSendImpl(std::string_view buffer, int32_t device, cudaStream_t stream,
                             ffi::AnyBuffer values,  // [T, values columns]
                             ffi::AnyBuffer scales,  // [T, scales columns], 0 columns if none
                             S32 topk_idx,           // [T, top_k]
@@ -31,16 +33,16 @@ ffi::Error DispatchSendImpl(int64_t buffer_id, int32_t device, cudaStream_t stre
                             S32 position,           // [], in the mesh
                             Out<F32> token) {       // [kTokenSize]
   Call call;
-  if (auto error = Locate(Op::kDispatchSend, buffer_id, device, call); error.failure())
+  if (auto error = Locate(Op::kDispatchSend, buffer, device, call); error.failure())
     return error;
-  const ConstRows rows = RowsOf(values, scales);
-  const std::optional<Matrix> quantized = QuantizedOf(call.config(), values);
-  const int64_t num_tokens = topk_idx.dimensions()[0];
-  if (auto error =
-          CheckDispatched(call.name, call.config(), num_tokens, rows.row_bytes(), quantized);
+  if (auto error = CheckDispatchSend(call.config(), values, scales, topk_idx, topk_weights,
+                                     position, token);
       error.failure()) {
     return error;
   }
+  const ConstRows rows = RowsOf(values, scales);
+  const std::optional<Matrix> quantized = QuantizedOf(call.config(), values);
+  const int64_t num_tokens = topk_idx.dimensions()[0];
   WakeMover(call);
   LaunchRoute(call.view(),
               {{Op::kDispatchSend, Kind::kDispatch, position.typed_data(), token->typed_data()},
@@ -57,22 +59,22 @@ ffi::Error DispatchSendImpl(int64_t buffer_id, int32_t device, cudaStream_t stre
   return Enqueued(call);
 }
 
-ffi::Error CombineBackwardSendImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
+ffi::Error CombineBackwardSendImpl(std::string_view buffer, int32_t device, cudaStream_t stream,
                                    ffi::AnyBuffer out_grad,  // [T, hidden]
                                    S32 topk_idx,             // [T, top_k]
                                    Out<F32> token) {         // [kTokenSize]
   Call call;
-  if (auto error = Locate(Op::kCombineBackwardSend, buffer_id, device, call); error.failure()) {
+  if (auto error = Locate(Op::kCombineBackwardSend, buffer, device, call); error.failure()) {
+    return error;
+  }
+  if (auto error = CheckCombineBackwardSend(call.config(), out_grad, topk_idx, token);
+      error.failure()) {
     return error;
   }
   ConstRows rows;
   rows.values = static_cast<const std::byte*>(out_grad.untyped_data());
   rows.values_bytes = RowBytes(out_grad);
   const int64_t num_tokens = topk_idx.dimensions()[0];
-  if (auto error = CheckRows(call.name, call.config(), num_tokens, rows.row_bytes());
-      error.failure()) {
-    return error;
-  }
   WakeMover(call);
   LaunchRoute(call.view(),
               {{Op::kCombineBackwardSend, Kind::kCombineBackward, nullptr, token->typed_data()},
@@ -91,15 +93,16 @@ ffi::Error SendSums(const Call& call, const PackSumsArgs& args, cudaStream_t str
   return Enqueued(call);
 }
 
-ffi::Error CombineSendImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
+ffi::Error CombineSendImpl(std::string_view buffer, int32_t device, cudaStream_t stream,
                            ffi::AnyBuffer y,   // [N, hidden]
                            F32 weights,        // [N], or [0] for a plain sum
                            S32 rows,           // [ep_size * max_tokens, fanout]
                            S32 num_rows_from,  // [ep_size]
                            Out<F32> token) {   // [kTokenSize]
   Call call;
-  if (auto error = Locate(Op::kCombineSend, buffer_id, device, call); error.failure()) return error;
-  if (auto error = CheckLayout(call.name, call.config(), rows, RowBytes(y)); error.failure()) {
+  if (auto error = Locate(Op::kCombineSend, buffer, device, call); error.failure()) return error;
+  if (auto error = CheckCombineSend(call.config(), y, weights, rows, num_rows_from, token);
+      error.failure()) {
     return error;
   }
   const PackSumsArgs args{{Op::kCombineSend, Kind::kCombine, nullptr, token->typed_data()},
@@ -110,17 +113,19 @@ ffi::Error CombineSendImpl(int64_t buffer_id, int32_t device, cudaStream_t strea
   return SendSums(call, args, stream);
 }
 
-ffi::Error DispatchBackwardSendImpl(int64_t buffer_id, int32_t device, cudaStream_t stream,
+ffi::Error DispatchBackwardSendImpl(std::string_view buffer, int32_t device, cudaStream_t stream,
                                     ffi::AnyBuffer x_grad,  // [N, hidden]
                                     F32 weight_grads,       // [ep_size * max_tokens, top_k]
                                     S32 rows,               // [ep_size * max_tokens, fanout]
                                     S32 num_rows_from,      // [ep_size]
                                     Out<F32> token) {       // [kTokenSize]
   Call call;
-  if (auto error = Locate(Op::kDispatchBackwardSend, buffer_id, device, call); error.failure()) {
+  if (auto error = Locate(Op::kDispatchBackwardSend, buffer, device, call); error.failure()) {
     return error;
   }
-  if (auto error = CheckLayout(call.name, call.config(), rows, RowBytes(x_grad)); error.failure()) {
+  if (auto error = CheckDispatchBackwardSend(call.config(), x_grad, weight_grads, rows,
+                                             num_rows_from, token);
+      error.failure()) {
     return error;
   }
   const PackSumsArgs args{

@@ -90,7 +90,6 @@ inline void DefineCommon(nb::module_& module) {
       "close_buffer", [](int64_t id) { return Registry::Get().Close(id); },
       nb::call_guard<nb::gil_scoped_release>());
   module.def("lowest_free_id", [] { return Registry::Get().LowestFreeId(); });
-  module.def("is_open", [](int64_t id) { return Registry::Get().Find(id) != nullptr; });
   module.def("take_fault", [](int64_t id) { return FindOpen(id)->TakeFault(); });
   module.def("message_bytes",
              [](int64_t id, int32_t device) { return FindOpen(id)->MessageBytes(device); });

@@ -11,7 +11,7 @@ namespace ffi = xla::ffi;
 
 // Attributes: see jax_sm_free/call_names.py.
 ffi::ErrorOr<std::unique_ptr<SendSite>> MakeSendSite(ffi::Dictionary attributes) {
-  const auto buffer = attributes.get<int64_t>("buffer");
+  const auto buffer = attributes.get<std::string_view>("buffer");
   if (buffer.has_error()) return ffi::Unexpected(buffer.error());
   auto site = std::make_unique<SendSite>();
   site->buffer = *buffer;
@@ -24,7 +24,7 @@ ffi::ErrorOr<std::unique_ptr<SendSite>> MakeSendSite(ffi::Dictionary attributes)
   if (lowering.has_error()) return ffi::Unexpected(lowering.error());
   if (call_number.has_error()) return ffi::Unexpected(call_number.error());
   if (call.has_error()) return ffi::Unexpected(call.error());
-  site->copy = CallSites::Get().Add(*buffer, std::string(*program), *lowering, *call_number,
+  site->copy = CallSites::Get().Add(site->buffer, std::string(*program), *lowering, *call_number,
                                     std::string(*call));
   return site;
 }

@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 
 #include "cc/call_site.h"
 #include "xla/ffi/api/c_api.h"
@@ -19,7 +20,7 @@ struct SendSite {
   static xla::ffi::TypeId id;
   static int64_t Next();
 
-  int64_t buffer = 0;
+  std::string buffer;  // the name that the program has for it
   int64_t number = Next();
   std::unique_ptr<CallCopy> copy;
 };

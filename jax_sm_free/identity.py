@@ -1,0 +1,57 @@
+"""What a compiled program calls its buffer, so that it runs on no other one.
+
+A name says all that a program's shapes and its routing follow from, and ends in a number:
+
+    axes ep of mesh (dp=2, ep=4), transport in_process, hidden=16, num_experts=8, ... #0
+
+Buffers that are equal in this are numbered as they are opened. So a program that was saved, or
+exported, finds its buffer in every process that opens equal buffers in the same order, and a
+program that was made for a closed buffer does not find the one that was opened after it.
+"""
+
+from __future__ import annotations
+
+import collections
+import threading
+
+from jax.sharding import Mesh
+
+from jax_sm_free.config import Config
+
+_lock = threading.Lock()
+_num_opened: collections.Counter[tuple[str, bool]] = collections.Counter()
+
+
+def describe(
+    name: str | None, mesh: Mesh, axes: tuple[str, ...], transport: str, config: Config
+) -> str:
+    """What equal buffers have in common, as text."""
+    shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
+    sizes = config.sizes() | {"dtype": config.dtype.name}
+    del sizes["timeout_s"]  # a program is the same with any
+    facts = [
+        *([] if name is None else [f"name {name}"]),
+        f"axes {' '.join(axes)} of mesh ({shape})",
+        f"transport {transport}",
+        *(f"{key}={value}" for key, value in sizes.items()),
+    ]
+    return ", ".join(facts)
+
+
+def num_opened(description: str) -> int:
+    """How many numbers of a description are taken in this process."""
+    with _lock:
+        return _num_opened[description, False]
+
+
+def take_name(description: str, number: int = 0, is_abstract: bool = False) -> str:
+    """The name of one more buffer, with the lowest free number from `number` on.
+
+    Buffers for devices that are not there (`is_abstract`) are numbered apart: what was compiled for
+    them runs elsewhere, on buffers that are opened there.
+    """
+    key = description, is_abstract
+    with _lock:
+        number = max(_num_opened[key], number)
+        _num_opened[key] = number + 1
+    return f"{description} #{number}"
