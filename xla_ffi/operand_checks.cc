@@ -116,6 +116,13 @@ ffi::Error CheckExpertRows(Op op, const Config& config, const char* name, const 
       error.failure()) {
     return error;
   }
+  const int64_t num_rows = y.dimensions()[0];
+  if (num_rows != config.recv_capacity && num_rows != config.max_recv_tokens()) {
+    return Refuse(op,
+                  std::string(name) + " of " + std::to_string(config.recv_capacity) + " or " +
+                      std::to_string(config.max_recv_tokens()) + " rows",
+                  std::to_string(num_rows));
+  }
   const int64_t fanout = rows.dimensions()[1];
   if (fanout != 1 && fanout != config.top_k) {
     return Refuse(op, "layout.rows of 1 or " + std::to_string(config.top_k) + " columns",
