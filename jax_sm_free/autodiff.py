@@ -16,6 +16,7 @@ of which this rank's own need not travel; all of the gradient goes through the t
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -25,6 +26,30 @@ from jax import Array
 
 from jax_sm_free import primitives
 from jax_sm_free.primitives import RowType, Target
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Shape:
+    """A residual of which the backward pass needs the shape alone.
+
+    Arrays without elements are kept so: JAX 0.11.2 ends the process where one leaves a shard_map.
+    """
+
+    shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
+    dtype: Any = dataclasses.field(metadata={"static": True})
+
+
+def _keep(array: Array) -> Array | _Shape:
+    return array if array.size else _Shape(array.shape, array.dtype)
+
+
+def _give_back(kept: Array | _Shape, like: Array) -> Array:
+    """What was kept, or an array without rows that varies over the mesh axes that `like` does."""
+    if not isinstance(kept, _Shape):
+        return kept
+    nothing = like.reshape(-1)[:0].reshape(0, *(1 for _ in kept.shape[1:]))
+    return jnp.broadcast_to(nothing, (0, *kept.shape[1:])).astype(kept.dtype)
 
 
 @jax.custom_vjp
@@ -61,10 +86,11 @@ def dispatch_send(
 def _dispatch_send_fwd(target: Target, row_type: RowType, *operands: Array) -> Any:
     del row_type
     topk_idx = operands[2]
-    return primitives.dispatch_send(target, *operands), topk_idx
+    return primitives.dispatch_send(target, *operands), _keep(topk_idx)
 
 
-def _dispatch_send_bwd(target: Target, row_type: RowType, topk_idx: Array, token: Array) -> Any:
+def _dispatch_send_bwd(target: Target, row_type: RowType, kept: Any, token: Array) -> Any:
+    topk_idx = _give_back(kept, token)
     hidden, dtype = _gradient_rows(target, row_type)
     x_grad, weight_grads = primitives.dispatch_backward_recv(target, hidden, dtype, token, topk_idx)
     return None if row_type.has_scales else x_grad, None, None, weight_grads, None
@@ -145,18 +171,15 @@ def _combine_send_fwd(
     target: Target, y: Array, weights: Array | None, rows: Array, num_rows_from: Array
 ) -> Any:
     token = combine_send(target, y, weights, rows, num_rows_from)
-    # A zero-width column keeps the number of rows.
-    kept = y[:, :0] if weights is None else y
-    return token, (kept, weights, rows, num_rows_from)
+    kept = _Shape(y.shape, y.dtype) if weights is None else _keep(y)
+    return token, (kept, weights if weights is None else _keep(weights), rows, num_rows_from)
 
 
 def _combine_send_bwd(target: Target, residuals: Any, token: Array) -> Any:
-    y, weights, rows, num_rows_from = residuals
-    num_rows = y.shape[0]
-    if weights is None:
-        y, present = y[:0], no_weights(y)
-    else:
-        present = weights
+    kept, weights, rows, num_rows_from = residuals
+    num_rows = kept.shape[0]
+    y = _give_back(kept, token)
+    present = no_weights(y) if weights is None else _give_back(weights, token)
     y_grad, weight_grads = primitives.combine_backward_recv(
         target, num_rows, token, y, present, rows, num_rows_from
     )
@@ -172,10 +195,11 @@ def combine_recv(target: Target, token: Array, topk_idx: Array, *own_rows: Array
 
 
 def _combine_recv_fwd(target: Target, token: Array, topk_idx: Array, *own_rows: Array) -> Any:
-    return primitives.combine_recv(target, token, topk_idx, *own_rows), topk_idx
+    return primitives.combine_recv(target, token, topk_idx, *own_rows), _keep(topk_idx)
 
 
-def _combine_recv_bwd(target: Target, topk_idx: Array, out_grad: Array) -> Any:
+def _combine_recv_bwd(target: Target, kept: Any, out_grad: Array) -> Any:
+    topk_idx = _give_back(kept, out_grad)
     token = primitives.combine_backward_send(target, out_grad, topk_idx)
     return token, None, None, None, None, None
 

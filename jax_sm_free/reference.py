@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh
 
@@ -270,13 +271,14 @@ def _finish(return_recv_hook: bool, hook: Callable[[], Any]) -> Any:
 
 
 def _take_rows(x: Array, rows: Array) -> Array:
-    """x[rows], zero where the row is -1."""
+    """x[rows], bytes of zero where the row is -1: a type of scales may have no zero."""
     if x.shape[0] == 0:
         x = jnp.zeros((1, *x.shape[1:]), x.dtype)
         rows = jnp.full_like(rows, -1)
     # A negative index would count from the end, one past the end is filled.
     rows = jnp.where(rows < 0, x.shape[0], rows)
-    return jnp.take(x, rows, axis=0, mode="fill", fill_value=0)
+    zero = np.zeros(x.dtype.itemsize, np.uint8).view(x.dtype)[0]
+    return jnp.take(x, rows, axis=0, mode="fill", fill_value=zero)
 
 
 def _sum_in_order(addends: Array) -> Array:

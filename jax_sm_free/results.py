@@ -38,7 +38,8 @@ class Received:
 
     Attributes:
       x: [recv_capacity, hidden], or a (values, scales) pair, as it was sent. By local expert, then
-        source rank, then source token, then k. Padding rows and rows past the last group are zero.
+        source rank, then source token, then k. Padding rows and rows past the last group are bytes
+        of zero. That is 2**-127 for scales of float8_e8m0fnu, a type without a zero.
       group_sizes: i32 [num_local_experts], rows of each group, padding included.
       counts: i32 [num_local_experts], rows that were sent to each expert: no padding, drops
         included.

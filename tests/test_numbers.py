@@ -87,6 +87,19 @@ def test_values_and_scales_arrive_bit_by_bit(dtype, columns, scale_dtype, scale_
     support.assert_same_bits(dataclasses.replace(got, x=as_bytes), want)
 
 
+@pytest.mark.parametrize("program", [by_experts, by_tokens])
+def test_padding_of_scales_that_have_no_zero(program):
+    """float8_e8m0fnu has no zero: its padding is bytes of zero, here as in the reference."""
+    config = make_config(hidden=128, expert_alignment=4)
+    topk_idx, weights = support.make_routing(config, config.max_tokens, 2)
+    shape = (config.ep_size, config.max_tokens)
+    pair = (np.ones((*shape, 128), jnp.float8_e4m3fn), np.ones((*shape, 4), jnp.float8_e8m0fnu))
+    got, want = (run(pair, topk_idx, weights) for run in support.runners(config, program))
+    scales = [np.asarray(out.x[1]).view(np.uint8) for out in (got, want)]
+    assert set(np.unique(scales[0])) == {0, 127}, "padding, and scales of one"
+    np.testing.assert_array_equal(*scales)
+
+
 def test_twenty_repeats_give_the_same_bytes():
     config = make_config(support.MAX_RANKS, hidden=64, dtype=jnp.bfloat16, max_tokens=16)
     inputs = make_inputs(config, seed=4), make_rows(config, config.recv_capacity, 5)
