@@ -1,13 +1,15 @@
 # PYTHON chooses the interpreter. Each Python version has an environment of its own under .venv/,
 # so that several can be used side by side; nothing that is up to date is done again.
 # CUDA=1 builds the module for GPUs too, which needs nvcc, but no GPU.
+# JAX=0.11.2 runs with this version of JAX, in an environment of its own, too.
 PYTHON ?= python3
+JAX ?=
 
 VERSION := $(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 ifeq ($(VERSION),)
   $(error $(PYTHON) does not run; make PYTHON=... chooses an interpreter)
 endif
-VENV := .venv/$(VERSION)
+VENV := .venv/$(VERSION)$(if $(JAX),-jax-$(JAX))
 HEADERS := .venv/headers-$(VERSION)
 VENV_PYTHON := $(VENV)/bin/python
 
@@ -57,6 +59,7 @@ help:
 	@echo "make clean            remove what make made"
 	@echo "CUDA=1                builds for GPUs too"
 	@echo "PYTHON=python3.12 chooses another interpreter (now $(PYTHON), $(VERSION))"
+	@echo "JAX=0.11.2            chooses another version of JAX"
 
 # Set-up.
 
@@ -70,7 +73,7 @@ help:
 
 $(VENV)/ready: tools/setup_venv.sh requirements/dev.txt requirements/lint.txt pyproject.toml \
   | .venv/debian-$(VERSION)
-	tools/setup_venv.sh $(PYTHON) $(VENV) $(HEADERS)
+	tools/setup_venv.sh $(PYTHON) $(VENV) $(HEADERS) $(JAX)
 	@touch $@
 
 # Headers for GPUs alone.

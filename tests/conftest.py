@@ -32,14 +32,13 @@ if ON_GPUS:
     # Sums of products are compared: no TF32, and no time for a choice among kernels.
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
     add_flag("xla_gpu_autotune_level", 0)
-else:
-    # Most of the time of these tests is XLA's compiler's, of which this takes a quarter away, with
-    # jaxlib 0.10 half. What they look at, which ops run in which order on what, is settled before
-    # code is generated.
+elif importlib.metadata.version("jaxlib").startswith("0.10."):
+    # Most of the time of these tests is XLA's compiler's, of which this takes half away. What they
+    # look at, which ops run in which order on what, is settled before code is generated. With
+    # newer versions of JAX the same tests run at XLA's default optimization level.
     add_flag("xla_cpu_parallel_codegen_split_count", 1)
     add_flag("xla_backend_optimization_level", 0)
-    if importlib.metadata.version("jaxlib").startswith("0.10."):  # Later ones end at this flag.
-        add_flag("xla_cpu_use_fusion_emitters", "false")
+    add_flag("xla_cpu_use_fusion_emitters", "false")
 
 MARKERS = {
     "cpu_only": "shows something of the CPU platform alone",

@@ -91,7 +91,7 @@ def run(program: Any, args: list[Any]) -> None:
 
 def main(what: str, how: str, folder: str, order: str, *changes: str) -> None:
     path = pathlib.Path(folder, f"program.{jax.process_index()}")
-    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("x", "y"))
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, -1), ("x", "y"))  # of two GPUs: (2, 1)
     pairs = [change.split("=") for change in changes]
     changed = {key: ast.literal_eval(value) for key, value in pairs}
     wanted, opened = open_buffers(mesh, order, **changed)

@@ -45,6 +45,7 @@ def test_gradients_outside_of_the_shard_map(layer, config, wrap):
     support.assert_close(ours(*inputs), theirs(*inputs), 1e-4)
 
 
+@support.needs_empty_inputs  # What a layer keeps of no rows crosses the border, too.
 @pytest.mark.parametrize("layer", [LAYERS[0], LAYERS[-1]], ids=["weighted", "plain"])
 def test_gradients_where_all_rows_are_dropped(layer):
     """recv_capacity is 0: neither rows nor weights are kept."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -196,7 +197,7 @@ def test_the_shapes_are_those_of_the_ops(buffer: smf.Buffer) -> None:
                 seen[eqn.primitive.name.removeprefix("smf_")] = [
                     [(v.aval.shape, v.aval.dtype) for v in side] for side in sides
                 ]
-            for inner in jax.core.jaxprs_in_params(eqn.params):
+            for inner in jax.extend.core.jaxprs_in_params(eqn.params):
                 note(inner)
 
     def layer(x: Any, topk_idx: Any, weights: Any) -> Any:

@@ -8,6 +8,9 @@ import subprocess
 import sys
 
 import pytest
+import support
+
+pytestmark = pytest.mark.skipif(support.MAX_RANKS < 2, reason="needs two devices")
 
 HOW = ("executable", "export")
 
@@ -47,8 +50,8 @@ def test_no_program_runs_on_a_buffer_of_other_sizes(change: str, tmp_path: pathl
 def test_no_program_runs_on_a_buffer_over_another_axis(tmp_path: pathlib.Path) -> None:
     run("save", "executable", tmp_path, "x")
     text = run("load", "executable", tmp_path, "y")
-    assert "axes x of mesh (x=2, y=2)" in text
-    assert "seen open buffers: axes y of mesh (x=2, y=2)" in text
+    assert "made for to be open: axes x of mesh (x=2, " in text
+    assert "seen open buffers: axes y of mesh (x=2, " in text
 
 
 def test_a_name_tells_equal_buffers_apart(tmp_path: pathlib.Path) -> None:

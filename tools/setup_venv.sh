@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Makes a virtual environment that imports the checkout: setup_venv.sh PYTHON VENV HEADERS.
+# Makes a virtual environment that imports the checkout: setup_venv.sh PYTHON VENV HEADERS [JAX].
 #
+# JAX is a version of JAX, instead of the one that requirements/dev.txt has for this Python.
 # HEADERS receives the packages whose C++ headers the build uses. They are kept apart, since
 # the jaxlib to build against and the jaxlib to run with are different ones on newer Pythons.
 set -euo pipefail
-python=$1 venv=$2 headers=$3
+python=$1 venv=$2 headers=$3 jax=${4:-}
 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
   echo "jax_sm_free: needs Python 3.11 or newer, and $python is older; make PYTHON=... chooses one" >&2
@@ -14,6 +15,7 @@ python=$1 venv=$2 headers=$3
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 pip install -qq --upgrade -r requirements/dev.txt -r requirements/lint.txt
+[[ -z $jax ]] || pip install -qq "jax==$jax" "jaxlib==$jax"
 
 # XLA's GPU compiler, to read the schedule it makes for a GPU on a machine without one. The
 # libraries that running would need are left out.
