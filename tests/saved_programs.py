@@ -79,17 +79,17 @@ def load(how: str, saved: bytes) -> Any:
     return jax.jit(export.deserialize(bytearray(saved)).call)
 
 
-def run(program: Any, args: list[Any]) -> None:
+def run(program: Any, args: list[Any]) -> str:
     try:
         out = jax.block_until_ready(program(*args))
     except Exception as error:
-        print(f"{type(error).__name__}: {error}".replace("\n", " "), flush=True)
-        return
+        return f"{type(error).__name__}: {error}".replace("\n", " ")
     shards = [shard.data for leaf in out for shard in leaf.addressable_shards]
-    print([np.asarray(shard).tolist() for shard in shards], flush=True)
+    return str([np.asarray(shard).tolist() for shard in shards])
 
 
-def main(what: str, how: str, folder: str, order: str, *changes: str) -> None:
+def main(what: str, how: str, folder: str, order: str, *changes: str) -> str:
+    """The result of this process's devices, or the error."""
     path = pathlib.Path(folder, f"program.{jax.process_index()}")
     mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, -1), ("x", "y"))  # of two GPUs: (2, 1)
     pairs = [change.split("=") for change in changes]
@@ -102,10 +102,11 @@ def main(what: str, how: str, folder: str, order: str, *changes: str) -> None:
         path.write_bytes(save(how, program, args))
     else:
         program = load(how, path.read_bytes())
-    run(program, args)
+    text = run(program, args)
     for buffer in opened:
         buffer.close()
+    return text
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    print(main(*sys.argv[1:]), flush=True)
