@@ -7,6 +7,7 @@ from jax_sm_free.buffer import Buffer, FaultError
 from jax_sm_free.config import Config, MemoryEstimate, estimate_memory, get_rdma_size_hint
 from jax_sm_free.exporting import export_checks
 from jax_sm_free.inspection import Pair, Schedule, Step, inspect
+from jax_sm_free.padding import pad_experts, padded_num_experts
 from jax_sm_free.results import Layout, Received, ReceivedTokens
 from jax_sm_free.schedule import Hook, Sent, overlap
 from jax_sm_free.version import __version__
@@ -30,4 +31,6 @@ __all__ = [
     "get_rdma_size_hint",
     "inspect",
     "overlap",
+    "pad_experts",
+    "padded_num_experts",
 ]

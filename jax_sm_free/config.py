@@ -33,7 +33,8 @@ def round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
-def _check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
+def check_int(name: str, value: Any, low: int, high: int | None = None) -> int:
+    """`value` as an int; TypeError or ValueError if it is none, or out of bounds."""
     bounds = f"at least {low}" if high is None else f"in [{low}, {high}]"
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
         raise TypeError(f"{name} must be an integer {bounds}, got {value!r}")
@@ -140,27 +141,28 @@ class Config:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
-        put("ep_size", _check_int("ep_size", self.ep_size, 1))
-        put("hidden", _check_int("hidden", self.hidden, 1))
-        put("num_experts", _check_int("num_experts", self.num_experts, 1))
-        put("top_k", _check_int("top_k", self.top_k, 1, MAX_TOP_K))
-        put("max_tokens", _check_int("max_tokens", self.max_tokens, 1))
-        put("num_slots", _check_int("num_slots", self.num_slots, 1, MAX_NUM_SLOTS))
-        put("expert_alignment", _check_int("expert_alignment", self.expert_alignment, 1))
+        put("ep_size", check_int("ep_size", self.ep_size, 1))
+        put("hidden", check_int("hidden", self.hidden, 1))
+        put("num_experts", check_int("num_experts", self.num_experts, 1))
+        put("top_k", check_int("top_k", self.top_k, 1, MAX_TOP_K))
+        put("max_tokens", check_int("max_tokens", self.max_tokens, 1))
+        put("num_slots", check_int("num_slots", self.num_slots, 1, MAX_NUM_SLOTS))
+        put("expert_alignment", check_int("expert_alignment", self.expert_alignment, 1))
         if self.num_experts % self.ep_size:
             raise ValueError(
-                f"num_experts ({self.num_experts}) must be divisible by ep_size ({self.ep_size})"
+                f"num_experts ({self.num_experts}) must be divisible by ep_size ({self.ep_size}); "
+                f"padded_num_experts gives {round_up(self.num_experts, self.ep_size)}"
             )
         put("dtype", _check_dtype(self.dtype))
         put("wire_dtype", _check_wire_dtype(self.wire_dtype))
         put("timeout_s", _check_timeout(self.timeout_s))
         if self.expert_capacity is not None:
-            put("expert_capacity", _check_int("expert_capacity", self.expert_capacity, 1))
+            put("expert_capacity", check_int("expert_capacity", self.expert_capacity, 1))
             self._check_fixed_groups(self.num_local_experts * self.expert_capacity)
             put("recv_capacity", self.num_local_experts * self.expert_capacity)
         elif self.recv_capacity is None:
             put("recv_capacity", self.worst_case_capacity)
-        put("recv_capacity", _check_int("recv_capacity", self.recv_capacity, 0))
+        put("recv_capacity", check_int("recv_capacity", self.recv_capacity, 0))
         if max(self.recv_capacity, self.worst_case_capacity) > np.iinfo(np.int32).max:
             raise ValueError(
                 f"expert rows per rank must fit int32, got {self.recv_capacity} "

@@ -1,0 +1,55 @@
+"""A number of experts that the ranks cannot share evenly: experts of padding make up for it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jax_sm_free.config import check_int, round_up
+
+
+def padded_num_experts(num_experts: int, ep_size: int) -> int:
+    """The smallest multiple of `ep_size` that is not below `num_experts`. Not collective.
+
+    Open the buffer with it, and let the router go on choosing among the `num_experts` real ones:
+    what is behind them belongs to the last ranks and is never chosen. `pad_experts` gives their
+    weights the same number. `recv.group_sizes` and `recv.counts` then have an entry for each expert
+    of padding, which is 0 (with an `expert_capacity`, or an `expert_alignment`, as for any expert
+    without rows).
+
+    Args:
+      num_experts: experts of the model, at least 1.
+      ep_size: ranks that share them, at least 1.
+
+    Raises:
+      TypeError, ValueError: for a number that is none, or below 1.
+    """
+    return round_up(check_int("num_experts", num_experts, 1), check_int("ep_size", ep_size, 1))
+
+
+def pad_experts(weights: Any, ep_size: int) -> Any:
+    """Weights with zeros for the experts that `padded_num_experts` adds. Not collective.
+
+    Call it where the experts' weights have all their experts, outside of `jax.shard_map`. Gradients
+    go to the real experts.
+
+    Args:
+      weights: a pytree of arrays [num_experts, ...].
+      ep_size: ranks that share them.
+
+    Returns:
+      The pytree, of arrays [padded_num_experts(num_experts, ep_size), ...].
+
+    Raises:
+      ValueError: for an array without a first axis, or with no experts.
+    """
+
+    def pad(array: Any) -> Any:
+        if not jnp.ndim(array):
+            raise ValueError("pad_experts: expected arrays [num_experts, ...], got a scalar")
+        missing = padded_num_experts(array.shape[0], ep_size) - array.shape[0]
+        return jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+
+    return jax.tree.map(pad, weights)
