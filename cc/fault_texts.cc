@@ -56,6 +56,10 @@ Fault MissingMessages(const std::vector<bool>& arrived, double timeout_s, double
                first);
 }
 
+void TellFault(const Fault& fault) {
+  (void)std::fprintf(stderr, "%s\n", fault.Describe().c_str());
+}
+
 void TellSlowWait(const Fault& fault) {
   (void)std::fprintf(stderr, "%s (still waiting)\n", fault.Describe().c_str());
 }

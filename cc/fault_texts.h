@@ -23,6 +23,10 @@ std::string DescribeSeconds(double seconds);
 // `arrived`: by source; one at least has not.
 Fault MissingMessages(const std::vector<bool>& arrived, double timeout_s, double waited_s);
 
+// Tells on stderr what has gone wrong, which may be seen nowhere else: ranks that a fault has not
+// reached may wait for those that it has ended.
+void TellFault(const Fault& fault);
+
 // Tells on stderr that a wait goes on, though slowly.
 void TellSlowWait(const Fault& fault);
 

@@ -1,27 +1,54 @@
 #include "cc/cpu/between_processes.h"
 
 #include <algorithm>
-#include <limits>
-#include <set>
 #include <utility>
 
 #include "cc/cpu/worker_pool.h"
 #include "cc/fault_texts.h"
 
 namespace jax_sm_free {
+namespace {
+
+// By group: how many ranks are of `process`.
+std::vector<int32_t> NumHere(const std::vector<int32_t>& process_of, int32_t process,
+                             int32_t ep_size) {
+  std::vector<int32_t> num_here(process_of.size() / ep_size);
+  for (size_t member = 0; member < process_of.size(); ++member) {
+    if (process_of[member] == process) ++num_here[member / ep_size];
+  }
+  return num_here;
+}
+
+std::set<int32_t> Others(const std::vector<int32_t>& process_of, int32_t process) {
+  std::set<int32_t> others(process_of.begin(), process_of.end());
+  others.erase(process);
+  return others;
+}
+
+// Of each group one.
+std::vector<InStep> InSteps(const std::vector<int32_t>& process_of, int32_t process,
+                            int32_t ep_size) {
+  std::vector<InStep> in_steps;
+  for (auto group = process_of.begin(); group != process_of.end(); group += ep_size) {
+    in_steps.emplace_back(std::vector<int32_t>(group, group + ep_size), process);
+  }
+  return in_steps;
+}
+
+}  // namespace
+
 std::shared_ptr<BetweenProcesses> BetweenProcesses::Make(Place place, const Config& config,
                                                          Wire* wire, OnEnd on_end) {
   std::shared_ptr<BetweenProcesses> made(
       new BetweenProcesses(std::move(place), config, wire, std::move(on_end)));
-  const auto num_here =
-      static_cast<int32_t>(std::ranges::count(made->place_.process_of, made->place_.process));
   // The inboxes call this while they are locked.
   const auto on_fail = [weak = made->weak_from_this()](int64_t /*run*/, const Fault& fault) {
     WorkerPool::Get().Run([weak, fault] {
       if (const auto self = weak.lock()) self->End(fault);
     });
   };
-  made->inboxes_ = std::make_shared<InProcess>(config.ep_size, num_here, config.timeout_s, on_fail);
+  made->inboxes_ =
+      std::make_shared<InProcess>(config.ep_size, made->num_here_, config.timeout_s, on_fail);
   return made;
 }
 
@@ -30,18 +57,23 @@ BetweenProcesses::BetweenProcesses(Place place, const Config& config, Wire* wire
       config_(config),
       wire_(wire),
       on_end_(std::move(on_end)),
-      in_step_(place_.process_of, place_.process),
-      latest_run_(config.ep_size) {}
+      num_here_(NumHere(place_.process_of, place_.process, config.ep_size)),
+      others_(Others(place_.process_of, place_.process)),
+      in_step_(InSteps(place_.process_of, place_.process, config.ep_size)),
+      latest_run_(place_.process_of.size()),
+      num_finished_(num_here_.size()) {}
 
-std::optional<Fault> BetweenProcesses::Begin(Op op, const Exchange& exchange, int32_t rank,
+std::optional<Fault> BetweenProcesses::Begin(Op op, const Exchange& exchange, int32_t member,
                                              std::shared_ptr<const CallSite> site) {
+  const int32_t rank = RankOf(member);
   std::optional<Fault> fault;
   {
     const std::lock_guard lock(mutex_);
     if (ended_) return ended_;
+    InStep& in_step = in_step_[GroupOf(member)];
     fault = site == nullptr
                 ? NamelessCall()
-                : in_step_.Check(exchange.key, {std::move(site), rank, exchange.host_run});
+                : in_step.Check(exchange.key, {std::move(site), rank, exchange.host_run});
   }
   if (!fault) return std::nullopt;
   fault->op = OpName(op);
@@ -58,15 +90,29 @@ std::optional<Fault> BetweenProcesses::Send(const ExchangeKey& key, int32_t src,
   {
     const std::lock_guard lock(mutex_);
     if (ended_) return ended_;
-    const Statement& said = *in_step_.SaidHere(key);
+    const Statement& said = *in_step_[GroupOf(src)].SaidHere(key);
     note.site = *said.site;
     note.start = said.start;
   }
-  const std::vector<std::byte> header = Encode({place_.buffer, place_.group, std::move(note)});
+  const std::vector<std::byte> header = Encode({place_.buffer, std::move(note)});
   auto kept = std::make_shared<Message>(std::move(message));
   const std::span<const std::byte> payload = kept->bytes();
   wire_->Send(place_.process_of[dst], header, payload, [kept] {});
   return std::nullopt;
+}
+
+// Others hear of the first rank, which says that the group takes part, and of the last one.
+void BetweenProcesses::Finish(const ExchangeKey& key, int32_t member) {
+  if (num_here_.size() == 1) return;  // the messages say it all
+  const int32_t group = GroupOf(member);
+  inboxes_->Finish(key, member);
+  const std::lock_guard lock(mutex_);
+  const int32_t num_finished = ++num_finished_[group][key];
+  const bool is_last = num_finished == num_here_[group];
+  if (is_last) num_finished_[group].erase(key);
+  if (num_finished > 1 && !is_last) return;
+  const int32_t num_new = num_finished == 1 ? 1 : num_finished - 1;
+  Tell({place_.buffer, FinishedNote{.group = group, .num_ranks = num_new, .key = key}});
 }
 
 void BetweenProcesses::Receive(Op op, const Exchange& exchange, int32_t dst, Receiver receiver) {
@@ -75,23 +121,21 @@ void BetweenProcesses::Receive(Op op, const Exchange& exchange, int32_t dst, Rec
 
 void BetweenProcesses::Fail(int64_t /*run*/, const Fault& fault) { End(fault); }
 
-void BetweenProcesses::End(const Fault& fault) {
+void BetweenProcesses::End(const Fault& fault, Seen seen) {
   {
     const std::lock_guard lock(mutex_);
     if (ended_) return;
     ended_ = fault;
     on_end_(fault);
-    Tell(fault);
+    if (seen == Seen::kHere) TellFault(fault);
+    Tell({place_.buffer, fault});
   }
   inboxes_->Close(fault);
 }
 
-void BetweenProcesses::Tell(const Fault& fault) {
-  const std::vector<std::byte> header = Encode({place_.buffer, place_.group, fault});
-  const std::set<int32_t> processes(place_.process_of.begin(), place_.process_of.end());
-  for (const int32_t process : processes) {
-    if (process != place_.process) wire_->Send(process, header, {}, [] {});
-  }
+void BetweenProcesses::Tell(const WireNote& note) {
+  const std::vector<std::byte> header = Encode(note);
+  for (const int32_t process : others_) wire_->Send(process, header, {}, [] {});
 }
 
 void BetweenProcesses::Close(const Fault& fault) {
@@ -105,7 +149,7 @@ void BetweenProcesses::Close(const Fault& fault) {
 // ------------------------------------------------------------------------- from the wire's thread
 
 BlockPool::Block BetweenProcesses::Allocate(const MessageNote& note, int64_t bytes) {
-  if (!IsRank(note.dst) || !IsHere(note.dst) || bytes > MaxMessageBytes(config_)) return nullptr;
+  if (!IsMember(note.dst) || !IsHere(note.dst) || bytes > MaxMessageBytes(config_)) return nullptr;
   return place_.pools[note.dst]->Take();
 }
 
@@ -113,17 +157,19 @@ void BetweenProcesses::OnMessage(int32_t process, const MessageNote& note, Block
                                  int64_t bytes) {
   std::optional<Message> message = Message::FromBlock(std::move(block), bytes, config_);
   std::optional<Fault> fault;
-  if (!IsRank(note.src) || place_.process_of[note.src] != process) {
-    fault = MalformedMessage(
-        -1, "one from rank " + std::to_string(note.src) + " by process " + std::to_string(process));
+  if (!IsMember(note.src) || place_.process_of[note.src] != process ||
+      GroupOf(note.src) != GroupOf(note.dst)) {
+    fault = MalformedMessage(-1, "one from member " + std::to_string(note.src) + " to member " +
+                                     std::to_string(note.dst) + " by process " +
+                                     std::to_string(process));
   } else if (!message) {
-    fault = MalformedMessage(note.src, std::to_string(bytes) + " bytes that are none");
+    fault = MalformedMessage(RankOf(note.src), std::to_string(bytes) + " bytes that are none");
   } else {
     fault = Accept(note, std::move(*message));
   }
   if (!fault) return;
   fault->op = "receive";
-  if (fault->rank < 0) fault->rank = note.dst;
+  if (fault->rank < 0) fault->rank = RankOf(note.dst);
   End(*fault);
 }
 
@@ -133,7 +179,8 @@ std::optional<Fault> BetweenProcesses::Accept(const MessageNote& note, Message m
     const std::lock_guard lock(mutex_);
     if (ended_) return std::nullopt;
     auto site = std::make_shared<const CallSite>(note.site);
-    if (auto fault = in_step_.Check(note.key, {std::move(site), note.src, note.start})) {
+    InStep& in_step = in_step_[GroupOf(note.src)];
+    if (auto fault = in_step.Check(note.key, {std::move(site), RankOf(note.src), note.start})) {
       return fault;
     }
     is_next = note.key.run >
@@ -146,10 +193,22 @@ std::optional<Fault> BetweenProcesses::Accept(const MessageNote& note, Message m
   return inboxes_->Send(note.key, note.src, note.dst, std::move(message));
 }
 
+void BetweenProcesses::OnFinished(int32_t process, const FinishedNote& note) {
+  const auto num_groups = static_cast<int32_t>(num_here_.size());
+  if (note.group >= 0 && note.group < num_groups) {
+    inboxes_->AddFinished(note.key, note.group, note.num_ranks);
+    return;
+  }
+  Fault fault = MalformedMessage(-1, "news of group " + std::to_string(note.group) +
+                                         " by process " + std::to_string(process));
+  fault.op = "receive";
+  End(fault);
+}
+
 void BetweenProcesses::OnLost(int32_t process, const std::string& reason) {
-  for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
-    if (place_.process_of[rank] != process) continue;
-    inboxes_->Lose(rank, "its process is gone: " + reason, std::numeric_limits<int64_t>::max());
+  for (int32_t member = 0; IsMember(member); ++member) {
+    if (place_.process_of[member] != process) continue;
+    inboxes_->Lose(member, "its process is gone: " + reason, InProcess::kForEver);
   }
 }
 

@@ -1,4 +1,4 @@
-// A buffer over CPU devices: for each rank a ledger and a block pool, for each group a transport.
+// A buffer over CPU devices: for each rank a ledger and a block pool, for all of them a transport.
 
 #ifndef JAX_SM_FREE_CC_CPU_HOST_BUFFER_H_
 #define JAX_SM_FREE_CC_CPU_HOST_BUFFER_H_
@@ -20,44 +20,48 @@ namespace jax_sm_free {
 struct HostRank {
   HostRank(int64_t buffer_id, const Place& place, const Config& config, RunNames names)
       : rank(place.rank),
+        member(place.group * config.ep_size + place.rank),
         position(place.position),
         ledger(buffer_id, place.rank, config.num_slots, names),
         pool(MaxMessageBytes(config)) {}
 
   const int32_t rank;
+  const int32_t member;    // see Transport
   const int32_t position;  // in the mesh
   Ledger ledger;
   BlockPool pool;
-  std::shared_ptr<Transport> transport;  // of its group
+  std::shared_ptr<Transport> transport;  // of all ranks
 };
 
 class HostBuffer : public Buffer {
  public:
   // With all ranks in this process.
   HostBuffer(int64_t id, const Config& config, const std::vector<std::optional<Place>>& places);
-  ~HostBuffer() override { CloseTransports(); }
+  ~HostBuffer() override { CloseTransport(); }
 
   // Null for a device outside the buffer's mesh.
   HostRank* RankOf(int32_t device) const;
 
-  void Close() override { CloseTransports(); }
+  void Close() override { CloseTransport(); }
   int64_t MessageBytes(int32_t device) const override;
 
  protected:
-  // The ranks of a group; null for those of other processes.
-  using Group = std::vector<std::unique_ptr<HostRank>>;
+  // By member; null for ranks of other processes.
+  using Ranks = std::vector<std::unique_ptr<HostRank>>;
 
-  // Without transports, which the caller adds.
+  // Without a transport, which the caller adds.
   HostBuffer(int64_t id, const Config& config, const std::vector<std::optional<Place>>& places,
              RunNames names);
 
-  const std::vector<Group>& groups() const { return groups_; }
-  void CloseTransports();
+  const Ranks& ranks() const { return ranks_; }
+  void SetTransport(const std::shared_ptr<Transport>& transport);
+  void CloseTransport();
 
  private:
-  void OnFail(const Group& group, int64_t run, const Fault& fault);
+  void OnFail(int64_t run, const Fault& fault);
 
-  std::vector<Group> groups_;
+  Ranks ranks_;
+  std::shared_ptr<Transport> transport_;
 };
 
 }  // namespace jax_sm_free

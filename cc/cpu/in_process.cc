@@ -1,6 +1,7 @@
 #include "cc/cpu/in_process.h"
 
 #include <algorithm>
+#include <chrono>
 #include <cstddef>
 #include <utility>
 
@@ -10,6 +11,8 @@
 
 namespace jax_sm_free {
 namespace {
+
+using Seconds = std::chrono::duration<double>;
 
 constexpr size_t kMaxFailedRuns = 1024;
 
@@ -22,6 +25,17 @@ Fault Of(Op op, const Exchange& exchange, int32_t rank, Fault fault) {
 
 }  // namespace
 
+InProcess::InProcess(int32_t ep_size, std::vector<int32_t> num_here, double timeout_s,
+                     OnFail on_fail)
+    : ep_size_(ep_size),
+      num_here_(std::move(num_here)),
+      sees_all_ranks_(num_here_.size() > 1 || num_here_.front() == ep_size),
+      timeout_s_(timeout_s),
+      on_fail_(std::move(on_fail)),
+      all_groups_(static_cast<int32_t>(num_here_.size()), ep_size, timeout_s),
+      rounds_(num_here_.size()),
+      losses_(num_here_.size() * ep_size) {}
+
 std::optional<Fault> InProcess::FaultOfRun(int64_t run) const {
   if (closed_) return closed_;
   const auto found = failed_runs_.find(run);
@@ -29,166 +43,264 @@ std::optional<Fault> InProcess::FaultOfRun(int64_t run) const {
   return found->second;
 }
 
-InProcess::Inbox& InProcess::FindInbox(const ExchangeKey& key, int32_t dst) {
-  Round& round = rounds_[key];
+InProcess::Round& InProcess::FindRound(const ExchangeKey& key, int32_t group) {
+  const auto [entry, is_new] = rounds_[group].try_emplace(key);
+  Round& round = entry->second;
+  if (!is_new) return round;
+  round.waits_for_groups = sees_all_ranks_;
   round.inboxes.resize(ep_size_);
-  Inbox& inbox = round.inboxes[dst];
-  inbox.messages.resize(ep_size_);
-  inbox.arrived.resize(ep_size_);
-  return inbox;
+  for (Inbox& inbox : round.inboxes) {
+    inbox.messages.resize(ep_size_);
+    inbox.arrived.resize(ep_size_);
+  }
+  return round;
 }
 
-std::vector<Message> InProcess::TakeMessages(const ExchangeKey& key, int32_t dst) {
-  Round& round = rounds_[key];
-  round.inboxes[dst].done = true;
-  std::vector<Message> messages = std::move(round.inboxes[dst].messages);
-  if (++round.num_done == num_here_) rounds_.erase(key);
+// Null if nobody waits there.
+InProcess::Inbox* InProcess::FindReceiver(const ExchangeKey& key, int32_t member) {
+  Rounds& rounds = rounds_[GroupOf(member)];
+  const auto found = rounds.find(key);
+  if (found == rounds.end()) return nullptr;
+  Inbox& inbox = found->second.inboxes[RankOf(member)];
+  return inbox.receiver ? &inbox : nullptr;
+}
+
+std::vector<Message> InProcess::TakeMessages(const ExchangeKey& key, int32_t member) {
+  const int32_t group = GroupOf(member);
+  Round& round = rounds_[group][key];
+  std::vector<Message> messages = std::move(round.inboxes[RankOf(member)].messages);
+  if (++round.num_done == num_here_[group]) rounds_[group].erase(key);
   return messages;
 }
 
-std::optional<Fault> InProcess::Begin(Op /*op*/, const Exchange& /*exchange*/, int32_t /*rank*/,
+std::optional<Fault> InProcess::Begin(Op /*op*/, const Exchange& /*exchange*/, int32_t /*member*/,
                                       std::shared_ptr<const CallSite> /*site*/) {
   return std::nullopt;  // ranks of one process name an exchange alike
 }
 
 std::optional<Fault> InProcess::Send(const ExchangeKey& key, int32_t src, int32_t dst,
                                      Message message) {
-  Receiver receiver;
-  std::vector<Message> messages;
+  std::vector<Delivery> deliveries;
   {
     const std::lock_guard lock(mutex_);
     if (std::optional<Fault> fault = FaultOfRun(key.run)) return fault;
-    Inbox& inbox = FindInbox(key, dst);
-    if (inbox.arrived[src]) return SentTwice(src);
-    inbox.messages[src] = std::move(message);
-    inbox.arrived[src] = true;
-    if (++inbox.num_arrived < ep_size_ || !inbox.receiver) return std::nullopt;
+    Round& round = FindRound(key, GroupOf(dst));
+    Inbox& inbox = round.inboxes[RankOf(dst)];
+    const int32_t source = RankOf(src);
+    if (inbox.arrived[source]) return SentTwice(source);
+    inbox.messages[source] = std::move(message);
+    inbox.arrived[source] = true;
+    ++inbox.num_arrived;
+    if (!IsFull(inbox) || !inbox.receiver) return std::nullopt;
     Watchdog::Get().Cancel(inbox.timer);
-    receiver = std::move(inbox.receiver);
-    messages = TakeMessages(key, dst);
+    if (MustWaitForGroups(round, key, dst)) return std::nullopt;
+    TakeFullInboxes(key, GroupOf(dst), deliveries);
   }
-  // std::function wants a copyable task, and messages are not.
-  auto shared = std::make_shared<std::vector<Message>>(std::move(messages));
-  WorkerPool::Get().Run([receiver, shared] { receiver(std::move(*shared)); });
+  Deliver(std::move(deliveries));
   return std::nullopt;
+}
+
+void InProcess::Finish(const ExchangeKey& key, int32_t member) {
+  AddFinished(key, GroupOf(member), 1);
+}
+
+void InProcess::AddFinished(const ExchangeKey& key, int32_t group, int32_t num) {
+  std::vector<Delivery> deliveries;
+  {
+    const std::lock_guard lock(mutex_);
+    if (!sees_all_ranks_ || FaultOfRun(key.run) || !all_groups_.Add(key, group, num)) return;
+    // In one go: no rank has the messages of an exchange in which another one fails.
+    for (int32_t each = 0; each < static_cast<int32_t>(rounds_.size()); ++each) {
+      TakeFullInboxes(key, each, deliveries);
+    }
+  }
+  Deliver(std::move(deliveries));
+}
+
+// Of ranks that receive already; others need not wait when they come.
+void InProcess::TakeFullInboxes(const ExchangeKey& key, int32_t group,
+                                std::vector<Delivery>& deliveries) {
+  const auto found = rounds_[group].find(key);
+  if (found == rounds_[group].end()) return;
+  found->second.waits_for_groups = false;
+  std::vector<int32_t> ready;
+  for (int32_t rank = 0; rank < ep_size_; ++rank) {
+    const Inbox& inbox = found->second.inboxes[rank];
+    if (inbox.receiver && IsFull(inbox)) ready.push_back(rank);
+  }
+  for (const int32_t rank : ready) {  // the last may erase the round
+    Inbox& inbox = rounds_[group][key].inboxes[rank];
+    Watchdog::Get().Cancel(inbox.timer);
+    Receiver receiver = std::exchange(inbox.receiver, nullptr);
+    deliveries.emplace_back(std::move(receiver), TakeMessages(key, group * ep_size_ + rank));
+  }
+}
+
+// On the worker pool. Who gets it also drops the receiver, which may be the last to hold a buffer.
+void InProcess::Deliver(std::vector<Delivery> deliveries) {
+  for (Delivery& delivery : deliveries) {
+    // std::function wants a copyable task, and messages are not.
+    auto shared = std::make_shared<Delivery>(std::move(delivery));
+    WorkerPool::Get().Run([shared = std::move(shared)]() mutable {
+      const std::shared_ptr<Delivery> own = std::move(shared);
+      own->first(std::move(own->second));
+    });
+  }
 }
 
 void InProcess::Receive(Op op, const Exchange& exchange, int32_t dst, Receiver receiver) {
   Arrival arrival;
   std::optional<Fault> loss;
+  const ExchangeKey& key = exchange.key;
   {
     const std::lock_guard lock(mutex_);
-    if (std::optional<Fault> fault = FaultOfRun(exchange.key.run)) {
+    if (std::optional<Fault> fault = FaultOfRun(key.run)) {
       arrival = *fault;
     } else {
-      Inbox& inbox = FindInbox(exchange.key, dst);
-      if (inbox.num_arrived == ep_size_) {
-        arrival = TakeMessages(exchange.key, dst);
+      Round& round = FindRound(key, GroupOf(dst));
+      Inbox& inbox = round.inboxes[RankOf(dst)];
+      inbox.op = op;
+      inbox.exchange = exchange;
+      if (IsFull(inbox) && !MustWaitForGroups(round, key, dst)) {
+        arrival = TakeMessages(key, dst);
       } else {
-        inbox.op = op;
-        inbox.exchange = exchange;
-        for (int32_t rank = 0; rank < ep_size_ && !loss; ++rank) loss = LossOf(inbox, dst, rank);
         inbox.receiver = std::move(receiver);
         receiver = nullptr;
-        if (!loss) ArmTimer(inbox, dst, 0.0);
+        const int32_t first = dst - RankOf(dst);
+        for (int32_t rank = 0; rank < ep_size_ && !loss; ++rank) {
+          loss = LossOf(inbox, dst, first + rank);
+        }
+        if (!loss && !IsFull(inbox)) ArmTimer(inbox, dst, 0.0);
       }
     }
   }
-  if (loss) Fail(exchange.key.run, *loss);
+  if (loss) Fail(key.run, *loss);
   if (receiver) receiver(std::move(arrival));
 }
 
-std::optional<Fault> InProcess::LossOf(const Inbox& inbox, int32_t dst, int32_t rank) const {
-  const Loss& loss = losses_[rank];
-  if (inbox.arrived[rank] || inbox.exchange.key.run >= loss.end) return std::nullopt;
-  return Of(inbox.op, inbox.exchange, dst, NothingComes(rank, loss.reason));
+// For a rank that has the messages of its own group. Comes back to it by a timer, if so.
+bool InProcess::MustWaitForGroups(Round& round, const ExchangeKey& key, int32_t member) {
+  if (!round.waits_for_groups) return false;
+  Inbox& inbox = round.inboxes[RankOf(member)];
+  const Watchdog::Clock::time_point now = Watchdog::Clock::now();
+  if (inbox.since == Watchdog::Clock::time_point{}) inbox.since = now;
+  const double seconds = all_groups_.SecondsToWait(key, Seconds(now - inbox.since).count());
+  round.waits_for_groups = seconds > 0;
+  if (!round.waits_for_groups) return false;
+  auto expire = [weak = weak_from_this(), key, member] {
+    if (const std::shared_ptr<InProcess> self = weak.lock()) self->OnGroupsTimer(key, member);
+  };
+  inbox.timer = Watchdog::Get().Start(Seconds(seconds), expire);
+  return true;
 }
 
-void InProcess::Lose(int32_t rank, const std::string& reason, int64_t end) {
+void InProcess::OnGroupsTimer(const ExchangeKey& key, int32_t member) {
+  std::vector<Delivery> deliveries;
+  {
+    const std::lock_guard lock(mutex_);
+    if (FindReceiver(key, member) == nullptr) return;
+    const int32_t group = GroupOf(member);
+    if (MustWaitForGroups(rounds_[group][key], key, member)) return;
+    TakeFullInboxes(key, group, deliveries);
+  }
+  Deliver(std::move(deliveries));
+}
+
+std::optional<Fault> InProcess::LossOf(const Inbox& inbox, int32_t member, int32_t source) const {
+  const Loss& loss = losses_[source];
+  const int32_t rank = RankOf(source);
+  if (inbox.arrived[rank] || inbox.exchange.key.run >= loss.end) return std::nullopt;
+  return Of(inbox.op, inbox.exchange, RankOf(member), NothingComes(rank, loss.reason));
+}
+
+void InProcess::Lose(int32_t member, const std::string& reason, int64_t end) {
   std::map<int64_t, Fault> faults;  // by run
   {
     const std::lock_guard lock(mutex_);
-    if (end <= losses_[rank].end) return;
-    losses_[rank] = {end, reason};
-    for (const auto& [key, round] : rounds_) {
-      for (int32_t dst = 0; dst < ep_size_; ++dst) {
-        if (!round.inboxes[dst].receiver) continue;
-        if (auto fault = LossOf(round.inboxes[dst], dst, rank)) faults.emplace(key.run, *fault);
+    if (end <= losses_[member].end) return;
+    losses_[member] = {end, reason};
+    const int32_t group = GroupOf(member);
+    if (end == kForEver) all_groups_.Lose(group);
+    for (const auto& [key, round] : rounds_[group]) {
+      for (int32_t rank = 0; rank < ep_size_; ++rank) {
+        const Inbox& inbox = round.inboxes[rank];
+        if (!inbox.receiver) continue;
+        if (auto fault = LossOf(inbox, group * ep_size_ + rank, member)) {
+          faults.emplace(key.run, *fault);
+        }
       }
     }
   }
   for (const auto& [run, fault] : faults) Fail(run, fault);
 }
 
-void InProcess::ArmTimer(Inbox& inbox, int32_t dst, double waited) {
+void InProcess::ArmTimer(Inbox& inbox, int32_t member, double waited) {
   const double until =
       waited < kSlowWaitSeconds ? std::min(kSlowWaitSeconds, timeout_s_) : timeout_s_;
-  auto expire = [weak = weak_from_this(), key = inbox.exchange.key, dst, until] {
-    if (const std::shared_ptr<InProcess> self = weak.lock()) self->OnTimer(key, dst, until);
+  auto expire = [weak = weak_from_this(), key = inbox.exchange.key, member, until] {
+    if (const std::shared_ptr<InProcess> self = weak.lock()) self->OnTimer(key, member, until);
   };
-  inbox.timer = Watchdog::Get().Start(std::chrono::duration<double>(until - waited), expire);
+  inbox.timer = Watchdog::Get().Start(Seconds(until - waited), expire);
 }
 
-void InProcess::OnTimer(const ExchangeKey& key, int32_t dst, double waited) {
+void InProcess::OnTimer(const ExchangeKey& key, int32_t member, double waited) {
   Fault fault;
   {
     const std::lock_guard lock(mutex_);
-    const auto found = rounds_.find(key);
-    if (found == rounds_.end() || !found->second.inboxes[dst].receiver) return;
-    Inbox& inbox = found->second.inboxes[dst];
-    fault = Of(inbox.op, inbox.exchange, dst, MissingMessages(inbox.arrived, timeout_s_, waited));
+    Inbox* inbox = FindReceiver(key, member);
+    if (inbox == nullptr || IsFull(*inbox)) return;
+    fault = Of(inbox->op, inbox->exchange, RankOf(member),
+               MissingMessages(inbox->arrived, timeout_s_, waited));
     if (waited < timeout_s_) {
       TellSlowWait(fault);
-      ArmTimer(inbox, dst, waited);
+      ArmTimer(*inbox, member, waited);
       return;
     }
   }
   Fail(key.run, fault);
 }
 
-std::vector<InProcess::Receiver> InProcess::TakeReceivers(
-    const std::function<bool(int64_t run)>& of_run) {
-  std::vector<Receiver> receivers;
-  for (auto it = rounds_.begin(); it != rounds_.end();) {
-    if (!of_run(it->first.run)) {
-      ++it;
-      continue;
+std::vector<InProcess::Delivery> InProcess::TakeReceivers(
+    const std::function<bool(int64_t run)>& of_run, const Fault& fault) {
+  std::vector<Delivery> deliveries;
+  for (Rounds& rounds : rounds_) {
+    for (auto it = rounds.begin(); it != rounds.end();) {
+      if (!of_run(it->first.run)) {
+        ++it;
+        continue;
+      }
+      for (Inbox& inbox : it->second.inboxes) {
+        if (!inbox.receiver) continue;
+        Watchdog::Get().Cancel(inbox.timer);
+        deliveries.emplace_back(std::move(inbox.receiver), fault);
+      }
+      it = rounds.erase(it);
     }
-    for (Inbox& inbox : it->second.inboxes) {
-      if (!inbox.receiver) continue;
-      Watchdog::Get().Cancel(inbox.timer);
-      receivers.push_back(std::move(inbox.receiver));
-    }
-    it = rounds_.erase(it);
   }
-  return receivers;
+  return deliveries;
 }
 
 void InProcess::Fail(int64_t run, const Fault& fault) {
-  std::vector<Receiver> receivers;
+  std::vector<Delivery> deliveries;
   {
     const std::lock_guard lock(mutex_);
     if (closed_ || !failed_runs_.emplace(run, fault).second) return;
     // Runs are numbered upwards: a rank this late would find out by its own timeout.
     if (failed_runs_.size() > kMaxFailedRuns) failed_runs_.erase(failed_runs_.begin());
-    receivers = TakeReceivers([run](int64_t r) { return r == run; });
+    deliveries = TakeReceivers([run](int64_t r) { return r == run; }, fault);
     on_fail_(run, fault);
   }
-  for (Receiver& receiver : receivers) {
-    WorkerPool::Get().Run([receiver = std::move(receiver), fault] { receiver(fault); });
-  }
+  Deliver(std::move(deliveries));
 }
 
 void InProcess::Close(const Fault& fault) {
-  std::vector<Receiver> receivers;
+  std::vector<Delivery> deliveries;
   {
     const std::lock_guard lock(mutex_);
     closed_ = fault;
-    receivers = TakeReceivers([](int64_t) { return true; });
+    deliveries = TakeReceivers([](int64_t) { return true; }, fault);
   }
-  for (Receiver& receiver : receivers) {
-    WorkerPool::Get().Run([receiver = std::move(receiver), fault] { receiver(fault); });
-  }
+  Deliver(std::move(deliveries));
 }
 
 }  // namespace jax_sm_free

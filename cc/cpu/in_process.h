@@ -12,8 +12,10 @@
 #include <optional>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
+#include "cc/cpu/all_groups.h"
 #include "cc/cpu/message.h"
 #include "cc/cpu/transport.h"
 #include "cc/cpu/watchdog.h"
@@ -22,35 +24,33 @@
 
 namespace jax_sm_free {
 
-// The rounds of one group: for each rank of this process an inbox, with room for a message from
-// every rank of the group.
+// The rounds of all groups: for each rank of this process an inbox, with room for a message from
+// every rank of its group.
 class InProcess : public Transport, public std::enable_shared_from_this<InProcess> {
  public:
   // Called once for each run that fails, before any receiver of that run is; never after Close.
   // It must not call back.
   using OnFail = std::function<void(int64_t run, const Fault& fault)>;
 
-  InProcess(int32_t ep_size, double timeout_s, OnFail on_fail)
-      : InProcess(ep_size, ep_size, timeout_s, std::move(on_fail)) {}
+  // `num_here`: by group, how many of its ranks receive here; what others send is put in by whoever
+  // gets it.
+  InProcess(int32_t ep_size, std::vector<int32_t> num_here, double timeout_s, OnFail on_fail);
 
-  // Of the group's ranks, `num_here` receive here; what others send is put in by whoever gets it.
-  InProcess(int32_t ep_size, int32_t num_here, double timeout_s, OnFail on_fail)
-      : ep_size_(ep_size),
-        num_here_(num_here),
-        timeout_s_(timeout_s),
-        on_fail_(std::move(on_fail)),
-        losses_(ep_size) {}
-
-  std::optional<Fault> Begin(Op op, const Exchange& exchange, int32_t rank,
+  std::optional<Fault> Begin(Op op, const Exchange& exchange, int32_t member,
                              std::shared_ptr<const CallSite> site) override;
   std::optional<Fault> Send(const ExchangeKey& key, int32_t src, int32_t dst,
                             Message message) override;
+  void Finish(const ExchangeKey& key, int32_t member) override;
   void Receive(Op op, const Exchange& exchange, int32_t dst, Receiver receiver) override;
   void Fail(int64_t run, const Fault& fault) override;
   void Close(const Fault& fault) override;
 
-  // Nothing more comes from `rank` for runs below `end`: who waits for it, and who will, fails.
-  void Lose(int32_t rank, const std::string& reason, int64_t end);
+  // `num` more ranks of `group` have finished their sends.
+  void AddFinished(const ExchangeKey& key, int32_t group, int32_t num);
+
+  // Nothing more comes from `member` for runs below `end`: who waits for it, and who will, fails.
+  void Lose(int32_t member, const std::string& reason, int64_t end);
+  static constexpr int64_t kForEver = std::numeric_limits<int64_t>::max();
 
  private:
   struct Inbox {
@@ -60,8 +60,8 @@ class InProcess : public Transport, public std::enable_shared_from_this<InProces
     Receiver receiver;
     Op op = Op::kDispatchRecv;  // of the receiver
     Exchange exchange;
-    Watchdog::Timer timer;
-    bool done = false;
+    Watchdog::Timer timer;              // of the receiver
+    Watchdog::Clock::time_point since;  // when it began to wait for other groups
   };
   struct Loss {
     int64_t end = std::numeric_limits<int64_t>::min();  // nothing comes for runs below
@@ -70,24 +70,40 @@ class InProcess : public Transport, public std::enable_shared_from_this<InProces
   struct Round {
     std::vector<Inbox> inboxes;  // by destination rank
     int32_t num_done = 0;
+    bool waits_for_groups = true;
   };
+  using Rounds = std::unordered_map<ExchangeKey, Round, ExchangeKeyHash>;
+  // What is handed over when the lock is no longer held.
+  using Delivery = std::pair<Receiver, Arrival>;
+
+  int32_t GroupOf(int32_t member) const { return member / ep_size_; }
+  int32_t RankOf(int32_t member) const { return member % ep_size_; }
 
   std::optional<Fault> FaultOfRun(int64_t run) const;
-  Inbox& FindInbox(const ExchangeKey& key, int32_t dst);
-  std::vector<Message> TakeMessages(const ExchangeKey& key, int32_t dst);
-  void ArmTimer(Inbox& inbox, int32_t dst, double waited);
-  void OnTimer(const ExchangeKey& key, int32_t dst, double waited);
-  std::optional<Fault> LossOf(const Inbox& inbox, int32_t dst, int32_t rank) const;
-  std::vector<Receiver> TakeReceivers(const std::function<bool(int64_t run)>& of_run);
+  Round& FindRound(const ExchangeKey& key, int32_t group);
+  Inbox* FindReceiver(const ExchangeKey& key, int32_t member);
+  bool IsFull(const Inbox& inbox) const { return inbox.num_arrived == ep_size_; }
+  std::vector<Message> TakeMessages(const ExchangeKey& key, int32_t member);
+  void TakeFullInboxes(const ExchangeKey& key, int32_t group, std::vector<Delivery>& deliveries);
+  bool MustWaitForGroups(Round& round, const ExchangeKey& key, int32_t member);
+  void ArmTimer(Inbox& inbox, int32_t member, double waited);
+  void OnTimer(const ExchangeKey& key, int32_t member, double waited);
+  void OnGroupsTimer(const ExchangeKey& key, int32_t member);
+  std::optional<Fault> LossOf(const Inbox& inbox, int32_t member, int32_t source) const;
+  std::vector<Delivery> TakeReceivers(const std::function<bool(int64_t run)>& of_run,
+                                      const Fault& fault);
+  static void Deliver(std::vector<Delivery> deliveries);
 
   const int32_t ep_size_;
-  const int32_t num_here_;
+  const std::vector<int32_t> num_here_;  // by group
+  const bool sees_all_ranks_;            // finish their sends; of one group over several processes not
   const double timeout_s_;
   const OnFail on_fail_;
   mutable std::mutex mutex_;
-  std::unordered_map<ExchangeKey, Round, ExchangeKeyHash> rounds_;
+  AllGroups all_groups_;
+  std::vector<Rounds> rounds_;  // by group
   std::map<int64_t, Fault> failed_runs_;
-  std::vector<Loss> losses_;  // by rank
+  std::vector<Loss> losses_;  // by member
   std::optional<Fault> closed_;
 };
 

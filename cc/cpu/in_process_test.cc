@@ -43,14 +43,15 @@ Fault FaultWith(const char* seen) {
   return {.op = "test", .rank = 0, .expected = "", .seen = seen, .exchange = {}};
 }
 
-// A group, and what its transport called back.
+// Groups, and what their transport called back. Ranks are members: those of the first group come
+// first.
 class Group {
  public:
-  explicit Group(int32_t ep_size, double timeout_s = kNever)
+  explicit Group(int32_t ep_size, double timeout_s = kNever, int32_t num_groups = 1)
       : ep_size_(ep_size),
         config_{.ep_size = ep_size, .num_experts = ep_size, .row_bytes = sizeof(Note)},
         transport_(std::make_shared<InProcess>(
-            ep_size, timeout_s,
+            ep_size, std::vector<int32_t>(num_groups, ep_size), timeout_s,
             [this](int64_t run, const Fault&) { failed_runs_.push_back(run); })) {}
 
   std::optional<Fault> Send(const ExchangeKey& key, int32_t src, int32_t dst) {
@@ -60,11 +61,19 @@ class Group {
     return transport_->Send(key, src, dst, std::move(message));
   }
 
-  // Sends of every rank but `missing` to `dst`.
+  // The only send of `src` in an exchange.
+  std::optional<Fault> SendOnly(const ExchangeKey& key, int32_t src, int32_t dst) {
+    std::optional<Fault> fault = Send(key, src, dst);
+    transport_->Finish(key, src);
+    return fault;
+  }
+
+  // The only sends of every rank of the group but `missing`: to `dst`.
   void SendAll(const ExchangeKey& key, int32_t dst, const std::vector<int32_t>& missing = {}) {
-    for (int32_t src = 0; src < ep_size_; ++src) {
+    const int32_t first = dst / ep_size_ * ep_size_;
+    for (int32_t src = first; src < first + ep_size_; ++src) {
       if (std::find(missing.begin(), missing.end(), src) != missing.end()) continue;
-      EXPECT_FALSE(Send(key, src, dst).has_value());
+      EXPECT_FALSE(SendOnly(key, src, dst).has_value());
     }
   }
 
@@ -88,14 +97,15 @@ class Group {
   std::shared_ptr<InProcess> transport_;
 };
 
-// Whether the arrival holds what every rank sent to `dst`, by source.
-void ExpectNotes(const InProcess::Arrival& arrival, const ExchangeKey& key, int32_t dst) {
+// Whether the arrival holds what every rank sent to `dst`, by source: members from `first` on.
+void ExpectNotes(const InProcess::Arrival& arrival, const ExchangeKey& key, int32_t dst,
+                 int32_t first = 0) {
   ASSERT_EQ(FaultOf(arrival), nullptr) << FaultOf(arrival)->Describe();
   const auto& messages = std::get<std::vector<Message>>(arrival);
   for (int32_t src = 0; src < static_cast<int32_t>(messages.size()); ++src) {
     Note note;
     std::memcpy(&note, messages[src].row(0), sizeof(note));
-    EXPECT_EQ(note, (Note{key, src, dst}));
+    EXPECT_EQ(note, (Note{key, first + src, dst}));
   }
 }
 
@@ -113,7 +123,7 @@ constexpr ExchangeKey kOtherRun{.run = 2, .call_site = 2, .count = 3};
 
 TEST(InProcessTest, HandsOverMessagesBySource) {
   Group group(3);
-  for (const int32_t src : {2, 0, 1}) EXPECT_FALSE(group.Send(kKey, src, 1).has_value());
+  for (const int32_t src : {2, 0, 1}) EXPECT_FALSE(group.SendOnly(kKey, src, 1).has_value());
   ExpectNotes(group.Receive(kKey, 1).get(), kKey, 1);
 }
 
@@ -129,12 +139,12 @@ TEST(InProcessTest, CompletesOnTheCallingThreadIfAllIsThere) {
 
 TEST(InProcessTest, CompletesOnAWorkerThreadIfSomethingIsMissing) {
   Group group(2);
-  EXPECT_FALSE(group.Send(kKey, 0, 0).has_value());
+  EXPECT_FALSE(group.SendOnly(kKey, 0, 0).has_value());
   std::promise<std::thread::id> thread;
   group.transport().Receive(kRecv, ExchangeOf(kKey), 0, [&](const InProcess::Arrival&) {
     thread.set_value(std::this_thread::get_id());
   });
-  EXPECT_FALSE(group.Send(kKey, 1, 0).has_value());
+  EXPECT_FALSE(group.SendOnly(kKey, 1, 0).has_value());
   EXPECT_NE(thread.get_future().get(), std::this_thread::get_id());
 }
 
@@ -145,7 +155,7 @@ TEST(InProcessTest, IsNotCompleteBeforeTheLastMessage) {
   group.SendAll(kSameRun, 0);
   group.SendAll(kOtherRun, 0);
   EXPECT_FALSE(IsReady(arrival));
-  EXPECT_FALSE(group.Send(kKey, 1, 0).has_value());
+  EXPECT_FALSE(group.SendOnly(kKey, 1, 0).has_value());
   ExpectNotes(arrival.get(), kKey, 0);
 }
 
@@ -182,6 +192,7 @@ void ExchangeInRandomOrder(Group& group, int32_t ep_size, int32_t rank) {
       for (int32_t i = 0; i < ep_size; ++i) {
         EXPECT_FALSE(group.Send(key, rank, (rank + i) % ep_size).has_value());
       }
+      group.transport().Finish(key, rank);
     }
     std::vector<std::pair<ExchangeKey, std::future<InProcess::Arrival>>> arrivals;
     for (const ExchangeKey& key : shuffled_keys(round)) {
@@ -196,6 +207,87 @@ TEST(InProcessTest, EightRanksWithManyExchangesInFlightInRandomOrder) {
   Group group(kEpSize);
   OnEveryRank(kEpSize, [&](int32_t rank) { ExchangeInRandomOrder(group, kEpSize, rank); });
 }
+
+TEST(InProcessTest, NoRankIsThroughBeforeAllHaveSentAll) {
+  Group group(2);
+  auto arrival = group.Receive(kKey, 0);
+  EXPECT_FALSE(group.Send(kKey, 0, 0).has_value());
+  EXPECT_FALSE(group.Send(kKey, 1, 0).has_value());  // to rank 1 it has not sent yet
+  group.transport().Finish(kKey, 0);
+  EXPECT_FALSE(IsReady(arrival));
+  group.transport().Finish(kKey, 1);
+  ExpectNotes(arrival.get(), kKey, 0);
+}
+
+// ------------------------------------------------------------------------------ several groups
+
+TEST(InProcessTest, ARankIsThroughWhenAllGroupsHaveSent) {
+  Group group(2, kNever, 2);
+  group.SendAll(kKey, 0);
+  EXPECT_FALSE(group.SendOnly(kKey, 2, 2).has_value());
+  auto first = group.Receive(kKey, 0);
+  auto second = group.Receive(kKey, 2);
+  std::this_thread::sleep_for(std::chrono::duration<double>(2 * AllGroups::kPatienceSeconds));
+  EXPECT_FALSE(IsReady(first));
+  EXPECT_FALSE(group.SendOnly(kKey, 3, 2).has_value());
+  ExpectNotes(first.get(), kKey, 0);
+  ExpectNotes(second.get(), kKey, 2, 2);
+}
+
+TEST(InProcessTest, AFaultInOneGroupEndsWhoWaitsForItInAnother) {
+  Group group(2, kNever, 2);
+  group.SendAll(kKey, 0);
+  auto arrival = group.Receive(kKey, 0);
+  group.transport().Fail(kKey.run, FaultWith("a failure"));
+  EXPECT_EQ(SeenBy(arrival.get()), "a failure");
+  EXPECT_EQ(SeenBy(group.Receive(kKey, 3).get()), "a failure");
+  EXPECT_EQ(group.failed_runs(), std::vector<int64_t>{kKey.run});
+}
+
+TEST(InProcessTest, ATimeoutOfOneGroupIsTheFaultOfAll) {
+  Group group(2, kSoon, 2);
+  group.SendAll(kKey, 0);
+  EXPECT_FALSE(group.SendOnly(kKey, 2, 2).has_value());
+  auto through = group.Receive(kKey, 0);
+  auto misses = group.Receive(kKey, 2);
+  for (auto* arrival : {&through, &misses}) {
+    EXPECT_EQ(SeenBy(arrival->get()), "1 after 0.05 s, none from rank 1");
+  }
+}
+
+TEST(InProcessTest, AnExchangeThatAnotherGroupHasNotIsWaitedForOnce) {
+  Group group(2, kNever, 2);
+  for (const ExchangeKey& key : {kKey, kSameRun, kOtherRun}) {
+    const auto start = std::chrono::steady_clock::now();
+    group.SendAll(key, 0);
+    ExpectNotes(group.Receive(key, 0).get(), key, 0);
+    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
+    if (key == kKey) {
+      EXPECT_GE(took.count(), AllGroups::kPatienceSeconds);
+    } else {
+      EXPECT_LT(took.count(), AllGroups::kPatienceSeconds / 2);
+    }
+  }
+}
+
+TEST(InProcessTest, AGroupThatComesLateFindsItsMessages) {
+  Group group(2, kNever, 2);
+  group.SendAll(kKey, 0);
+  ExpectNotes(group.Receive(kKey, 0).get(), kKey, 0);
+  group.SendAll(kKey, 3);
+  ExpectNotes(group.Receive(kKey, 3).get(), kKey, 3, 2);
+}
+
+TEST(InProcessTest, WhoWaitsForAGroupGoesOnWhenItIsLost) {
+  Group group(2, kNever, 2);
+  group.SendAll(kKey, 0);
+  EXPECT_FALSE(group.SendOnly(kKey, 2, 2).has_value());
+  auto arrival = group.Receive(kKey, 0);
+  group.transport().Lose(3, "it is gone", InProcess::kForEver);
+  ExpectNotes(arrival.get(), kKey, 0);
+}
+
+// --------------------------------------------------------------------------------------- faults
 
 TEST(InProcessTest, ATimeoutNamesTheMissingRanks) {
   Group group(4, kSoon);
@@ -336,6 +428,7 @@ TEST(InProcessTest, RunsAfterAFailedOneWork) {
       for (int32_t dst = 0; dst < kEpSize; ++dst) {
         EXPECT_FALSE(group.Send(key, rank, dst).has_value());
       }
+      group.transport().Finish(key, rank);
       ExpectNotes(group.Receive(key, rank).get(), key, rank);
     }
   });

@@ -27,12 +27,16 @@ std::optional<Fault> SendAll(const HostCall& call, int64_t call_site, Pack pack,
     return Fail(call, call.run, *fault);
   }
   const auto& exchange = std::get<Exchange>(begun);
-  if (auto fault = rank.transport->Begin(call.op, exchange, rank.rank, call.site)) return fault;
+  if (auto fault = rank.transport->Begin(call.op, exchange, rank.member, call.site)) return fault;
   for (int32_t i = 0; i < call.config().ep_size; ++i) {
     // Starting behind the own rank spreads the senders over the receivers.
     const int32_t dst = (rank.rank + 1 + i) % call.config().ep_size;
-    if (auto fault = rank.transport->Send(exchange.key, rank.rank, dst, pack(dst))) return fault;
+    const int32_t dst_member = rank.member - rank.rank + dst;
+    if (auto fault = rank.transport->Send(exchange.key, rank.member, dst_member, pack(dst))) {
+      return fault;
+    }
   }
+  rank.transport->Finish(exchange.key, rank.member);
   rank.ledger.WriteToken(exchange, token);
   return std::nullopt;
 }
@@ -104,7 +108,7 @@ void Receive(const HostCall& call, const float* token, Unpack unpack, Done done)
     caller_mode.Apply();  // `done` may run the rest of the program on this thread
     done(fault);
   };
-  call.rank->transport->Receive(call.op, exchange, call.rank->rank, std::move(receive));
+  call.rank->transport->Receive(call.op, exchange, call.rank->member, std::move(receive));
 }
 
 }  // namespace jax_sm_free

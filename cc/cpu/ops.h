@@ -1,6 +1,6 @@
 // The ops on host memory: each one's steps in order, from checked operands to a token or results.
 //
-// A fault ends the run on all ranks of the group, is kept for Buffer::TakeFault, and is returned.
+// A fault ends the run on all ranks of all groups, is kept for Buffer::TakeFault, and is returned.
 
 #ifndef JAX_SM_FREE_CC_CPU_OPS_H_
 #define JAX_SM_FREE_CC_CPU_OPS_H_

@@ -1,6 +1,5 @@
 #include "cc/cpu/spanning_buffer.h"
 
-#include <cstddef>
 #include <cstdio>
 #include <utility>
 #include <variant>
@@ -17,40 +16,33 @@ Result<std::shared_ptr<SpanningBuffer>> SpanningBuffer::Open(
   Result<std::unique_ptr<Wire>> wire = open_wire(buffer->Callbacks());
   if (const Fault* fault = FaultOf(wire)) return *fault;
   buffer->wire_ = std::move(std::get<0>(wire));
-  buffer->AddTransports(processes);
+  buffer->AddTransport(processes);
   return buffer;
 }
 
-void SpanningBuffer::AddTransports(const Processes& processes) {
-  std::vector<std::shared_ptr<BetweenProcesses>> transports(groups().size());
-  for (size_t group = 0; group < groups().size(); ++group) {
-    const Group& ranks = groups()[group];
-    if (ranks.empty()) continue;
-    BetweenProcesses::Place place{.buffer = id(),
-                                  .group = static_cast<int32_t>(group),
-                                  .process = processes.self,
-                                  .process_of = processes.of_rank[group],
-                                  .pools = {}};
-    for (const std::unique_ptr<HostRank>& rank : ranks) {
-      place.pools.push_back(rank == nullptr ? nullptr : &rank->pool);
-    }
-    transports[group] =
-        BetweenProcesses::Make(std::move(place), config(), wire_.get(),
-                               [this, &ranks](const Fault& fault) { OnEnd(ranks, fault); });
-    for (const std::unique_ptr<HostRank>& rank : ranks) {
-      if (rank != nullptr) rank->transport = transports[group];
-    }
+void SpanningBuffer::AddTransport(const Processes& processes) {
+  BetweenProcesses::Place place{
+      .buffer = id(), .process = processes.self, .process_of = {}, .pools = {}};
+  for (const std::vector<int32_t>& group : processes.of_rank) {
+    place.process_of.insert(place.process_of.end(), group.begin(), group.end());
   }
+  place.pools.resize(place.process_of.size());
+  for (const std::unique_ptr<HostRank>& rank : ranks()) {
+    if (rank != nullptr) place.pools[rank->member] = &rank->pool;
+  }
+  auto transport = BetweenProcesses::Make(std::move(place), config(), wire_.get(),
+                                          [this](const Fault& fault) { OnEnd(fault); });
+  SetTransport(transport);
   const std::lock_guard lock(mutex_);
-  transports_ = std::move(transports);
+  transport_ = std::move(transport);
 }
 
-void SpanningBuffer::OnEnd(const Group& group, const Fault& fault) {
+void SpanningBuffer::OnEnd(const Fault& fault) {
   {
     const std::lock_guard lock(mutex_);
     if (!fault_) fault_ = fault.Describe();
   }
-  for (const std::unique_ptr<HostRank>& rank : group) {
+  for (const std::unique_ptr<HostRank>& rank : ranks()) {
     if (rank != nullptr) rank->ledger.MarkAllFailed();
   }
 }
@@ -61,7 +53,7 @@ std::optional<std::string> SpanningBuffer::TakeFault() {
 }
 
 void SpanningBuffer::Close() {
-  CloseTransports();
+  CloseTransport();
   if (wire_ != nullptr) wire_->Close();
 }
 
@@ -75,42 +67,40 @@ Wire::Callbacks SpanningBuffer::Callbacks() {
                      int64_t bytes) { OnMessage(process, header, std::move(payload), bytes); },
           .on_lost =
               [this](int32_t process, const std::string& reason) {
-                for (const auto& transport : Transports()) {
-                  if (transport != nullptr) transport->OnLost(process, reason);
-                }
+                if (const auto transport = FindTransport()) transport->OnLost(process, reason);
               }};
 }
 
-std::vector<std::shared_ptr<BetweenProcesses>> SpanningBuffer::Transports() const {
+std::shared_ptr<BetweenProcesses> SpanningBuffer::FindTransport() const {
   const std::lock_guard lock(mutex_);
-  return transports_;
+  return transport_;
 }
 
-std::shared_ptr<BetweenProcesses> SpanningBuffer::TransportOf(const WireNote& note) const {
-  if (note.buffer != id() || note.group < 0) return nullptr;
-  const auto group = static_cast<size_t>(note.group);
-  const std::lock_guard lock(mutex_);
-  return group < transports_.size() ? transports_[group] : nullptr;
+// Null for what is no note of this buffer.
+std::shared_ptr<BetweenProcesses> SpanningBuffer::TransportOf(
+    const std::optional<WireNote>& note) const {
+  return note && note->buffer == id() ? FindTransport() : nullptr;
 }
 
 BlockPool::Block SpanningBuffer::Allocate(Wire::Header header, int64_t bytes) const {
   const std::optional<WireNote> note = Decode(header);
-  if (!note) return nullptr;
+  const std::shared_ptr<BetweenProcesses> transport = TransportOf(note);
+  if (transport == nullptr) return nullptr;
   const auto* message = std::get_if<MessageNote>(&note->body);
-  const std::shared_ptr<BetweenProcesses> transport = TransportOf(*note);
-  if (message == nullptr || transport == nullptr) return nullptr;
-  return transport->Allocate(*message, bytes);
+  return message == nullptr ? nullptr : transport->Allocate(*message, bytes);
 }
 
 void SpanningBuffer::OnMessage(int32_t process, Wire::Header header, BlockPool::Block payload,
                                int64_t bytes) {
   const std::optional<WireNote> note = Decode(header);
-  const std::shared_ptr<BetweenProcesses> transport = note ? TransportOf(*note) : nullptr;
+  const std::shared_ptr<BetweenProcesses> transport = TransportOf(note);
   if (transport == nullptr) {
     (void)std::fprintf(stderr, "jax_sm_free: buffer %lld: process %d sent what is none of it\n",
                        static_cast<long long>(id()), process);
   } else if (const auto* message = std::get_if<MessageNote>(&note->body)) {
     transport->OnMessage(process, *message, std::move(payload), bytes);
+  } else if (const auto* finished = std::get_if<FinishedNote>(&note->body)) {
+    transport->OnFinished(process, *finished);
   } else {
     transport->OnFault(std::get<Fault>(note->body));
   }

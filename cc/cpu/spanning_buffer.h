@@ -49,16 +49,16 @@ class SpanningBuffer : public HostBuffer {
       : HostBuffer(id, config, places, RunNames::kCounted) {}
 
   Wire::Callbacks Callbacks();
-  void AddTransports(const Processes& processes);
-  void OnEnd(const Group& group, const Fault& fault);
-  std::shared_ptr<BetweenProcesses> TransportOf(const WireNote& note) const;
-  std::vector<std::shared_ptr<BetweenProcesses>> Transports() const;
+  void AddTransport(const Processes& processes);
+  void OnEnd(const Fault& fault);
+  std::shared_ptr<BetweenProcesses> TransportOf(const std::optional<WireNote>& note) const;
+  std::shared_ptr<BetweenProcesses> FindTransport() const;
   BlockPool::Block Allocate(Wire::Header header, int64_t bytes) const;
   void OnMessage(int32_t process, Wire::Header header, BlockPool::Block payload, int64_t bytes);
 
   mutable std::mutex mutex_;
   std::optional<std::string> fault_;
-  std::vector<std::shared_ptr<BetweenProcesses>> transports_;  // by group; null where none is here
+  std::shared_ptr<BetweenProcesses> transport_;  // null until it is added
   std::unique_ptr<Wire> wire_;
 };
 

@@ -1,4 +1,4 @@
-// How the messages of one group's rounds get from rank to rank.
+// How the messages of a buffer's rounds get from rank to rank.
 
 #ifndef JAX_SM_FREE_CC_CPU_TRANSPORT_H_
 #define JAX_SM_FREE_CC_CPU_TRANSPORT_H_
@@ -17,10 +17,12 @@
 
 namespace jax_sm_free {
 
-// For the ranks of this process. Thread-safe.
+// For the ranks of this process, of all groups. Thread-safe.
 //
-// A round is complete for a rank when a message from every rank of the group has come to it. A run
-// that failed stays failed: whoever comes late gets the fault that ended it.
+// A member is a rank by its number among those of all groups: member m is rank m % ep_size of group
+// m / ep_size. A round is one group's part of an exchange. It is complete for a rank when a message
+// from every rank of the group has come to it, and when all groups have sent theirs: see AllGroups.
+// A run that failed stays failed, for all groups: whoever comes late gets the fault that ended it.
 class Transport {
  public:
   using Arrival = Result<std::vector<Message>>;  // messages by source rank
@@ -28,21 +30,24 @@ class Transport {
 
   virtual ~Transport() = default;
 
-  // Before the sends of `rank` in an exchange. `site`: null where all ranks are in one process. The
+  // Before the sends of `member` in an exchange. `site`: null where all ranks are in one process. The
   // run's fault if it has failed, or fails by this.
-  virtual std::optional<Fault> Begin(Op op, const Exchange& exchange, int32_t rank,
+  virtual std::optional<Fault> Begin(Op op, const Exchange& exchange, int32_t member,
                                      std::shared_ptr<const CallSite> site) = 0;
 
-  // Puts a message into the inbox of `dst`. The run's fault if it has failed.
+  // Puts a message into the inbox of `dst`, of the same group. The run's fault if it has failed.
   virtual std::optional<Fault> Send(const ExchangeKey& key, int32_t src, int32_t dst,
                                     Message message) = 0;
+
+  // After the last of them.
+  virtual void Finish(const ExchangeKey& key, int32_t member) = 0;
 
   // Calls `receiver` once, when the round is complete for `dst` or its run has failed: on this
   // thread if that is so already, else on the worker pool. `op` and `exchange` are for the fault
   // that is raised if the round is not complete within the timeout.
   virtual void Receive(Op op, const Exchange& exchange, int32_t dst, Receiver receiver) = 0;
 
-  // Ends `run` on all ranks of the group with `fault`. A second fault of a run changes nothing.
+  // Ends `run` on all ranks with `fault`. A second fault of a run changes nothing.
   virtual void Fail(int64_t run, const Fault& fault) = 0;
 
   // Ends every run that waits, and every one to come.

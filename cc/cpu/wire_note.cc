@@ -12,25 +12,23 @@ namespace jax_sm_free {
 namespace {
 
 // Changes with every change of what follows.
-constexpr uint64_t kVersion = 0x736d6677'00000002U;
+constexpr uint64_t kVersion = 0x736d6677'00000003U;
 
-enum class What : int32_t { kMessage, kFault };
+enum class What : int32_t { kMessage, kFinished, kFault };
 
 struct Head {
   uint64_t version = kVersion;
   int64_t buffer = 0;
   int64_t run = 0;
   int64_t call_site = 0;
-  int64_t count = 0;
+  int64_t pass = 0;
   int64_t start = 0;
   int64_t executable = 0;
   What what = What::kMessage;
-  int32_t group = 0;
-  int32_t from = 0;  // src, or a fault's rank
+  int32_t from = 0;  // src, a group that has finished, or a fault's rank
   int32_t to = 0;    // dst, or a fault's peer
-  int32_t num_copies = 0;
+  int32_t count = 0;  // copies of a message's call, or ranks that have finished
   std::array<uint16_t, 4> text_bytes{};
-  int32_t unused = 0;
 };
 
 // A message's program and call, or a fault's op, expected, seen and exchange.
@@ -53,22 +51,32 @@ std::vector<std::byte> Join(Head head, const Texts& texts) {
 }  // namespace
 
 std::vector<std::byte> Encode(const WireNote& note) {
-  Head head{.buffer = note.buffer, .group = note.group};
+  Head head{.buffer = note.buffer};
+  const auto set_key = [&head](const ExchangeKey& key) {
+    head.run = key.run;
+    head.call_site = key.call_site;
+    head.pass = key.count;
+  };
   if (const auto* fault = std::get_if<Fault>(&note.body)) {
     head.what = What::kFault;
     head.from = fault->rank;
     head.to = fault->peer;
     return Join(head, {fault->op, fault->expected, fault->seen, fault->exchange});
   }
+  if (const auto* finished = std::get_if<FinishedNote>(&note.body)) {
+    head.what = What::kFinished;
+    head.from = finished->group;
+    head.count = finished->num_ranks;
+    set_key(finished->key);
+    return Join(head, {});
+  }
   const auto& message = std::get<MessageNote>(note.body);
-  head.run = message.key.run;
-  head.call_site = message.key.call_site;
-  head.count = message.key.count;
+  set_key(message.key);
   head.start = message.start;
   head.executable = message.site.executable;
   head.from = message.src;
   head.to = message.dst;
-  head.num_copies = message.site.num_copies;
+  head.count = message.site.num_copies;
   return Join(head, {message.site.program, message.site.call});
 }
 
@@ -85,7 +93,8 @@ std::optional<WireNote> Decode(std::span<const std::byte> bytes) {
     texts[i].assign(reinterpret_cast<const char*>(bytes.data()) + at, size);
     at += size;
   }
-  WireNote note{.buffer = head.buffer, .group = head.group, .body = {}};
+  WireNote note{.buffer = head.buffer, .body = {}};
+  const ExchangeKey key{head.run, head.call_site, head.pass};
   if (head.what == What::kFault) {
     note.body = Fault{.op = texts[0],
                       .rank = head.from,
@@ -93,14 +102,16 @@ std::optional<WireNote> Decode(std::span<const std::byte> bytes) {
                       .expected = texts[1],
                       .seen = texts[2],
                       .exchange = texts[3]};
+  } else if (head.what == What::kFinished) {
+    note.body = FinishedNote{.group = head.from, .num_ranks = head.count, .key = key};
   } else {
     note.body = MessageNote{.src = head.from,
                             .dst = head.to,
-                            .key = {head.run, head.call_site, head.count},
+                            .key = key,
                             .site = {.number = head.call_site,
                                      .program = texts[0],
                                      .call = texts[1],
-                                     .num_copies = head.num_copies,
+                                     .num_copies = head.count,
                                      .executable = head.executable},
                             .start = head.start};
   }

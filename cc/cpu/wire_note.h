@@ -16,7 +16,7 @@
 
 namespace jax_sm_free {
 
-// Of a message from rank to rank; its payload is the Message.
+// Of a message from member to member; its payload is the Message.
 struct MessageNote {
   int32_t src = 0;
   int32_t dst = 0;
@@ -25,10 +25,16 @@ struct MessageNote {
   int64_t start = 0;  // see Statement
 };
 
+// That so many more ranks of a group have finished their sends in an exchange.
+struct FinishedNote {
+  int32_t group = 0;
+  int32_t num_ranks = 0;
+  ExchangeKey key;
+};
+
 struct WireNote {
   int64_t buffer = 0;
-  int32_t group = 0;
-  std::variant<MessageNote, Fault> body;  // a Fault ends the group on all ranks
+  std::variant<MessageNote, FinishedNote, Fault> body;  // a Fault ends the buffer on all ranks
 };
 
 // At most Wire::kMaxHeaderBytes long: long texts of a fault are cut.

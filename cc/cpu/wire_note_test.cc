@@ -15,7 +15,6 @@ namespace {
 
 WireNote Message() {
   return {.buffer = 5,
-          .group = 3,
           .body = MessageNote{.src = 1,
                               .dst = 2,
                               .key = {.run = 10, .call_site = 11, .count = 12},
@@ -32,7 +31,6 @@ TEST(WireNoteTest, AMessageArrivesAsItWas) {
   const std::optional<WireNote> note = Decode(Encode(message));
   ASSERT_TRUE(note.has_value());
   EXPECT_EQ(note->buffer, 5);
-  EXPECT_EQ(note->group, 3);
   const auto& body = std::get<MessageNote>(note->body);
   const auto& sent = std::get<MessageNote>(message.body);
   EXPECT_EQ(body.src, sent.src);
@@ -43,6 +41,17 @@ TEST(WireNoteTest, AMessageArrivesAsItWas) {
   EXPECT_EQ(body.start, sent.start);
 }
 
+TEST(WireNoteTest, WhoHasFinishedArrivesAsItWas) {
+  const ExchangeKey key{.run = 10, .call_site = 11, .count = 12};
+  const std::optional<WireNote> note =
+      Decode(Encode({.buffer = 5, .body = FinishedNote{.group = 3, .num_ranks = 2, .key = key}}));
+  ASSERT_TRUE(note.has_value());
+  const auto& body = std::get<FinishedNote>(note->body);
+  EXPECT_EQ(body.group, 3);
+  EXPECT_EQ(body.num_ranks, 2);
+  EXPECT_EQ(body.key, key);
+}
+
 TEST(WireNoteTest, AFaultArrivesAsItWas) {
   const Fault fault{.op = "combine_recv",
                     .rank = 3,
@@ -50,7 +59,7 @@ TEST(WireNoteTest, AFaultArrivesAsItWas) {
                     .expected = "messages",
                     .seen = "none",
                     .exchange = "exchange 12, slot 1"};
-  const std::optional<WireNote> note = Decode(Encode({.buffer = 1, .group = 0, .body = fault}));
+  const std::optional<WireNote> note = Decode(Encode({.buffer = 1, .body = fault}));
   ASSERT_TRUE(note.has_value());
   EXPECT_EQ(std::get<Fault>(note->body).Describe(), fault.Describe());
 }
@@ -58,7 +67,7 @@ TEST(WireNoteTest, AFaultArrivesAsItWas) {
 TEST(WireNoteTest, LongTextsOfAFaultAreCutToWhatAWireTakes) {
   const std::string text(5000, 'x');
   const Fault fault{.op = text, .rank = 3, .expected = text, .seen = text, .exchange = text};
-  const std::vector<std::byte> bytes = Encode({.buffer = 1, .group = 0, .body = fault});
+  const std::vector<std::byte> bytes = Encode({.buffer = 1, .body = fault});
   EXPECT_LE(bytes.size(), Wire::kMaxHeaderBytes);
   const std::optional<WireNote> note = Decode(bytes);
   ASSERT_TRUE(note.has_value());
