@@ -1,6 +1,7 @@
 #include "cc/cpu/spanning_buffer.h"
 
 #include <atomic>
+#include <chrono>
 #include <condition_variable>
 #include <cstring>
 #include <deque>
@@ -111,29 +112,32 @@ struct Note {
   bool operator==(const Note&) const = default;
 };
 
-// Ranks in `kRanksOf` a process each, of one group.
+// Ranks by member, `kRanksOf` in a process each, of one group or several.
 class SpanningBufferTest : public ::testing::Test {
  protected:
   static constexpr int32_t kProcesses = 3;
   static constexpr int32_t kRanksOf = 2;
   static constexpr int32_t kRanks = kProcesses * kRanksOf;
 
-  void Open(double timeout_s = kNever) {
-    config_ = {.ep_size = kRanks,
+  void Open(double timeout_s = kNever, int32_t num_groups = 1) {
+    config_ = {.ep_size = kRanks / num_groups,
                .num_experts = kRanks,
                .num_slots = 2,
                .row_bytes = sizeof(Note),
                .timeout_s = timeout_s};
     cable_.ends.resize(kProcesses);
-    SpanningBuffer::Processes processes{.self = 0, .count = kProcesses, .of_rank = {{}}};
-    for (int32_t rank = 0; rank < kRanks; ++rank) {
-      processes.of_rank[0].push_back(rank / kRanksOf);
+    SpanningBuffer::Processes processes{.self = 0, .count = kProcesses, .of_rank = {}};
+    processes.of_rank.resize(num_groups);
+    for (int32_t member = 0; member < kRanks; ++member) {
+      processes.of_rank[member / config_.ep_size].push_back(member / kRanksOf);
     }
     for (processes.self = 0; processes.self < kProcesses; ++processes.self) {
       std::vector<std::optional<Place>> places;
       for (int32_t i = 0; i < kRanksOf; ++i) {
-        const int32_t rank = processes.self * kRanksOf + i;
-        places.emplace_back(Place{.group = 0, .rank = rank, .position = rank});
+        const int32_t member = processes.self * kRanksOf + i;
+        places.emplace_back(Place{.group = member / config_.ep_size,
+                                  .rank = member % config_.ep_size,
+                                  .position = member});
       }
       const auto open_wire = [&](Wire::Callbacks callbacks) -> Result<std::unique_ptr<Wire>> {
         auto end = std::make_unique<Cable::End>(cable_, processes.self, std::move(callbacks));
@@ -161,12 +165,14 @@ class SpanningBufferTest : public ::testing::Test {
     auto site = std::make_shared<CallSite>(
         CallSite{.number = 5, .program = program, .call = "combine_send 0"});
     if (auto fault = self.transport->Begin(Op::kCombineSend, exchange, rank, site)) return *fault;
-    for (int32_t dst = 0; dst < kRanks; ++dst) {
+    const int32_t first = rank - rank % config_.ep_size;
+    for (int32_t dst = first; dst < first + config_.ep_size; ++dst) {
       if (auto fault =
               self.transport->Send(exchange.key, rank, dst, Pack(exchange.key, rank, dst))) {
         return *fault;
       }
     }
+    self.transport->Finish(exchange.key, rank);
     return begun;
   }
 
@@ -305,6 +311,44 @@ TEST_F(SpanningBufferTest, ARankThatLeftOutAPartOfARunIsNamedByItsNext) {
   ASSERT_NE(FaultOf(arrival), nullptr);
   EXPECT_PRED_FORMAT2(IsSubstring, "a message from rank 4, seen it has begun run 1",
                       FaultOf(arrival)->Describe());
+}
+
+// Members 0 to 2 are one group, 3 to 5 another: process 1 has ranks of both.
+TEST_F(SpanningBufferTest, AGroupIsThroughWhenTheOtherHasSent) {
+  Open(kNever, 2);
+  std::vector<std::future<Transport::Arrival>> waiting;
+  for (const int32_t member : {0, 1, 2, 3}) {
+    waiting.push_back(Receive(member, std::get<Exchange>(Send(member, 1))));
+  }
+  (void)Send(4, 1);
+  const std::chrono::duration<double> long_enough(2 * AllGroups::kPatienceSeconds);
+  EXPECT_EQ(waiting[0].wait_for(long_enough), std::future_status::timeout);
+  (void)Send(5, 1);
+  for (auto& arrival : waiting) EXPECT_EQ(FaultOf(arrival.get()), nullptr);
+}
+
+TEST_F(SpanningBufferTest, ASilentRankEndsTheOtherGroupToo) {
+  Open(kSoon, 2);
+  std::vector<std::pair<int32_t, Exchange>> sent;
+  for (const int32_t rank : {0, 1, 2, 3, 4}) sent.emplace_back(rank, std::get<0>(Send(rank, 1)));
+  std::future<Transport::Arrival> through = Receive(0, sent[0].second);
+  for (const auto& [rank, exchange] : sent) {
+    if (rank >= 3) ExpectEnded(rank, exchange, "none from rank 2");
+  }
+  const Transport::Arrival arrival = through.get();
+  ASSERT_NE(FaultOf(arrival), nullptr);
+  EXPECT_PRED_FORMAT2(IsSubstring, "none from rank 2", FaultOf(arrival)->Describe());
+}
+
+TEST_F(SpanningBufferTest, AFaultIsToldOnStderrWhereItWasMet) {
+  Open();
+  const auto exchange = std::get<Exchange>(Send(0, 1));
+  ::testing::internal::CaptureStderr();
+  RankOf(3).transport->Fail(
+      0, {.op = "dispatch_send", .rank = 3, .expected = "x", .seen = "y", .exchange = {}});
+  ExpectEnded(0, exchange, "dispatch_send on rank 3: expected x, seen y");
+  EXPECT_EQ(::testing::internal::GetCapturedStderr(),
+            "jax_sm_free: dispatch_send on rank 3: expected x, seen y\n");
 }
 
 TEST_F(SpanningBufferTest, ClosingEndsWhoWaitsHere) {
