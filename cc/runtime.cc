@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <thread>
 #include <utility>
 
 namespace jax_sm_free {
@@ -58,16 +59,22 @@ std::shared_ptr<Buffer> Registry::Find(int64_t id) const {
 
 Result<std::shared_ptr<Buffer>> Registry::FindFor(std::string_view name) const {
   const std::lock_guard lock(mutex_);
+  const Result<const Open*> open = Resolve(name);
+  if (const Fault* fault = FaultOf(open)) return *fault;
+  return std::get<const Open*>(open)->buffer;
+}
+
+Result<const Registry::Open*> Registry::Resolve(std::string_view name) const {
   if (const auto id = ids_.find(name); id != ids_.end()) {
     if (const auto found = buffers_.find(id->second); found != buffers_.end()) {
-      return found->second.buffer;
+      return &found->second;
     }
     return Fault{.expected = "buffer " + std::to_string(id->second) + " to be open",
                  .seen = "it is closed",
                  .exchange = {}};
   }
   const std::vector<const Open*> alike = OpenLike(name);
-  if (alike.size() == 1) return alike.front()->buffer;
+  if (alike.size() == 1) return alike.front();
   if (alike.empty()) {
     return Fault{.expected = "the buffer that this program was made for to be open: " +
                              std::string(DescriptionIn(name)),
@@ -81,12 +88,15 @@ Result<std::shared_ptr<Buffer>> Registry::FindFor(std::string_view name) const {
                .exchange = {}};
 }
 
+// Without those that are dropped, unless there are no others.
 std::vector<const Registry::Open*> Registry::OpenLike(std::string_view name) const {
   std::vector<const Open*> alike;
+  std::vector<const Open*> dropped;
   for (const auto& [id, open] : buffers_) {
-    if (DescriptionIn(open.name) == DescriptionIn(name)) alike.push_back(&open);
+    if (DescriptionIn(open.name) != DescriptionIn(name)) continue;
+    (open.dropped ? dropped : alike).push_back(&open);
   }
-  return alike;
+  return alike.empty() ? dropped : alike;
 }
 
 std::string Registry::NamesOfOpen() const {
@@ -97,17 +107,60 @@ std::string Registry::NamesOfOpen() const {
   return names.empty() ? "no open buffer" : names;
 }
 
+// Takes a buffer out. Null if it is not there, or does not meet the condition.
+std::shared_ptr<Buffer> Registry::TakeIf(int64_t id,
+                                         const std::function<bool(Open& open)>& condition) {
+  const std::lock_guard lock(mutex_);
+  const auto found = buffers_.find(id);
+  if (found == buffers_.end() || !condition(found->second)) return nullptr;
+  std::shared_ptr<Buffer> buffer = std::move(found->second.buffer);
+  buffers_.erase(found);
+  return buffer;
+}
+
 bool Registry::Close(int64_t id) {
-  std::shared_ptr<Buffer> buffer;
+  const std::shared_ptr<Buffer> buffer = TakeIf(id, [](Open&) { return true; });
+  if (buffer != nullptr) buffer->Close();
+  return buffer != nullptr;
+}
+
+void Registry::CloseAll() {
+  std::vector<int64_t> ids;
   {
     const std::lock_guard lock(mutex_);
-    const auto found = buffers_.find(id);
-    if (found == buffers_.end()) return false;
-    buffer = std::move(found->second.buffer);
-    buffers_.erase(found);
+    for (const auto& [id, open] : buffers_) ids.push_back(id);
   }
-  buffer->Close();
-  return true;
+  for (const int64_t id : ids) Close(id);
+}
+
+void Registry::Drop(int64_t id) {
+  (void)TakeIf(id, [](Open& open) {
+    open.dropped = true;
+    return open.keeper.expired();
+  });
+}
+
+std::shared_ptr<const void> Registry::Keep(std::string_view name) {
+  const std::lock_guard lock(mutex_);
+  const Result<const Open*> found = Resolve(name);
+  if (FaultOf(found) != nullptr) return nullptr;
+  const int64_t id = std::get<const Open*>(found)->buffer->id();
+  Open& open = buffers_.at(id);
+  std::shared_ptr<const void> keeper = open.keeper.lock();
+  if (keeper == nullptr) {
+    keeper =
+        std::shared_ptr<const void>(open.buffer.get(), [this, id](const void*) { OnUnkept(id); });
+    open.keeper = keeper;
+  }
+  return keeper;
+}
+
+void Registry::OnUnkept(int64_t id) {
+  std::shared_ptr<Buffer> buffer =
+      TakeIf(id, [](Open& open) { return open.dropped && open.keeper.expired(); });
+  if (buffer == nullptr) return;
+  // Going may take a while, and this thread may hold locks of others: a program is being dropped.
+  std::thread([buffer = std::move(buffer)]() mutable { buffer.reset(); }).detach();
 }
 
 }  // namespace jax_sm_free

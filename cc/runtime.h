@@ -41,7 +41,8 @@ class Buffer {
   const Config& config() const { return config_; }
   std::optional<Place> PlaceOf(int32_t device) const;
 
-  // Ends what waits on this buffer with a fault. Called when it leaves the registry.
+  // Ends what waits on this buffer with a fault. Called when its user closes it; a buffer that is
+  // only dropped ends what is left by its destructor.
   virtual void Close() = 0;
 
   // Bytes of messages that the buffer of one rank has taken so far, in use or kept for reuse.
@@ -66,6 +67,13 @@ class Buffer {
 // program and means the same in every process: a description, and behind it the number of the
 // buffer among those of one description (jax_sm_free/identity.py). So a program never meets a
 // buffer that it was not made for, and a program from another process finds the equal one here.
+//
+//            Close                          nobody keeps it
+//   open -----------------> gone <------------------------------- dropped
+//    |                                                               ^
+//    +------------------------------ Drop ---------------------------+
+//
+// Runs may be under way, or begin, in programs that keep the buffer; they find it until it is gone.
 class Registry {
  public:
   static Registry& Get();
@@ -78,10 +86,16 @@ class Registry {
   void Add(std::shared_ptr<Buffer> buffer, const std::string& name);
   std::shared_ptr<Buffer> Find(int64_t id) const;  // null if it is closed or never was
   bool Close(int64_t id);                          // false if it was not open
+  void CloseAll();
+  void Drop(int64_t id);  // for a buffer whose user refers to it no more
 
   // The open buffer of a program's name. Where this process has had no buffer of this number, the
   // only open one of the same description stands in. A fault if there is none.
   Result<std::shared_ptr<Buffer>> FindFor(std::string_view name) const;
+
+  // Keeps the buffer that FindFor finds from going when it is dropped, as long as the result lives.
+  // Null if there is none.
+  std::shared_ptr<const void> Keep(std::string_view name);
 
  private:
   struct Hash {
@@ -91,9 +105,14 @@ class Registry {
   struct Open {
     std::shared_ptr<Buffer> buffer;
     std::string name;
+    std::weak_ptr<const void> keeper = {};  // what Keep has returned, to all
+    bool dropped = false;
   };
 
+  Result<const Open*> Resolve(std::string_view name) const;
   std::vector<const Open*> OpenLike(std::string_view name) const;
+  std::shared_ptr<Buffer> TakeIf(int64_t id, const std::function<bool(Open& open)>& condition);
+  void OnUnkept(int64_t id);
   std::string NamesOfOpen() const;
 
   mutable std::mutex mutex_;

@@ -30,9 +30,11 @@ class FakeBuffer : public Buffer {
   bool was_open = false;
 };
 
+std::string NameOf(const FakeBuffer& buffer) { return "any #" + std::to_string(buffer.id()); }
+
 std::shared_ptr<FakeBuffer> Opened() {
   auto buffer = std::make_shared<FakeBuffer>(Registry::Get().NextId());
-  Registry::Get().Add(buffer, "any #" + std::to_string(buffer->id()));
+  Registry::Get().Add(buffer, NameOf(*buffer));
   return buffer;
 }
 
@@ -127,6 +129,67 @@ TEST(RegistryTest, AClosedBufferLivesAsLongAsItIsHeld) {
   EXPECT_FALSE(weak.expired());
   buffer.reset();
   EXPECT_TRUE(weak.expired());
+}
+
+TEST(RegistryTest, ADroppedBufferThatNobodyKeepsGoesAtOnceAndIsNotClosed) {
+  auto buffer = Opened();
+  const int64_t id = buffer->id();
+  const std::weak_ptr<FakeBuffer> weak = buffer;
+  Registry::Get().Drop(id);
+  EXPECT_EQ(buffer->num_closes, 0);
+  EXPECT_EQ(Registry::Get().Find(id), nullptr);
+  EXPECT_EQ(Registry::Get().Keep(NameOf(*buffer)), nullptr);
+  buffer.reset();
+  EXPECT_TRUE(weak.expired());
+}
+
+TEST(RegistryTest, ADroppedBufferIsThereUntilTheLastLetsItGo) {
+  const auto buffer = Opened();
+  std::shared_ptr<const void> one = Registry::Get().Keep(NameOf(*buffer));
+  Registry::Get().Drop(buffer->id());
+  std::shared_ptr<const void> other = Registry::Get().Keep(NameOf(*buffer));
+  one.reset();
+  EXPECT_EQ(Registry::Get().Find(buffer->id()), buffer);
+  other.reset();
+  EXPECT_EQ(Registry::Get().Find(buffer->id()), nullptr);
+  EXPECT_EQ(buffer->num_closes, 0);
+}
+
+TEST(RegistryTest, ADroppedBufferStandsInWhereNoOtherCan) {
+  const std::string elsewhere = "any #-1";  // of a program from another process
+  const auto dropped = Opened();
+  const std::shared_ptr<const void> keeper = Registry::Get().Keep(elsewhere);
+  ASSERT_NE(keeper, nullptr);
+  Registry::Get().Drop(dropped->id());
+  EXPECT_EQ(std::get<0>(Registry::Get().FindFor(elsewhere)), dropped);
+  const auto open = Opened();
+  EXPECT_EQ(std::get<0>(Registry::Get().FindFor(elsewhere)), open);
+  Registry::Get().Close(open->id());
+}
+
+TEST(RegistryTest, ABufferThatIsNotDroppedStaysWhenNobodyKeepsIt) {
+  const auto buffer = Opened();
+  Registry::Get().Keep(NameOf(*buffer)).reset();
+  EXPECT_EQ(Registry::Get().Find(buffer->id()), buffer);
+  Registry::Get().Close(buffer->id());
+}
+
+TEST(RegistryTest, ClosingEndsABufferThatIsKept) {
+  const auto buffer = Opened();
+  const std::shared_ptr<const void> keeper = Registry::Get().Keep(NameOf(*buffer));
+  EXPECT_TRUE(Registry::Get().Close(buffer->id()));
+  EXPECT_EQ(Registry::Get().Find(buffer->id()), nullptr);
+  EXPECT_EQ(buffer->num_closes, 1);
+}
+
+TEST(RegistryTest, CloseAllClosesWhatIsOpenAndWhatIsDropped) {
+  const auto open = Opened();
+  const auto dropped = Opened();
+  const std::shared_ptr<const void> keeper = Registry::Get().Keep(NameOf(*dropped));
+  Registry::Get().Drop(dropped->id());
+  Registry::Get().CloseAll();
+  EXPECT_EQ(open->num_closes, 1);
+  EXPECT_EQ(dropped->num_closes, 1);
 }
 
 TEST(RegistryTest, NeverGivesAnIdTwice) {

@@ -129,7 +129,8 @@ class Buffer:
             self._native, self._id, program_name = transports.open_buffer(
                 self.transport, mesh, self.axes, self.config, described(transport=self.transport)
             )
-        self._closer = weakref.finalize(self, _close, self._native, self._id)
+        self._closer = weakref.finalize(self, _drop, self._native, self._id)
+        self._closer.atexit = False  # then `native` closes what is open
         named = transports.names_calls(self.transport)
         self._target = Target(self.config, program_name, named)
 
@@ -328,9 +329,12 @@ class Buffer:
     def close(self) -> None:
         """Frees the buffer's memory. Not collective; closing twice does nothing.
 
-        What still waits ends with an error, and so do programs that run this buffer's ops later.
+        What still waits ends with an error, and so do programs that run this buffer's ops later. A
+        buffer that is garbage collected, and was not closed, ends nothing: see "Lifetime" in
+        docs/sharp_bits.md.
         """
-        self._closer()
+        if self._closer.detach() and self._native is not None:
+            self._native.close_buffer(self._id)
 
     def __enter__(self) -> Buffer:
         self._check_open("with")
@@ -378,6 +382,6 @@ class Buffer:
         checks.check_inside(op, self.mesh, self.axes)
 
 
-def _close(native: Native | None, buffer_id: int) -> None:
+def _drop(native: Native | None, buffer_id: int) -> None:
     if native is not None:
-        native.close_buffer(buffer_id)
+        native.drop_buffer(buffer_id)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -102,6 +103,10 @@ class Native:
         """Frees a buffer; whoever waits on it ends with an error. Closing twice does nothing."""
         self._module.close_buffer(buffer_id)
 
+    def drop_buffer(self, buffer_id: int) -> None:
+        """Frees a buffer as soon as no program is left that may still run on it."""
+        self._module.drop_buffer(buffer_id)
+
     def take_fault(self, buffer_id: int) -> str | None:
         """The first fault since the last call, if there was one."""
         fault = self._module.take_fault(buffer_id)
@@ -112,9 +117,13 @@ class Native:
         return int(self._module.message_bytes(buffer_id, device))
 
 
+@functools.cache
 def _load(platform: str) -> Any:
     try:
-        return importlib.import_module(f"jax_sm_free._{platform}")
+        module = importlib.import_module(f"jax_sm_free._{platform}")
+        # Python's end closes what is open, so that the peers of this process hear of it.
+        weakref.finalize(module, module.close_all)
+        return module
     except ImportError as error:
         raise NotImplementedError(
             f"expected jax_sm_free to be built for {platform} devices, got a build without: {error}"

@@ -278,6 +278,48 @@ def test_a_buffer_closed_while_results_are_pending(inputs):
         support.assert_matches(error, closed)
 
 
+@pytest.mark.cpu_only
+def test_results_that_are_pending_outlive_the_buffer(inputs):
+    """Collecting the buffer, and the program, ends nothing that was started: not even its sends."""
+    buffer = support.open_buffer(make_config(num_experts=2 * support.SOME_RANKS, timeout_s=60.0))
+    run = compiled(buffer)
+    jax.block_until_ready(run(*inputs, actions_of()))
+    number = buffer._id
+    # All ranks sleep before their first send, and so before anything is in flight.
+    late = actions_of("dispatch_send", 2.0, rank=slice(None))
+    start = time.monotonic()
+    out = run(*inputs, late)
+    del buffer, run
+    gc.collect()
+    assert time.monotonic() - start < 2.0, "the run has ended before the buffer was collected"
+    support.assert_same_bits(out, expected_output())
+    assert_goes(number)
+
+
+def assert_goes(number):
+    """The buffer closes soon: what it waits for may only just be ending."""
+    from jax_sm_free import _cpu
+
+    deadline = time.monotonic() + MARGIN_S
+    while _cpu.is_open(number):
+        assert time.monotonic() < deadline, "nobody refers to the buffer, but it is still open"
+        gc.collect()
+        time.sleep(0.01)
+
+
+@pytest.mark.cpu_only
+def test_a_compiled_program_keeps_its_buffer(inputs):
+    buffer = support.open_buffer(CONFIG)
+    number = buffer._id
+    run = compiled(buffer).lower(*inputs, actions_of()).compile()
+    del buffer
+    gc.collect()
+    assert_works(run, inputs)
+    del run
+    assert_goes(number)
+
+
+@pytest.mark.gpu_only
 def test_a_buffer_that_nobody_refers_to_is_closed(inputs):
     """A program that was compiled for it and outlives it ends with an error."""
     buffer = support.open_buffer(CONFIG)

@@ -89,6 +89,11 @@ inline void DefineCommon(nb::module_& module) {
   module.def(
       "close_buffer", [](int64_t id) { return Registry::Get().Close(id); },
       nb::call_guard<nb::gil_scoped_release>());
+  module.def(
+      "drop_buffer", [](int64_t id) { Registry::Get().Drop(id); },
+      nb::call_guard<nb::gil_scoped_release>());
+  module.def(
+      "close_all", [] { Registry::Get().CloseAll(); }, nb::call_guard<nb::gil_scoped_release>());
   module.def("lowest_free_id", [] { return Registry::Get().LowestFreeId(); });
   module.def("take_fault", [](int64_t id) { return FindOpen(id)->TakeFault(); });
   module.def("message_bytes",

@@ -4,6 +4,8 @@
 #include <string>
 #include <string_view>
 
+#include "cc/runtime.h"
+
 namespace jax_sm_free {
 namespace {
 
@@ -15,6 +17,7 @@ ffi::ErrorOr<std::unique_ptr<SendSite>> MakeSendSite(ffi::Dictionary attributes)
   if (buffer.has_error()) return ffi::Unexpected(buffer.error());
   auto site = std::make_unique<SendSite>();
   site->buffer = *buffer;
+  site->keeper = Registry::Get().Keep(*buffer);
   if (!attributes.contains("program")) return site;
   const auto program = attributes.get<std::string_view>("program");
   const auto lowering = attributes.get<int64_t>("lowering");

@@ -21,6 +21,9 @@ struct SendSite {
   static int64_t Next();
 
   std::string buffer;  // the name that the program has for it
+  // XLA keeps the state of a program that runs: so a run finds its buffer, though nobody else may
+  // refer to it any more. Null for a buffer that was not open when the program was compiled.
+  std::shared_ptr<const void> keeper;
   int64_t number = Next();
   std::unique_ptr<CallCopy> copy;
 };
