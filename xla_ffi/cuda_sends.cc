@@ -21,9 +21,7 @@ namespace jax_sm_free::cuda {
 namespace {
 
 // Orders for this rank's mover will come soon.
-void WakeMover(const Call& call) {
-  if (call.rank->mover != nullptr) call.rank->mover->Wake();
-}
+void WakeMover(const Call& call) { call.rank->mover->Wake(); }
 
 ffi::Error DispatchSendImpl(std::string_view buffer, int32_t device, cudaStream_t stream,
                             ffi::AnyBuffer values,  // [T, values columns]

@@ -50,12 +50,7 @@ void Freer::operator()(void* memory) const {
 }
 
 std::optional<Fault> DeviceRank::SeenFault() const {
-  if (mover != nullptr) {
-    if (const std::string error = mover->Error(); !error.empty()) {
-      return Fault{
-          .op = "copy", .rank = view.rank, .expected = "success", .seen = error, .exchange = {}};
-    }
-  }
+  if (std::optional<Fault> fault = mover->CopyFault()) return fault;
   return FaultIn(view.status->fault, view, view.config.timeout_s);
 }
 
@@ -219,7 +214,7 @@ Result<std::shared_ptr<DeviceBuffer>> DeviceBuffer::Make(
     const std::string error = buffer->Connect(static_cast<int32_t>(device), places);
     if (!error.empty()) return refuse("peer access between the devices of a group", error);
   }
-  if (config.ep_size > 1) buffer->StartMovers(places);
+  buffer->StartMovers(places);
   return buffer;
 }
 
@@ -242,6 +237,8 @@ void DeviceBuffer::Free() {
   for (const auto& rank : ranks_) {
     if (rank != nullptr) rank->mover.reset();
   }
+  // A buffer that was dropped has not said so yet.
+  if (neighbours_) neighbours_->group_end->TellClosed();
   memory_.clear();
   ranks_.clear();
   neighbours_.reset();

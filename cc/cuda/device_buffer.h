@@ -31,7 +31,7 @@ using Memory = std::unique_ptr<void, Freer>;
 struct DeviceRank {
   RankView view;
   uint64_t* copies_done = nullptr;  // [ep_size], the mover's
-  std::unique_ptr<Mover> mover;     // null for a group of one
+  std::unique_ptr<Mover> mover;
 
   // The fault that this rank has met, if any. It stays.
   std::optional<Fault> SeenFault() const;
@@ -44,7 +44,7 @@ struct Neighbours {
   std::shared_ptr<void> memory;  // keeps them
   std::shared_ptr<Crossbar> crossbar;
   std::shared_ptr<Courier> courier;     // null if all regions are within reach
-  std::shared_ptr<GroupEnd> group_end;  // of the processes on this host
+  std::shared_ptr<GroupEnd> group_end;  // told among the processes of this host
 };
 
 class DeviceBuffer : public Buffer {

@@ -11,9 +11,11 @@ namespace {
 
 class GroupEndTest : public ::testing::Test {
  protected:
-  std::shared_ptr<EndNote> note_ = std::make_shared<EndNote>();
-  GroupEnd here_{note_};
-  GroupEnd there_{note_};
+  std::shared_ptr<ClosedNote> closed_ = std::make_shared<ClosedNote>();
+  std::shared_ptr<FaultNote> fault_ = std::make_shared<FaultNote>();
+  GroupEnd here_{closed_, fault_};
+  GroupEnd there_{closed_, fault_};
+  GroupEnd other_group_{std::make_shared<ClosedNote>(), fault_};
 };
 
 TEST_F(GroupEndTest, HasNotComeAtFirst) {
@@ -42,13 +44,24 @@ TEST_F(GroupEndTest, AFaultBehindAClosingIsTold) {
   EXPECT_EQ(here_.Fault(), "a fault");
 }
 
+TEST_F(GroupEndTest, AFaultEndsOtherGroups) {
+  here_.TellFault("a fault");
+  EXPECT_TRUE(other_group_.HasCome());
+  EXPECT_EQ(other_group_.Fault(), "a fault");
+}
+
+TEST_F(GroupEndTest, ClosingEndsOneGroupAlone) {
+  here_.TellClosed();
+  EXPECT_FALSE(other_group_.HasCome());
+}
+
 TEST_F(GroupEndTest, LongTextsAreCutOff) {
-  here_.TellFault(std::string(2 * sizeof(EndNote::text), 'x'));
-  EXPECT_EQ(there_.Fault(), std::string(sizeof(EndNote::text) - 1, 'x'));
+  here_.TellFault(std::string(2 * sizeof(FaultNote::text), 'x'));
+  EXPECT_EQ(there_.Fault(), std::string(sizeof(FaultNote::text) - 1, 'x'));
 }
 
 TEST_F(GroupEndTest, AFaultThatIsNotWrittenYetIsNone) {
-  note_->progress = EndNote::kClaimed;
+  fault_->progress = FaultNote::kClaimed;
   there_.TellFault("another");
   EXPECT_FALSE(there_.HasCome());
   EXPECT_EQ(there_.Fault(), std::nullopt);

@@ -54,13 +54,14 @@ Mover::~Mover() {
 }
 
 void Mover::Wake() {
+  if (view_.config.ep_size == 1) return;
   last_active_ = Clock::now().time_since_epoch().count();
   woken_.notify_one();
 }
 
-std::string Mover::Error() {
+std::optional<Fault> Mover::CopyFault() {
   const std::lock_guard lock(mutex_);
-  return error_;
+  return copy_fault_;
 }
 
 bool Mover::TakeOrder() {
@@ -157,7 +158,13 @@ void Mover::Fail(cudaError_t status) {
   ReleaseLink();
   on_its_way_ = {};
   const std::lock_guard lock(mutex_);
-  if (error_.empty()) error_ = cudaGetErrorString(status);
+  if (copy_fault_) return;
+  copy_fault_ = Fault{.op = "copy",
+                      .rank = view_.rank,
+                      .expected = "success",
+                      .seen = cudaGetErrorString(status),
+                      .exchange = {}};
+  jax_sm_free::TellFault(*copy_fault_);
 }
 
 cudaError_t Mover::MeasureLink(int32_t dst) {
@@ -206,14 +213,19 @@ void Mover::TellSlowWait() {
   std::atomic_ref(record.claimed).store(0, std::memory_order_release);
 }
 
-void Mover::TellAndHearOfEnd() {
-  if (group_end_ == nullptr) return;
+// The fault that this rank has met. What follows from another's is that one's to tell.
+void Mover::TellFault() {
+  if (has_seen_fault_) return;
   FaultRecord& record = view_.status->fault;
-  if (!group_end_->HasFault()) {
-    const std::optional<Fault> fault = FaultIn(record, view_, view_.config.timeout_s);
-    if (fault && !IsEcho(record)) group_end_->TellFault(fault->Describe());
-  }
-  if (!group_end_->HasCome()) return;
+  const std::optional<Fault> fault = FaultIn(record, view_, view_.config.timeout_s);
+  has_seen_fault_ = fault.has_value();
+  if (!fault || IsEcho(record)) return;
+  jax_sm_free::TellFault(*fault);
+  if (group_end_ != nullptr) group_end_->TellFault(fault->Describe());
+}
+
+void Mover::HearOfEnd() {
+  if (group_end_ == nullptr || !group_end_->HasCome()) return;
   std::atomic_ref(view_.status->stopped).store(1, std::memory_order_release);
 }
 
@@ -221,7 +233,8 @@ void Mover::Run() {
   (void)cudaSetDevice(device_);
   while (!stop_) {
     TellSlowWait();
-    TellAndHearOfEnd();
+    TellFault();
+    HearOfEnd();
     bool active = TakeOrder();
     active |= FinishCopy();
     active |= StartCopy();

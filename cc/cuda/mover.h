@@ -12,7 +12,7 @@
 #include <deque>
 #include <memory>
 #include <mutex>
-#include <string>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -20,6 +20,7 @@
 #include "cc/cuda/crossbar.h"
 #include "cc/cuda/device_state.h"
 #include "cc/cuda/group_end.h"
+#include "cc/fault.h"
 
 namespace jax_sm_free::cuda {
 
@@ -41,7 +42,8 @@ class Mover {
   // `crossbar` is shared by the group. `done` u64 [ep_size] is pinned memory of this mover's alone,
   // zeros. Measures the links to the peers, whose regions are there and hold no messages yet.
   // `courier`, if any, takes what is for ranks out of reach. `group_end`, if any, hears of this
-  // rank's fault, and ends this rank's waits when it has come.
+  // rank's fault, and ends this rank's waits when it has come. A group of one rank has a mover, too,
+  // which tells its faults and moves nothing.
   Mover(int device, const RankView& view, std::shared_ptr<Crossbar> crossbar,
         std::shared_ptr<Courier> courier, std::shared_ptr<GroupEnd> group_end, uint64_t* done);
   ~Mover();
@@ -51,8 +53,8 @@ class Mover {
   // Called when an exchange was enqueued: orders will come soon.
   void Wake();
 
-  // The first error of a copy, empty if there was none. It stays.
-  std::string Error();
+  // What the first copy that failed has met, if one did. It stays.
+  std::optional<Fault> CopyFault();
 
  private:
   using Clock = std::chrono::steady_clock;
@@ -78,7 +80,8 @@ class Mover {
   bool StartCopy();
   bool IsDone(const Copy& copy) const;
   void TellSlowWait();
-  void TellAndHearOfEnd();
+  void TellFault();
+  void HearOfEnd();
   cudaError_t Issue(const CopyOrder& order, uint64_t number);
   void Fail(cudaError_t status);
 
@@ -99,7 +102,8 @@ class Mover {
   std::atomic<Clock::rep> last_active_{0};
   std::atomic<bool> stop_{false};
   bool failed_ = false;
-  std::string error_;  // guarded by mutex_
+  bool has_seen_fault_ = false;      // of a kernel
+  std::optional<Fault> copy_fault_;  // guarded by mutex_
   std::thread thread_;
 };
 

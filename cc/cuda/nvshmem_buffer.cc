@@ -8,6 +8,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <iterator>
+#include <numeric>
 #include <random>
 #include <utility>
 
@@ -72,14 +73,14 @@ class Opening {
   std::optional<Fault> Join();
   // Takes this rank's region, and finds those of the others.
   std::optional<Fault> FindRegions(const RegionLayout& regions);
-  // Shares the group's crossbar, and what is to be told of its end, with the processes of this
-  // host.
+  // Shares the group's crossbar, and what is to be told of the end of the group and of all groups,
+  // with the processes of this host.
   std::optional<Fault> ShareMemory();
 
   const Neighbours& neighbours() const { return neighbours_; }
   // After all have called ShareMemory.
-  void ForgetName() {
-    if (shared_ != nullptr) shared_->Unname();
+  void ForgetNames() {
+    for (const auto& memory : {group_memory_, mesh_memory_}) memory->Unname();
   }
 
  private:
@@ -91,8 +92,8 @@ class Opening {
   bool OnThisHost(const Hello& hello) const;
   // Null for memory out of reach.
   std::byte* PointerAt(std::byte* own, int pe) const;
-  // The first process of this group on this host.
-  int32_t HostLeader() const;
+  // Of these processes the first on this host.
+  int32_t HostLeader(const std::vector<int32_t>& processes) const;
   int32_t NumProcesses() const { return static_cast<int32_t>(hellos_.size()); }
 
   const Processes& processes_;
@@ -101,7 +102,8 @@ class Opening {
   std::vector<Hello> hellos_;  // by process
   SymmetricHeap::Ids dropped_by_all_;
   std::vector<int32_t> pes_;  // by process
-  std::shared_ptr<SharedMemory> shared_;
+  std::shared_ptr<SharedMemory> group_memory_;
+  std::shared_ptr<SharedMemory> mesh_memory_;
   Neighbours neighbours_;
 };
 
@@ -250,35 +252,47 @@ std::byte* Opening::PointerAt(std::byte* own, int pe) const {
   return puts_alone ? nullptr : nvshmem_->PointerAt(own, pe);
 }
 
-int32_t Opening::HostLeader() const {
-  return *std::find_if(processes_.of_rank.begin(), processes_.of_rank.end(),
+int32_t Opening::HostLeader(const std::vector<int32_t>& processes) const {
+  return *std::find_if(processes.begin(), processes.end(),
                        [&](int32_t process) { return OnThisHost(hellos_[process]); });
 }
 
 std::optional<Fault> Opening::ShareMemory() {
-  struct Shared {
+  struct OfGroup {
     Links links;
-    EndNote end;
+    ClosedNote closed;
   };
-  const int32_t leader = HostLeader();
-  const std::string name = hellos_[leader].memory;
-  const auto take = [&](Result<std::shared_ptr<SharedMemory>> made) -> std::optional<Fault> {
-    if (const Fault* fault = FaultOf(made)) return *fault;
-    shared_ = std::get<std::shared_ptr<SharedMemory>>(std::move(made));
+  std::vector<int32_t> all(hellos_.size());
+  std::iota(all.begin(), all.end(), 0);
+  struct Block {
+    int32_t leader;  // makes it
+    char suffix;     // of its name
+    size_t bytes;
+    std::shared_ptr<SharedMemory>& memory;
+  };
+  const Block blocks[] = {{HostLeader(processes_.of_rank), 'g', sizeof(OfGroup), group_memory_},
+                          {HostLeader(all), 'm', sizeof(FaultNote), mesh_memory_}};
+  const auto take = [&](bool as_leader) -> std::optional<Fault> {
+    for (const Block& block : blocks) {
+      if ((block.leader == processes_.index) != as_leader) continue;
+      const std::string name = hellos_[block.leader].memory + std::string(1, block.suffix);
+      auto made = as_leader ? SharedMemory::Create(name, block.bytes)
+                            : SharedMemory::Open(name, block.bytes);
+      if (const Fault* fault = FaultOf(made)) return *fault;
+      block.memory = std::get<std::shared_ptr<SharedMemory>>(std::move(made));
+    }
     return std::nullopt;
   };
-  if (leader == processes_.index) {
-    if (auto fault = take(SharedMemory::Create(name, sizeof(Shared)))) return fault;
-  }
+  if (auto fault = take(true)) return fault;
   processes_.exchange("");
-  if (leader != processes_.index) {
-    if (auto fault = take(SharedMemory::Open(name, sizeof(Shared)))) return fault;
-  }
-  auto* shared = static_cast<Shared*>(shared_->data());
+  if (auto fault = take(false)) return fault;
+  auto* group = static_cast<OfGroup*>(group_memory_->data());
+  auto* mesh = static_cast<FaultNote*>(mesh_memory_->data());
   neighbours_.crossbar =
-      std::make_shared<Crossbar>(std::shared_ptr<Links>(shared_, &shared->links));
+      std::make_shared<Crossbar>(std::shared_ptr<Links>(group_memory_, &group->links));
   neighbours_.group_end =
-      std::make_shared<GroupEnd>(std::shared_ptr<EndNote>(shared_, &shared->end));
+      std::make_shared<GroupEnd>(std::shared_ptr<ClosedNote>(group_memory_, &group->closed),
+                                 std::shared_ptr<FaultNote>(mesh_memory_, mesh));
   return std::nullopt;
 }
 
@@ -305,7 +319,7 @@ Result<std::shared_ptr<DeviceBuffer>> OpenNvshmemBuffer(
   if (FaultOf(buffer) != nullptr) return buffer;
   // Nobody sends before all are ready to receive.
   processes.exchange("");
-  opening.ForgetName();
+  opening.ForgetNames();
   return buffer;
 }
 
