@@ -61,9 +61,7 @@ Result<Exchange> Ledger::Begin(Op op, int64_t run, int64_t call_site) {
   const Kind kind = KindOf(op);
   uint64_t& slots = state->SlotsOf(kind);
   const int32_t slot = std::countr_one(slots);
-  if (slot >= num_slots_) {
-    return Refuse(op, TooManySends(num_slots_, KindName(kind) + std::string(" exchanges")));
-  }
+  if (slot >= num_slots_) return Refuse(op, TooManySendsOfKind(num_slots_, kind));
   slots |= uint64_t{1} << slot;
   const Exchange exchange{.sequence = next_sequence_++,
                           .slot = slot,

@@ -64,9 +64,17 @@ void TellSlowWait(const Fault& fault) {
   (void)std::fprintf(stderr, "%s (still waiting)\n", fault.Describe().c_str());
 }
 
-Fault TooManySends(int32_t num_slots, const std::string& what) {
-  return Texts("at most " + std::to_string(num_slots) + " " + what + " in flight (num_slots)",
+Fault TooManySends(int32_t num_slots) {
+  return Texts("at most " + std::to_string(num_slots) + " exchanges in flight (num_slots)",
                "one send more without a recv");
+}
+
+Fault TooManySendsOfKind(int32_t num_slots, Kind kind) {
+  return Texts("at most " + std::to_string(num_slots) + " " + KindName(kind) +
+                   " exchanges in flight (num_slots)",
+               "one send more without a recv: XLA:CPU runs exchanges at once that do not depend on "
+               "each other, and jax.checkpoint in a scan with unroll=n makes n such; open the buffer "
+               "with a larger num_slots");
 }
 
 Fault NotOneToken(float magic) {

@@ -30,8 +30,9 @@ void TellFault(const Fault& fault);
 // Tells on stderr that a wait goes on, though slowly.
 void TellSlowWait(const Fault& fault);
 
-// `what`: the exchanges that share the slots.
-Fault TooManySends(int32_t num_slots, const std::string& what);
+Fault TooManySends(int32_t num_slots);
+// Where each kind has slots of its own, and XLA starts what it can.
+Fault TooManySendsOfKind(int32_t num_slots, Kind kind);
 
 // A token whose magic word is not that of one token.
 Fault NotOneToken(float magic);

@@ -13,6 +13,8 @@ import pytest
 import support
 from support import after, layer, make_config
 
+import jax_sm_free as smf
+
 CONFIG = make_config(num_experts=2 * support.SOME_RANKS)
 
 
@@ -43,6 +45,32 @@ first_ends_last = functools.partial(two_in_flight, False)
 @pytest.mark.parametrize("program", [first_ends_first, first_ends_last])
 def test_two_in_flight_end_in_either_order(program, inputs):
     support.check_same(CONFIG, program, *inputs)
+
+
+def unrolled_scan_gradient(unroll, api, x, topk_idx, weights, y):
+    """Of a scan under checkpoint: each layer needs the result of the one before it."""
+
+    def one_layer(x, scale):
+        return x + scale * layer(api, x, topk_idx, weights, y), None
+
+    def loss(x):
+        scales = jnp.linspace(0.1, 0.2, 2 * unroll)
+        return (jax.lax.scan(jax.checkpoint(one_layer), x, scales, unroll=unroll)[0] ** 2).sum()
+
+    return jax.grad(loss)(x)
+
+
+@pytest.mark.cpu_only
+def test_an_unrolled_scan_under_checkpoint_takes_as_many_slots(inputs):
+    """Its backward pass repeats the layers of one step from carries that are there: at once."""
+    unroll = 3
+    program = functools.partial(unrolled_scan_gradient, unroll)
+    with support.open_buffer(dataclasses.replace(CONFIG, num_slots=unroll - 1)) as buffer:
+        run = support.on_ranks(functools.partial(program, support.Api(buffer, smf)), buffer.mesh)
+        error = support.error_of(run, *inputs)
+        support.assert_matches(error, "expected at most 2 dispatch exchanges", "scan with unroll=n")
+    ours, theirs = support.runners(dataclasses.replace(CONFIG, num_slots=unroll), program)
+    support.assert_close(ours(*inputs), theirs(*inputs), 1e-4)
 
 
 def dispatch_beside_combine(api, x, topk_idx, weights, y):

@@ -46,7 +46,7 @@ Fault Explain(const FaultRecord& record, const RankView& view, double waited_s) 
     case FaultCode::kAckTimeout:
       return AckTimeout(record, config);
     case FaultCode::kSlots:
-      return TooManySends(config.num_slots, "exchanges");
+      return TooManySends(config.num_slots);
     case FaultCode::kToken:
       return NotOneToken(std::bit_cast<float>(static_cast<int32_t>(record.seen)));
     case FaultCode::kTokenUsed:
