@@ -33,7 +33,7 @@ class Buffer:
 
     Every op is collective: all ranks of the group call it, in the same program, inside `jax.jit`
     and `jax.shard_map` over the buffer's axes. Shapes are those of one rank. Mesh axes besides the
-    buffer's make several groups, each on its own.
+    buffer's make several groups, each on its own but for faults, which end a run in all of them.
 
     The ops raise TypeError or ValueError at trace time for a dtype, shape, mesh or sent value other
     than the expected one, with both in the text, and RuntimeError if the buffer is closed. What
@@ -310,13 +310,14 @@ class Buffer:
     def check(self) -> None:
         """Raises the fault that the buffer has met, if there was one. Not collective.
 
-        On CPU that is the first fault since the last check; the program that met it has raised it
-        too, when its results were asked for. On GPUs the first fault stays: results are NaN where
-        it reached them, and every later check and call raises it. Wait for results before the
-        check, which waits for nothing.
+        On CPU that is the first fault since the last check; JAX has raised it too, when the
+        results of the program were asked for, as `jax.errors.JaxRuntimeError`, or as ValueError
+        where a process has one device: catch both, and call this. On GPUs the first fault stays:
+        results are NaN where it reached them, and every later check and call raises it. Wait for
+        results before the check, which waits for nothing.
 
         Raises:
-          FaultError: with rank, peer, op, expected and seen.
+          FaultError: always this type, with rank, peer, op, expected and seen.
           RuntimeError: if the buffer is closed.
         """
         self._check_open("check")

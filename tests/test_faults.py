@@ -201,6 +201,33 @@ def test_faults_in_a_row_are_each_reported(buffer, inputs):
     assert_works(run, inputs)
 
 
+def test_the_rank_that_meets_a_fault_says_so_on_stderr(buffer, inputs, capfd):
+    """At once: before anybody asks for results, or calls again. What follows from it is not told."""
+    run = compiled(buffer)
+    x, topk_idx, *rest = inputs
+    topk_idx = topk_idx.copy()
+    topk_idx[0, 0, 0] = 100
+    try:
+        out = run(x, topk_idx, *rest, actions_of())
+    except support.RUN_ERROR:
+        out = None
+    lines = []
+    if 0 in support.ranks_here(buffer):
+        deadline = time.monotonic() + MARGIN_S
+        while not lines and time.monotonic() < deadline:
+            time.sleep(0.01)
+            lines += told_on(capfd)
+        assert len(lines) == 1, lines
+        support.assert_matches(lines[0], r"^jax_sm_free: dispatch_send on rank 0: .*seen 100 at")
+    support.errors_by_rank(buffer, lambda: out)
+    support.fault_of(buffer)
+    assert not told_on(capfd)
+
+
+def told_on(capfd):
+    return [line for line in capfd.readouterr().err.splitlines() if "jax_sm_free: " in line]
+
+
 @pytest.mark.skipif(not support.BUFFERS_GO_ON, reason="takes a buffer that goes on after faults")
 def test_other_runs_in_flight_are_not_ended(buffer, inputs):
     """A fault ends its own run: those before and behind it give their results.
