@@ -1,0 +1,89 @@
+"""A buffer that nobody refers to any more, and programs that do not know."""
+
+from __future__ import annotations
+
+import functools
+import gc
+import time
+
+import jax
+import numpy as np
+import pytest
+import support
+from support import layer_inputs, make_config
+
+import jax_sm_free as smf
+
+CONFIG = make_config(num_experts=2 * support.SOME_RANKS)
+PAUSE_S = 2.0
+MARGIN_S = 8.0
+
+
+def layer(api, seconds, x, *args):
+    """Of ranks that sleep before their first send, and so before anything is in flight."""
+
+    def on_host(x, seconds):
+        time.sleep(float(seconds))
+        return np.asarray(x)
+
+    return support.layer(api, jax.pure_callback(on_host, jax.typeof(x), x, seconds), *args)
+
+
+def open_and_compile():
+    """The number of a buffer, and a program that alone refers to it."""
+    buffer = support.open_buffer(CONFIG)
+    run = support.on_ranks(functools.partial(layer, support.Api(buffer, smf)), buffer.mesh)
+    return buffer._id, run
+
+
+def inputs(seconds=0.0):
+    return np.full(CONFIG.ep_size, seconds, np.float32), *layer_inputs(CONFIG)
+
+
+@functools.cache
+def expected_output():
+    return support.runners(CONFIG, support.layer)[1](*layer_inputs(CONFIG))
+
+
+def assert_goes(number):
+    """The buffer closes soon: a program may only just be ending."""
+    from jax_sm_free import _cpu
+
+    deadline = time.monotonic() + MARGIN_S
+    while _cpu.is_open(number):
+        assert time.monotonic() < deadline, "nobody refers to the buffer, but it is still open"
+        gc.collect()
+        time.sleep(0.01)
+
+
+@pytest.mark.cpu_only
+def test_results_that_are_pending_outlive_the_buffer():
+    """Collecting the buffer, and the program, ends nothing that was started."""
+    number, run = open_and_compile()
+    jax.block_until_ready(run(*inputs()))
+    start = time.monotonic()
+    out = run(*inputs(PAUSE_S))
+    del run
+    gc.collect()
+    assert time.monotonic() - start < PAUSE_S, "the run has ended before the buffer was collected"
+    support.assert_same_bits(out, expected_output())
+    assert_goes(number)
+
+
+@pytest.mark.cpu_only
+def test_a_compiled_program_keeps_its_buffer():
+    number, run = open_and_compile()
+    run = run.lower(*inputs()).compile()
+    gc.collect()
+    support.assert_same_bits(run(*inputs()), expected_output())
+    del run
+    assert_goes(number)
+
+
+@pytest.mark.gpu_only
+def test_a_buffer_that_nobody_refers_to_is_closed():
+    """A program that was compiled for it and outlives it ends with an error."""
+    _, run = open_and_compile()
+    run = run.lower(*inputs()).compile()
+    gc.collect()
+    support.assert_matches(support.error_of(run, *inputs()), "seen it is closed")
