@@ -56,9 +56,7 @@ Fault MissingMessages(const std::vector<bool>& arrived, double timeout_s, double
                first);
 }
 
-void TellFault(const Fault& fault) {
-  (void)std::fprintf(stderr, "%s\n", fault.Describe().c_str());
-}
+void TellFault(const Fault& fault) { (void)std::fprintf(stderr, "%s\n", fault.Describe().c_str()); }
 
 void TellSlowWait(const Fault& fault) {
   (void)std::fprintf(stderr, "%s (still waiting)\n", fault.Describe().c_str());
@@ -70,11 +68,12 @@ Fault TooManySends(int32_t num_slots) {
 }
 
 Fault TooManySendsOfKind(int32_t num_slots, Kind kind) {
-  return Texts("at most " + std::to_string(num_slots) + " " + KindName(kind) +
-                   " exchanges in flight (num_slots)",
-               "one send more without a recv: XLA:CPU runs exchanges at once that do not depend on "
-               "each other, and jax.checkpoint in a scan with unroll=n makes n such; open the buffer "
-               "with a larger num_slots");
+  return Texts(
+      "at most " + std::to_string(num_slots) + " " + KindName(kind) +
+          " exchanges in flight (num_slots)",
+      "one send more without a recv: XLA:CPU runs exchanges at once that do not depend on "
+      "each other, and jax.checkpoint in a scan with unroll=n makes n such; open the buffer "
+      "with a larger num_slots");
 }
 
 Fault NotOneToken(float magic) {

@@ -15,7 +15,8 @@ bool AllGroups::Add(const ExchangeKey& key, int32_t group, int32_t num) {
     num_sent_.erase(entry);
     OnSentByAll(key);
   }
-  while (!order_.empty() && (order_.size() > kMaxExchanges || !num_sent_.contains(order_.front()))) {
+  while (!order_.empty() &&
+         (order_.size() > kMaxExchanges || !num_sent_.contains(order_.front()))) {
     num_sent_.erase(order_.front());
     order_.pop_front();
   }

@@ -14,25 +14,25 @@
 
 namespace jax_sm_free {
 
-// Mesh axes besides a buffer's own make several groups. Their ranks run one program, and may meet in
-// XLA's collectives, which wait until every rank has come: for ever, if one has ended with a fault.
-// So a rank goes on behind an exchange only once all ranks of all groups have sent it. Then nobody
-// is in a collective behind the exchange while a rank may still fail in it.
+// Mesh axes besides a buffer's own make several groups. Their ranks run one program, and may meet
+// in XLA's collectives, which wait until every rank has come: for ever, if one has ended with a
+// fault. So a rank goes on behind an exchange only once all ranks of all groups have sent it. Then
+// nobody is in a collective behind the exchange while a rank may still fail in it.
 //
 // Control flow may part the groups, a condition on the index of another axis for example. Then an
 // exchange of one group never happens in another, which looks as if that group were late. So
 //
 //   - a group of which a rank has sent is waited for: its other ranks follow, or time out;
 //   - a group of which no rank has sent is waited for with patience, and then never again at this
-//     call site. Patience halves with each wait in vain, so that all of a buffer's waits in vain
-//     take at most twice kPatienceSeconds;
+//     call site. Patience halves with each wait in vain, so that all waits for what never comes
+//     take at most twice kPatienceSeconds in a buffer's life;
 //   - if the group sends that exchange later after all, it was only late: the wait in vain is taken
 //     back, once for each call site.
 //
 // Not thread-safe.
 class AllGroups {
  public:
-  static constexpr double kPatienceSeconds = 0.5;
+  static constexpr double kPatienceSeconds = 1.0;
 
   AllGroups(int32_t num_groups, int32_t ep_size, double timeout_s)
       : ep_size_(ep_size), timeout_s_(timeout_s), lost_(num_groups) {}
@@ -64,7 +64,7 @@ class AllGroups {
   const int32_t ep_size_;
   const double timeout_s_;
   double patience_s_ = kPatienceSeconds;
-  std::vector<bool> lost_;                                                        // by group
+  std::vector<bool> lost_;                                                           // by group
   std::unordered_map<ExchangeKey, std::vector<int32_t>, ExchangeKeyHash> num_sent_;  // by group
   std::deque<ExchangeKey> order_;  // in which they came into num_sent_, and some that left it
   std::unordered_map<int64_t, Site> sites_;  // that were waited for in vain

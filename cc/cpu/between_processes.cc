@@ -199,8 +199,8 @@ void BetweenProcesses::OnFinished(int32_t process, const FinishedNote& note) {
     inboxes_->AddFinished(note.key, note.group, note.num_ranks);
     return;
   }
-  Fault fault = MalformedMessage(-1, "news of group " + std::to_string(note.group) +
-                                         " by process " + std::to_string(process));
+  Fault fault = MalformedMessage(
+      -1, "news of group " + std::to_string(note.group) + " by process " + std::to_string(process));
   fault.op = "receive";
   End(fault);
 }

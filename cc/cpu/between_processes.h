@@ -27,12 +27,13 @@ namespace jax_sm_free {
 
 // The rounds of all groups. Thread-safe.
 //
-// Messages of other processes are put into the inboxes of this one's ranks as they come. Where there
-// are several groups, processes tell each other which ranks have finished an exchange: see
-// AllGroups. The first fault ends the buffer, in all processes: after it, nothing says any more that ranks count their
-// runs alike. Each process tells all others of the fault it sees first, or is told: so it comes
-// ahead of what the process does next, such as closing. A peer that is gone is seen by the wire,
-// one that left out a part of a run by its next run, one that is silent by the timeout.
+// Messages of other processes are put into the inboxes of this one's ranks as they come. Where
+// there are several groups, processes tell each other how many ranks have finished an exchange: see
+// AllGroups. The first fault ends the buffer, in all processes: after it, nothing says any more
+// that ranks count their runs alike. Each process tells all others of the fault it sees first, or
+// is told: so it comes ahead of what the process does next, such as closing. A peer that is gone is
+// seen by the wire, one that left out a part of a run by its next run, one that is silent by the
+// timeout.
 class BetweenProcesses : public Transport, public std::enable_shared_from_this<BetweenProcesses> {
  public:
   struct Place {

@@ -25,9 +25,9 @@ HostBuffer::HostBuffer(int64_t id, const Config& config,
                        const std::vector<std::optional<Place>>& places)
     : HostBuffer(id, config, places, RunNames::kOfHost) {
   const std::vector<int32_t> num_here(ranks_.size() / config.ep_size, config.ep_size);
-  SetTransport(std::make_shared<InProcess>(
-      config.ep_size, num_here, config.timeout_s,
-      [this](int64_t run, const Fault& fault) { OnFail(run, fault); }));
+  SetTransport(
+      std::make_shared<InProcess>(config.ep_size, num_here, config.timeout_s,
+                                  [this](int64_t run, const Fault& fault) { OnFail(run, fault); }));
 }
 
 HostRank* HostBuffer::RankOf(int32_t device) const {
@@ -44,7 +44,9 @@ void HostBuffer::SetTransport(const std::shared_ptr<Transport>& transport) {
 
 void HostBuffer::OnFail(int64_t run, const Fault& fault) {
   RecordFault(fault);
-  TellFault(fault);
+  // Runs may fail in numbers, all of them for the same reason.
+  const std::string text = fault.Describe();
+  if (std::exchange(told_, text) != text) TellFault(fault);
   for (const std::unique_ptr<HostRank>& rank : ranks_) rank->ledger.MarkFailed(run);
 }
 

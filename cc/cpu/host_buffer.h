@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <string>
 #include <vector>
 
 #include "cc/cpu/block_pool.h"
@@ -58,10 +59,12 @@ class HostBuffer : public Buffer {
   void CloseTransport();
 
  private:
+  // Called with the transport locked.
   void OnFail(int64_t run, const Fault& fault);
 
   Ranks ranks_;
   std::shared_ptr<Transport> transport_;
+  std::string told_;  // on stderr, last
 };
 
 }  // namespace jax_sm_free

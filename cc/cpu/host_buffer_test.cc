@@ -111,6 +111,18 @@ TEST(HostBufferTest, TellsTheFaultOfARunOnStderrOnce) {
             "jax_sm_free: test on rank 0: expected , seen a failure\n");
 }
 
+TEST(HostBufferTest, TellsTheSameFaultOfManyRunsOnce) {
+  const auto buffer = TwoGroups();
+  ::testing::internal::CaptureStderr();
+  for (int64_t run = 0; run < 10; ++run) {
+    buffer->RankOf(2)->transport->Fail(run, FaultWith("a failure"));
+  }
+  buffer->RankOf(2)->transport->Fail(10, FaultWith("another"));
+  EXPECT_EQ(::testing::internal::GetCapturedStderr(),
+            "jax_sm_free: test on rank 0: expected , seen a failure\n"
+            "jax_sm_free: test on rank 0: expected , seen another\n");
+}
+
 TEST(HostBufferTest, ClosingTellsNothing) {
   const auto buffer = TwoGroups();
   auto waiting = FaultOfReceive(*buffer, 2, 1);

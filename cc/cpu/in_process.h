@@ -96,7 +96,7 @@ class InProcess : public Transport, public std::enable_shared_from_this<InProces
 
   const int32_t ep_size_;
   const std::vector<int32_t> num_here_;  // by group
-  const bool sees_all_ranks_;            // finish their sends; of one group over several processes not
+  const bool sees_all_ranks_;  // finish their sends; of one group over several processes not
   const double timeout_s_;
   const OnFail on_fail_;
   mutable std::mutex mutex_;

@@ -30,8 +30,8 @@ class Transport {
 
   virtual ~Transport() = default;
 
-  // Before the sends of `member` in an exchange. `site`: null where all ranks are in one process. The
-  // run's fault if it has failed, or fails by this.
+  // Before the sends of `member` in an exchange. `site`: null where all ranks are in one process.
+  // The run's fault if it has failed, or fails by this.
   virtual std::optional<Fault> Begin(Op op, const Exchange& exchange, int32_t member,
                                      std::shared_ptr<const CallSite> site) = 0;
 

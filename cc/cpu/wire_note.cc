@@ -25,8 +25,8 @@ struct Head {
   int64_t start = 0;
   int64_t executable = 0;
   What what = What::kMessage;
-  int32_t from = 0;  // src, a group that has finished, or a fault's rank
-  int32_t to = 0;    // dst, or a fault's peer
+  int32_t from = 0;   // src, a group that has finished, or a fault's rank
+  int32_t to = 0;     // dst, or a fault's peer
   int32_t count = 0;  // copies of a message's call, or ranks that have finished
   std::array<uint16_t, 4> text_bytes{};
 };

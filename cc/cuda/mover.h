@@ -42,8 +42,8 @@ class Mover {
   // `crossbar` is shared by the group. `done` u64 [ep_size] is pinned memory of this mover's alone,
   // zeros. Measures the links to the peers, whose regions are there and hold no messages yet.
   // `courier`, if any, takes what is for ranks out of reach. `group_end`, if any, hears of this
-  // rank's fault, and ends this rank's waits when it has come. A group of one rank has a mover, too,
-  // which tells its faults and moves nothing.
+  // rank's fault, and ends this rank's waits when it has come. A group of one rank has a mover,
+  // too, which tells its faults and moves nothing.
   Mover(int device, const RankView& view, std::shared_ptr<Crossbar> crossbar,
         std::shared_ptr<Courier> courier, std::shared_ptr<GroupEnd> group_end, uint64_t* done);
   ~Mover();

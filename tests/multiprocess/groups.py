@@ -24,7 +24,7 @@ from layers import (
 
 EP_SIZE = 2
 AXES = ("dp", "ep")
-PATIENCE_S = 2.0  # what all waits in vain for another group take together, at most
+PATIENCE_S = 3.0  # what all waits in vain for another group take together, at most
 
 
 def mesh_of(groups_span_processes: bool) -> jax.sharding.Mesh:
@@ -48,7 +48,7 @@ def fail_in_one_group(how: str, groups_span_processes: bool) -> tuple[str, float
     """A good run, and one in which the last rank of the last group goes wrong.
 
     Args:
-      how: "index" for an expert that there is not, "stall" for a rank that is late.
+      how: "index" for an expert that there is not, "stall" for a rank of its process that is late.
       groups_span_processes: see `mesh_of`.
 
     Returns:

@@ -17,7 +17,7 @@ PLACES = pytest.mark.parametrize(
 )
 FAULTS = {
     "index": (r"dispatch_send on rank 1: expected topk_idx in \[-1, 4\), seen 100\d", 0.0),
-    "stall": (r"dispatch_recv on rank 0, peer rank 1: .*none from rank 1", layers.TIMEOUT_S),
+    "stall": (r"dispatch_recv on rank \d, peer rank \d: .*none from rank \d", layers.TIMEOUT_S),
 }
 
 
@@ -45,4 +45,4 @@ def test_an_exchange_of_one_group_alone(num_processes, num_devices, groups_span_
     places = {"num_processes": num_processes, "num_devices": num_devices}
     for seconds in launcher.run(groups.run_in_one_group_alone, groups_span_processes, **places):
         assert sum(seconds) < groups.PATIENCE_S, seconds
-        assert seconds[-1] < groups.PATIENCE_S / 4, seconds
+        assert max(seconds[1:]) < 1.0, seconds
