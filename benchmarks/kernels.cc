@@ -112,7 +112,8 @@ struct Rank {
 std::vector<Rank> MakeRanks(const Config& config) {
   Neighbours neighbours;
   neighbours.crossbar = std::make_shared<Crossbar>();
-  neighbours.group_end = std::make_shared<GroupEnd>(std::make_shared<EndNote>());
+  neighbours.group_end =
+      std::make_shared<GroupEnd>(std::make_shared<ClosedNote>(), std::make_shared<FaultNote>());
   for (int32_t rank = 0; rank < config.ep_size; ++rank) {
     neighbours.regions.push_back(Take<std::byte>(RegionsOf(config).total));
   }

@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import groups
 import jax
 import layers
 import rank
@@ -61,6 +62,28 @@ def fail_once(how: str, place: str, again: bool) -> Failure:
     if again:
         layers.check_new_buffer()
     return Failure(fault, ran_s, closed_s)
+
+
+def fail_in_one_group() -> tuple[str, str]:
+    """A good run, and one with a wrong index in the last group; the sum is over all groups.
+
+    Returns:
+      What `check` raises then, and what the next run raises.
+    """
+    mesh = groups.mesh_of(groups_span_processes=True)
+    inputs = layers.make_inputs(mesh)
+    buffer = layers.open_buffer(mesh, timeout_s=layers.TIMEOUT_S)
+    loss = groups.loss_of(layers.layer_of(buffer, layers.Action()))
+    run = layers.on_ranks(mesh, loss)
+    jax.block_until_ready(run(*inputs))
+    wrong = (inputs[0], groups.with_wrong_index(inputs[1]), inputs[2])
+    seconds_of(lambda: run(*wrong))
+    deadline = time.monotonic() + layers.TIMEOUT_S
+    fault = ""
+    while not fault and time.monotonic() < deadline:
+        fault = layers.fault_of(buffer)
+    error, _ = layers.error_and_seconds(lambda: run(*inputs))
+    return fault, error
 
 
 def die_in_start() -> None:

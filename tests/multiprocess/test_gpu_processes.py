@@ -47,6 +47,18 @@ def test_groups():
     launcher.run(layers.run_in_groups, **FOUR)
 
 
+def test_a_fault_of_one_group_ends_the_processes_of_all():
+    """Results are NaN there, and every process raises the same fault afterwards."""
+    with launcher.start(gpu_layers.fail_in_one_group, **FOUR) as group:
+        results = group.results()
+        told = [line for line in group.output().splitlines() if "] jax_sm_free: " in line]
+    for fault, error in results:
+        for text in (fault, error):
+            assert_matches(text, r"dispatch_send on rank 1: expected topk_idx in \[-1, 4\)")
+    assert len(told) == 1, told
+    assert_matches(told[0], "expected topk_idx in")
+
+
 @pytest.mark.alone
 def test_memory_of_closed_buffers_is_used_again():
     for in_use in launcher.run(gpu_layers.open_often, 6, **PLACES):
