@@ -12,6 +12,7 @@ namespace jax_sm_free {
 
 enum class FrameKind : int32_t {
   kMessage,
+  kGreeting,    // the first frame after its sender has connected
   kGoodbye,     // the last frame before its sender closes, but for acknowledgements
   kGoodbyeAck,  // all frames up to the goodbye have arrived
 };

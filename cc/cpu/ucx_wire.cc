@@ -19,7 +19,27 @@ constexpr int kMaxSleepClosingMs = 20;
 // How long UCX may take to cancel what is under way, which needs no peer.
 constexpr std::chrono::seconds kCancel(2);
 
+// How often to look whether processes of this host are still there.
+constexpr std::chrono::milliseconds kLookAfter(500);
+// What a process that has died sent before is read first, which others must not draw out.
+constexpr int kMaxDrain = 1000;
+
 constexpr char kClosed[] = "it closed its end";
+
+// What peers get to know: how UCX reaches this process, and which one it is.
+std::string EncodeAddress(const std::string& process, const std::string& ucx_address) {
+  return process + '\n' + ucx_address;
+}
+
+struct Address {
+  std::string process;
+  std::string ucx_address;
+};
+
+Address DecodeAddress(const std::string& address) {
+  const size_t end = address.find('\n');
+  return {address.substr(0, end), address.substr(end + 1)};
+}
 
 }  // namespace
 
@@ -45,7 +65,8 @@ UcxWire::UcxWire(const Options& options, Callbacks callbacks, std::unique_ptr<Uc
           [this](UcxInbox::Frame frame) { OnFrame(std::move(frame)); },
           [this](int32_t peer, const std::string& reason) { Break(peer, reason); }),
       worker_(std::move(worker)),
-      address_(worker_->address()),
+      address_(EncodeAddress(PeerProcess::OwnName(), worker_->address())),
+      roll_(options.self, options.num_peers),
       peers_(options.num_peers) {
   peers_[options.self].life = Life::kLost;
   for (int32_t peer = 0; peer < options.num_peers; ++peer) routes_.push_back({this, peer});
@@ -101,6 +122,7 @@ void UcxWire::Run() {
   while (true) {
     bool busy = TakeOrders();
     busy = worker_->Progress() || busy;
+    LookAfterPeers(Clock::now());
     Settle();
     if (said_goodbye_) {
       if (!deadline) {
@@ -150,10 +172,29 @@ void UcxWire::Sleep() {
   asleep_ = false;
 }
 
+void UcxWire::LookAfterPeers(Clock::time_point now) {
+  if (now - looked_after_ < kLookAfter) return;
+  looked_after_ = now;
+  std::vector<int32_t> ended;
+  for (int32_t peer = 0; peer < options_.num_peers; ++peer) {
+    const std::optional<PeerProcess>& process = peers_[peer].process;
+    if (peers_[peer].life != Life::kLost && process && process->HasEnded()) ended.push_back(peer);
+  }
+  if (ended.empty()) return;
+  for (int i = 0; i < kMaxDrain && worker_->Progress(); ++i) {
+  }
+  for (const int32_t peer : ended) {
+    Break(peer, "process " + std::to_string(peers_[peer].process->pid()) + " has ended");
+  }
+}
+
 void UcxWire::OpenEndpoints(const std::vector<std::string>& addresses) {
   for (int32_t peer = 0; peer < options_.num_peers; ++peer) {
     if (peers_[peer].life == Life::kLost) continue;
-    OpenEndpoint(peer, addresses[peer]);
+    const auto [process, ucx_address] = DecodeAddress(addresses[peer]);
+    peers_[peer].process = PeerProcess::Find(process);
+    OpenEndpoint(peer, ucx_address);
+    PostSigned(FrameKind::kGreeting, peer, [] {});
     // It may have come and gone before.
     if (peers_[peer].life == Life::kDeparted) AcknowledgeGoodbye(peer);
   }
@@ -235,6 +276,9 @@ void UcxWire::OnFrame(UcxInbox::Frame frame) {
     case FrameKind::kMessage:
       callbacks_.on_message(source, frame.header, std::move(frame.payload), frame.payload_bytes);
       return;
+    case FrameKind::kGreeting:
+      roll_.Hear(source);
+      return;
     case FrameKind::kGoodbye:
       departing_.push_back(source);
       return;
@@ -268,7 +312,9 @@ void UcxWire::Settle() {
 }
 
 void UcxWire::Report(int32_t peer, const std::string& reason) {
-  if (peers_[peer].life == Life::kLive && !said_goodbye_) callbacks_.on_lost(peer, reason);
+  if (peers_[peer].life != Life::kLive || said_goodbye_) return;
+  roll_.Lose(peer, reason);
+  callbacks_.on_lost(peer, reason);
 }
 
 // Cancels what is under way.

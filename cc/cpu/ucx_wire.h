@@ -16,6 +16,8 @@
 #include <utility>
 #include <vector>
 
+#include "cc/cpu/peer_process.h"
+#include "cc/cpu/roll_call.h"
 #include "cc/cpu/ucx_frame.h"
 #include "cc/cpu/ucx_inbox.h"
 #include "cc/cpu/ucx_worker.h"
@@ -33,7 +35,8 @@ namespace jax_sm_free {
 //     |                                                          ^
 //     +--------------------error of its endpoint-----------------+
 //
-// on_lost is called when a peer stops being live. To close, a wire says goodbye to every live peer
+// on_lost is called when a peer stops being live. UCX itself notices a process of this host that
+// has died only when its parent has reaped it, so the wire looks after these, too. To close, a wire says goodbye to every live peer
 // and goes when each has acknowledged: a socket that is closed earlier may take with it what the
 // peer has not read yet.
 class UcxWire : public Wire {
@@ -53,6 +56,9 @@ class UcxWire : public Wire {
 
   const std::string& address() const override { return address_; }
   void Connect(std::vector<std::string> addresses) override;
+  std::vector<Unreached> AwaitPeers(std::chrono::duration<double> patience) override {
+    return roll_.Await(patience);
+  }
   void Send(int32_t peer, Header header, std::span<const std::byte> payload,
             OnSent on_sent) override;
   void Close() override;
@@ -65,6 +71,7 @@ class UcxWire : public Wire {
     ucp_ep_h endpoint = nullptr;
     uint64_t next_sequence = 0;
     bool acknowledged = false;  // our goodbye
+    std::optional<PeerProcess> process;  // if it can be seen from here
   };
   struct Outgoing {
     UcxWire* wire;
@@ -83,6 +90,7 @@ class UcxWire : public Wire {
   void Run();
   bool TakeOrders();
   void Sleep();
+  void LookAfterPeers(Clock::time_point now);
   void OpenEndpoints(const std::vector<std::string>& addresses);
   void OpenEndpoint(int32_t peer, const std::string& address);
   void Post(std::unique_ptr<Outgoing> outgoing);
@@ -105,6 +113,7 @@ class UcxWire : public Wire {
   UcxInbox inbox_;
   const std::unique_ptr<UcxWorker> worker_;
   const std::string address_;
+  RollCall roll_;
 
   // The wire's thread alone, once it runs.
   std::vector<Peer> peers_;
@@ -115,6 +124,7 @@ class UcxWire : public Wire {
   int64_t num_endpoints_closing_ = 0;
   bool connected_ = false;
   bool said_goodbye_ = false;
+  Clock::time_point looked_after_;
 
   std::mutex mutex_;
   std::vector<std::unique_ptr<Outgoing>> queue_;

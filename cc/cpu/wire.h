@@ -3,6 +3,7 @@
 #ifndef JAX_SM_FREE_CC_CPU_WIRE_H_
 #define JAX_SM_FREE_CC_CPU_WIRE_H_
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -54,6 +55,16 @@ class Wire {
   // Opens the connections; to be called once. `addresses` are by process, this one included. Peers
   // may send before this end has connected.
   virtual void Connect(std::vector<std::string> addresses) = 0;
+
+  struct Unreached {
+    int32_t peer = -1;
+    std::string reason;
+  };
+
+  // Waits, after Connect, until each peer has been heard of, which has connected by then, or is
+  // lost, but no longer than `patience`. Returns those that have not been heard of. All peers can
+  // be reached if this returns none in all processes.
+  virtual std::vector<Unreached> AwaitPeers(std::chrono::duration<double> patience) = 0;
 
   // Returns at once. `header` is copied. `payload` must stay as it is until on_sent is called,
   // which happens exactly once: on the wire's thread, or within this call once the wire is closed.
