@@ -23,7 +23,8 @@ struct FramePrefix {
   uint64_t sequence = 0;  // counts the frames from that process to this one
 };
 
-inline constexpr size_t kMaxFrameHeaderBytes = sizeof(FramePrefix) + Wire::kMaxHeaderBytes;
+inline constexpr size_t kMaxFrameHeaderBytes =
+    sizeof(FramePrefix) + Wire::kMaxLabelBytes + Wire::kMaxHeaderBytes;
 
 }  // namespace jax_sm_free
 

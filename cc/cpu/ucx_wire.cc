@@ -61,7 +61,7 @@ UcxWire::UcxWire(const Options& options, Callbacks callbacks, std::unique_ptr<Uc
     : options_(options),
       callbacks_(std::move(callbacks)),
       inbox_(
-          options.num_peers, callbacks_.allocate,
+          options.num_peers, callbacks_,
           [this](UcxInbox::Frame frame) { OnFrame(std::move(frame)); },
           [this](int32_t peer, const std::string& reason) { Break(peer, reason); }),
       worker_(std::move(worker)),
@@ -274,6 +274,7 @@ void UcxWire::OnFrame(UcxInbox::Frame frame) {
   const int32_t source = frame.prefix.source;
   switch (frame.prefix.kind) {
     case FrameKind::kMessage:
+      if (!frame.wanted) return;
       callbacks_.on_message(source, frame.header, std::move(frame.payload), frame.payload_bytes);
       return;
     case FrameKind::kGreeting:

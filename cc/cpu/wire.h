@@ -33,8 +33,13 @@ class Wire {
 
   // The longest header that a message may have.
   static constexpr size_t kMaxHeaderBytes = 1024;
+  // What a wire that others share may put ahead of theirs.
+  static constexpr size_t kMaxLabelBytes = 16;
 
   struct Callbacks {
+    // Whether to receive a message that has a payload. One that is not wanted is dropped, and its
+    // sender is not told. Empty: all are wanted.
+    std::function<bool(int32_t peer, Header header)> wants;
     // Memory that a payload of `bytes` > 0 is received into, so that it is not copied again. Null
     // refuses the message, and with it its sender: the peer is lost.
     std::function<BlockPool::Block(int32_t peer, Header header, int64_t bytes)> allocate;
