@@ -28,6 +28,42 @@ class Native:
         """The lowest number above those of all buffers so far."""
         return int(self._module.lowest_free_id())
 
+    def find_wire(self, key: str) -> Any:
+        """A wire that was opened with `key`, has all its peers and is still open; else None.
+
+        It stays open for as long as a buffer uses it or what is returned here lives.
+        """
+        return self._module.find_wire(key)
+
+    def wire_id(self, wire: Any) -> int:
+        """The number of a wire, the same in all processes."""
+        return int(self._module.wire_id(wire))
+
+    def open_wire(
+        self,
+        wire_id: int,
+        key: str,
+        process: int,
+        num_processes: int,
+        library: str,
+        link_timeout_s: float,
+        net_devices: str,
+    ) -> Any:
+        """Makes this process's end of a wire over UCX, to be found by `key`.
+
+        Args:
+          wire_id: the same in all processes, and no other wire's.
+          key: what a buffer has to have in common with others that use the wire.
+          process: this process's number among those that the wire connects.
+          num_processes: that the wire connects.
+          library: the path of UCX's.
+          link_timeout_s: seconds without an answer after which a host is lost.
+          net_devices: that UCX may use, as in UCX_NET_DEVICES; empty for all.
+        """
+        return self._module.open_wire(
+            wire_id, key, process, num_processes, library, link_timeout_s, net_devices
+        )
+
     def open_ucx_buffer(
         self,
         buffer_id: int,
@@ -36,12 +72,12 @@ class Native:
         process: int,
         num_processes: int,
         process_of_rank: list[list[int]],
-        library: str,
+        wire: Any,
     ) -> None:
         """Makes this process's part of a buffer over several; places: of its own devices."""
         sizes = config.sizes()
         self._module.open_ucx_buffer(
-            buffer_id, sizes, places, process, num_processes, process_of_rank, library
+            buffer_id, sizes, places, process, num_processes, process_of_rank, wire
         )
 
     def open_nvshmem_buffer(
@@ -75,9 +111,20 @@ class Native:
         """What other processes need to connect to this one's part of the buffer."""
         return bytes(self._module.address(buffer_id))
 
-    def connect(self, buffer_id: int, addresses: list[bytes]) -> None:
-        """Connects to the other processes' parts; addresses: of all, in their order."""
-        self._module.connect(buffer_id, addresses)
+    def connect(
+        self, buffer_id: int, addresses: list[bytes], patience_s: float
+    ) -> list[tuple[int, str]]:
+        """Connects to the other processes' parts, and waits until each has been heard of.
+
+        Args:
+          buffer_id: of a buffer of several processes.
+          addresses: of all parts, by process.
+          patience_s: seconds to wait at most.
+
+        Returns:
+          The processes that cannot be reached, and why.
+        """
+        return list(self._module.connect(buffer_id, addresses, patience_s))
 
     def close_buffer(self, buffer_id: int) -> None:
         """Frees a buffer; whoever waits on it ends with an error. Closing twice does nothing."""

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_sm_free import checks
+from jax_sm_free import checks, ucx
 from jax_sm_free.bootstrap import Bootstrap, facts_of
 from jax_sm_free.config import Config
 from jax_sm_free.native import Native
@@ -90,7 +90,9 @@ def open_buffer(transport: str, mesh: Mesh, axes: tuple[str, ...], config: Confi
     """
     native = Native(_TRANSPORTS[transport][0])
     if transport == "ucx":
-        return native, _open_ucx(native, mesh, axes, config)
+        process_of_rank = _by_rank(mesh, axes, lambda device, _: device.process_index)
+        places = _places(mesh, axes)
+        return native, ucx.open_buffer(native, mesh, axes, config, places, process_of_rank)
     if transport == "nvshmem":
         return native, _open_nvshmem(native, mesh, axes, config)
     return native, native.open_buffer(config, _places(mesh, axes))
@@ -104,32 +106,6 @@ def names_calls(transport: str) -> bool:
 def ordinal(device: Any) -> int:
     """The number by which XLA tells a handler on which of this process's devices it runs."""
     return int(device.id if device.platform == "cpu" else device.local_hardware_id)
-
-
-def _open_ucx(native: Native, mesh: Mesh, axes: tuple[str, ...], config: Config) -> int:
-    buffer_id = None
-    try:
-        with Bootstrap(mesh, config.timeout_s) as bootstrap:
-            bootstrap.compare(facts_of(mesh, axes, config, "ucx"))
-            # A number that no process has used, so that all compile the same program.
-            free_ids = bootstrap.exchange(str(native.lowest_free_id()).encode())
-            buffer_id = max(map(int, free_ids))
-            index = bootstrap.processes.index
-            native.open_ucx_buffer(
-                buffer_id,
-                config,
-                _places(mesh, axes),
-                bootstrap.index,
-                len(bootstrap.processes),
-                _by_rank(mesh, axes, lambda device, _: index(device.process_index)),
-                ucx_library(),
-            )
-            native.connect(buffer_id, bootstrap.exchange(native.address(buffer_id)))
-    except BaseException:
-        if buffer_id is not None:
-            native.close_buffer(buffer_id)
-        raise
-    return buffer_id
 
 
 def _open_nvshmem(native: Native, mesh: Mesh, axes: tuple[str, ...], config: Config) -> int:
@@ -177,17 +153,6 @@ def nvshmem_library() -> str:
         "expected the package nvidia-nvshmem-cu13 for transport 'nvshmem', which connects GPUs of "
         "several processes, but it is not installed: pip install nvidia-nvshmem-cu13"
     )
-
-
-def ucx_library() -> str:
-    """The path of libucp.so.0, of the pip package libucx-cu13."""
-    spec = importlib.util.find_spec("libucx")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(
-            "expected the package libucx-cu13 for transport 'ucx', which connects CPU devices of "
-            "several processes, but it is not installed: pip install 'jax_sm_free[ucx]'"
-        )
-    return str(pathlib.Path(spec.submodule_search_locations[0], "lib", "libucp.so.0"))
 
 
 def _by_rank(

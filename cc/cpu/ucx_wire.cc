@@ -51,7 +51,9 @@ Result<std::unique_ptr<UcxWire>> UcxWire::Open(const Options& options, Callbacks
   Result<std::shared_ptr<const UcxLibrary>> ucx = UcxLibrary::Load(options.library);
   if (const Fault* fault = FaultOf(ucx)) return with_rank(*fault);
   Result<std::unique_ptr<UcxWorker>> worker =
-      UcxWorker::Open(std::get<0>(ucx), options.num_peers, options.link_timeout_s);
+      UcxWorker::Open(std::get<0>(ucx), {.num_peers = options.num_peers,
+                                         .link_timeout_s = options.link_timeout_s,
+                                         .net_devices = options.net_devices});
   if (const Fault* fault = FaultOf(worker)) return with_rank(*fault);
   return std::unique_ptr<UcxWire>(
       new UcxWire(options, std::move(callbacks), std::move(std::get<0>(worker))));

@@ -49,6 +49,7 @@ class UcxWire : public Wire {
     // for this long while its connection is full.
     double link_timeout_s = 5.0;
     double close_timeout_s = 5.0;  // how long Close waits for peers
+    std::string net_devices = {};  // that UCX may use, as in UCX_NET_DEVICES; empty for all
   };
 
   static Result<std::unique_ptr<UcxWire>> Open(const Options& options, Callbacks callbacks);

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import jax
 
-from jax_sm_free import transports
+from jax_sm_free import transports, ucx
 from jax_sm_free.doctor.findings import Finding, note, ok, problem
 
 
@@ -29,7 +29,7 @@ def check_nvshmem() -> Iterator[Finding]:
 def check_ucx() -> Iterator[Finding]:
     """CPU devices of several processes need it."""
     try:
-        path = transports.ucx_library()
+        path = ucx.library()
     except ImportError:
         needed = jax.default_backend() == "cpu" and jax.process_count() > 1
         yield _missing("UCX", "libucx-cu13", needed)

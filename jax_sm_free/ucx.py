@@ -1,0 +1,152 @@
+"""Opening a buffer over CPU devices of several processes: the wire between them, and its limits."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import pathlib
+from typing import Any
+
+from jax.sharding import Mesh
+
+from jax_sm_free import limits, networks
+from jax_sm_free.bootstrap import Bootstrap, facts_of
+from jax_sm_free.config import Config
+from jax_sm_free.native import Native
+
+_log = logging.getLogger(__name__)
+
+# How long a process may take to be heard of once all have connected: TCP asks four times in it.
+_CONNECT_S = 20.0
+
+
+def library() -> str:
+    """The path of libucp.so.0, of the pip package libucx-cu13."""
+    spec = importlib.util.find_spec("libucx")
+    if spec is None or not spec.submodule_search_locations:
+        raise ImportError(
+            "expected the package libucx-cu13 for transport 'ucx', which connects CPU devices of "
+            "several processes, but it is not installed: pip install 'jax_sm_free[ucx]'"
+        )
+    return str(pathlib.Path(spec.submodule_search_locations[0], "lib", "libucp.so.0"))
+
+
+def has_rdma(path: str) -> bool:
+    """Whether the UCX at `path` was built with RDMA; its modules lie beside it."""
+    modules = pathlib.Path(path).parent / "ucx"
+    return not modules.is_dir() or any(modules.glob("libuct_ib*"))
+
+
+def open_buffer(
+    native: Native,
+    mesh: Mesh,
+    axes: tuple[str, ...],
+    config: Config,
+    places: list[tuple[int, int, int] | None],
+    process_of_rank: list[list[int]],
+) -> int:
+    """Opens this process's part of a buffer. Collective.
+
+    Buffers of the same processes and the same `timeout_s` share one wire for as long as one of them
+    is open.
+
+    Args:
+      native: the extension.
+      mesh: the devices.
+      axes: of the mesh, along which the ranks are.
+      config: the sizes.
+      places: of this process's devices, as for `Native.open_buffer`.
+      process_of_rank: JAX's index of each rank's process, by [group][rank].
+
+    Returns:
+      The number of the buffer, the same in all processes.
+
+    Raises:
+      RuntimeError: in all processes, if one cannot open it or cannot be reached by another.
+    """
+    buffer_id = wire = None
+    try:
+        with Bootstrap(mesh, config.timeout_s) as bootstrap:
+            bootstrap.compare(facts_of(mesh, axes, config, "ucx"))
+            key = f"{bootstrap.processes} {config.timeout_s}"
+            wire = native.find_wire(key)
+            wire_id = None if wire is None else native.wire_id(wire)
+            offers = _tell(bootstrap, (native.lowest_free_id(), wire_id))
+            # A number that no process has used, so that all compile the same program.
+            buffer_id = max(free_id for free_id, _ in offers)
+            found: networks.Networks | None = None
+            if wire is None or any(wire_id != offered for _, offered in offers):
+                found = networks.explore(lambda what: _tell(bootstrap, what), bootstrap.index)
+                wire = _open_wire(native, bootstrap, found, buffer_id, key, config)
+            native.open_ucx_buffer(
+                buffer_id,
+                config,
+                places,
+                bootstrap.index,
+                len(bootstrap.processes),
+                [[bootstrap.processes.index(p) for p in ranks] for ranks in process_of_rank],
+                wire,
+            )
+            addresses = bootstrap.exchange(native.address(buffer_id))
+            unreached = native.connect(buffer_id, addresses, _CONNECT_S)
+            if unreached:
+                raise RuntimeError(_describe(bootstrap, unreached, found))
+    except BaseException:
+        if buffer_id is not None:
+            native.close_buffer(buffer_id)
+        raise
+    finally:
+        del wire  # The traceback of an error would keep it open.
+    return buffer_id
+
+
+def _open_wire(
+    native: Native,
+    bootstrap: Bootstrap,
+    found: networks.Networks,
+    wire_id: int,
+    key: str,
+    config: Config,
+) -> Any:
+    path = library()
+    limits.check_descriptors(len(bootstrap.processes) - 1)
+    for text in limits.warnings(found.num_here(bootstrap.index) > 1, has_rdma(path)):
+        _log.warning("transport 'ucx': %s", text)
+    useless = [] if "UCX_NET_DEVICES" in os.environ else found.useless(bootstrap.index)
+    if useless:
+        _log.info(
+            "transport 'ucx': leaves out %s, which no other host answers on", ", ".join(useless)
+        )
+    return native.open_wire(
+        wire_id,
+        key,
+        bootstrap.index,
+        len(bootstrap.processes),
+        path,
+        config.timeout_s,
+        # Names what UCX shall not use, so that RDMA devices stay.
+        "^" + ",".join(useless) if useless else "",
+    )
+
+
+def _tell(bootstrap: Bootstrap, what: Any) -> list[Any]:
+    """What all processes tell, in their order; tuples become lists. Collective."""
+    return [json.loads(told) for told in bootstrap.exchange(json.dumps(what).encode())]
+
+
+def _describe(
+    bootstrap: Bootstrap, unreached: list[tuple[int, str]], found: networks.Networks | None
+) -> str:
+    texts = []
+    for index, reason in unreached:
+        text = f"process {bootstrap.processes[index]}: {reason}"
+        if found is not None:
+            text += f" ({found.describe(bootstrap.index, index)})"
+        texts.append(text)
+    return (
+        f"expected process {bootstrap.processes[bootstrap.index]} to reach all others by UCX, but "
+        f"did not reach {'; '.join(texts)}. UCX_NET_DEVICES=eth0, for one, chooses the network, "
+        "UCX_TLS=tcp the transport, and UCX_LOG_LEVEL=info shows what UCX chose"
+    )
