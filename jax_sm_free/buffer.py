@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import weakref
 from types import TracebackType
 from typing import Any, Literal, overload
@@ -123,7 +124,7 @@ class Buffer:
             self._native, buffer_id = transports.open_buffer(
                 self.transport, mesh, self.axes, self.config
             )
-        self._closer = weakref.finalize(self, _close, self._native, buffer_id)
+        self._closer = weakref.finalize(self, _close, self._native, buffer_id, os.getpid())
         named = transports.names_calls(self.transport)
         self._target = Target(self.config, buffer_id, named)
 
@@ -372,6 +373,8 @@ class Buffer:
         checks.check_inside(op, self.mesh, self.axes)
 
 
-def _close(native: Native | None, buffer_id: int) -> None:
-    if native is not None:
+def _close(native: Native | None, buffer_id: int, opener: int) -> None:
+    # A forked child has the object, but neither the threads nor the connections: those are its
+    # parent's, which goes on using them.
+    if native is not None and os.getpid() == opener:
         native.close_buffer(buffer_id)

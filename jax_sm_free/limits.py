@@ -6,7 +6,6 @@ import ctypes
 import os
 import pathlib
 import resource
-from collections.abc import Iterator
 
 # What a wire of UCX takes for itself, and for each peer: sockets of both ends, on two networks.
 _WIRE_DESCRIPTORS, _PEER_DESCRIPTORS = 16, 4
@@ -33,19 +32,6 @@ def check_descriptors(num_peers: int) -> None:
         )
 
 
-def warnings(has_neighbours: bool, has_rdma: bool) -> Iterator[str]:
-    """What makes connections slow, or may keep them from working.
-
-    Args:
-      has_neighbours: whether other processes of the buffer are on this host.
-      has_rdma: whether UCX can use RDMA devices.
-    """
-    if has_neighbours and (missing := why_no_shared_memory()):
-        yield f"processes of this host exchange by TCP: {missing}"
-    if has_rdma and any(pathlib.Path("/sys/class/infiniband").glob("*")):
-        yield from map(str, filter(None, [why_little_locked_memory()]))
-
-
 def why_no_shared_memory() -> str | None:
     """Why System V's shared memory, by which processes of a host exchange, cannot be had."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -60,7 +46,9 @@ def why_no_shared_memory() -> str | None:
 
 
 def why_little_locked_memory() -> str | None:
-    """Why RDMA devices may be refused the memory of messages."""
+    """Why RDMA devices, if there are any, may be refused the memory of messages."""
+    if not any(pathlib.Path("/sys/class/infiniband").glob("*")):
+        return None
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if limit == resource.RLIM_INFINITY or _has_capability(_CAP_IPC_LOCK):
         return None

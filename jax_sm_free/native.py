@@ -47,7 +47,7 @@ class Native:
         num_processes: int,
         library: str,
         link_timeout_s: float,
-        net_devices: str,
+        settings: dict[str, str],
     ) -> Any:
         """Makes this process's end of a wire over UCX, to be found by `key`.
 
@@ -58,10 +58,16 @@ class Native:
           num_processes: that the wire connects.
           library: the path of UCX's.
           link_timeout_s: seconds without an answer after which a host is lost.
-          net_devices: that UCX may use, as in UCX_NET_DEVICES; empty for all.
+          settings: variables of UCX without UCX_; those of the environment go before them.
         """
         return self._module.open_wire(
-            wire_id, key, process, num_processes, library, link_timeout_s, net_devices
+            wire_id,
+            key,
+            process,
+            num_processes,
+            library,
+            link_timeout_s,
+            list(settings.items()),
         )
 
     def open_ucx_buffer(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import logging
-import os
 import pathlib
 from typing import Any
 
@@ -79,7 +78,7 @@ def open_buffer(
             found: networks.Networks | None = None
             if wire is None or any(wire_id != offered for _, offered in offers):
                 found = networks.explore(lambda what: _tell(bootstrap, what), bootstrap.index)
-                wire = _open_wire(native, bootstrap, found, buffer_id, key, config)
+                wire = _open_wire(native, bootstrap, found, buffer_id, key, config.timeout_s)
             native.open_ucx_buffer(
                 buffer_id,
                 config,
@@ -108,27 +107,31 @@ def _open_wire(
     found: networks.Networks,
     wire_id: int,
     key: str,
-    config: Config,
+    timeout_s: float,
 ) -> Any:
     path = library()
-    limits.check_descriptors(len(bootstrap.processes) - 1)
-    for text in limits.warnings(found.num_here(bootstrap.index) > 1, has_rdma(path)):
-        _log.warning("transport 'ucx': %s", text)
-    useless = [] if "UCX_NET_DEVICES" in os.environ else found.useless(bootstrap.index)
-    if useless:
-        _log.info(
-            "transport 'ucx': leaves out %s, which no other host answers on", ", ".join(useless)
-        )
+    num_processes = len(bootstrap.processes)
+    limits.check_descriptors(num_processes - 1)
+    settings = _settings(found, bootstrap.index)
+    if has_rdma(path) and (little := limits.why_little_locked_memory()):
+        _log.warning("transport 'ucx': %s", little)
     return native.open_wire(
-        wire_id,
-        key,
-        bootstrap.index,
-        len(bootstrap.processes),
-        path,
-        config.timeout_s,
-        # Names what UCX shall not use, so that RDMA devices stay.
-        "^" + ",".join(useless) if useless else "",
+        wire_id, key, bootstrap.index, num_processes, path, timeout_s, settings
     )
+
+
+def _settings(found: networks.Networks, index: int) -> dict[str, str]:
+    """What UCX is told because of this host. The variables of the environment go before it."""
+    settings = {}
+    if useless := found.useless(index):
+        # Names what UCX shall not use, so that RDMA devices stay.
+        settings["NET_DEVICES"] = "^" + ",".join(useless)
+        _log.info("transport 'ucx' leaves out %s: no other host answers there", ", ".join(useless))
+    if missing := limits.why_no_shared_memory():
+        settings["TLS"] = "^cuda,posix,sysv"  # UCX would not start.
+        if found.num_here(index) > 1:
+            _log.warning("transport 'ucx': processes of this host exchange by TCP: %s", missing)
+    return settings
 
 
 def _tell(bootstrap: Bootstrap, what: Any) -> list[Any]:

@@ -59,14 +59,15 @@ nb::object FindWire(const std::string& key) {
 }
 
 // This process's end of a wire over UCX: process `self` of `count`. `library`: path of libucp.so.0.
+// `settings`: variables of UCX, without UCX_.
 nb::object OpenWire(int64_t id, const std::string& key, int32_t self, int32_t count,
                     const std::string& library, double link_timeout_s,
-                    const std::string& net_devices) {
+                    std::vector<std::pair<std::string, std::string>> settings) {
   const UcxWire::Options options{.library = library,
                                  .self = self,
                                  .num_peers = count,
                                  .link_timeout_s = link_timeout_s,
-                                 .net_devices = net_devices};
+                                 .settings = std::move(settings)};
   const auto open_wire = [&options](Wire::Callbacks callbacks) -> Result<std::unique_ptr<Wire>> {
     auto wire = UcxWire::Open(options, std::move(callbacks));
     if (const Fault* fault = FaultOf(wire)) return *fault;

@@ -53,7 +53,7 @@ Result<std::unique_ptr<UcxWire>> UcxWire::Open(const Options& options, Callbacks
   Result<std::unique_ptr<UcxWorker>> worker =
       UcxWorker::Open(std::get<0>(ucx), {.num_peers = options.num_peers,
                                          .link_timeout_s = options.link_timeout_s,
-                                         .net_devices = options.net_devices});
+                                         .settings = options.settings});
   if (const Fault* fault = FaultOf(worker)) return with_rank(*fault);
   return std::unique_ptr<UcxWire>(
       new UcxWire(options, std::move(callbacks), std::move(std::get<0>(worker))));

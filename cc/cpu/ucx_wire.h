@@ -49,7 +49,8 @@ class UcxWire : public Wire {
     // for this long while its connection is full.
     double link_timeout_s = 5.0;
     double close_timeout_s = 5.0;  // how long Close waits for peers
-    std::string net_devices = {};  // that UCX may use, as in UCX_NET_DEVICES; empty for all
+    // Further variables of UCX, as in UcxWorker::Options.
+    std::vector<std::pair<std::string, std::string>> settings = {};
   };
 
   static Result<std::unique_ptr<UcxWire>> Open(const Options& options, Callbacks callbacks);

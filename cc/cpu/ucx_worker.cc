@@ -10,6 +10,7 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
 #include <vector>
 
 #include "cc/cpu/ucx_frame.h"
@@ -17,10 +18,7 @@
 namespace jax_sm_free {
 namespace {
 
-struct Setting {
-  const char* name;
-  std::string value;
-};
+using Setting = std::pair<std::string, std::string>;
 
 // What differs from UCX's own choice.
 std::vector<Setting> Settings(const UcxWorker::Options& options) {
@@ -30,7 +28,8 @@ std::vector<Setting> Settings(const UcxWorker::Options& options) {
       // memory would take 4 MB of /dev/shm beside System V's, which UCX prefers, and end the process
       // by a signal where a container has too little of it.
       {"TLS", "^cuda,posix"},
-      // Without this, an endpoint that reports a dead peer would not use shared memory.
+      // Without these, an endpoint that reports a dead peer would not use shared memory.
+      {"POSIX_ERROR_HANDLING", "y"},
       {"SYSV_ERROR_HANDLING", "y"},
       // How often UCX looks whether a process of this host is still there.
       {"KEEPALIVE_INTERVAL", "1s"},
@@ -46,7 +45,7 @@ std::vector<Setting> Settings(const UcxWorker::Options& options) {
       // By default TCP is not for groups of more than 256.
       {"TCP_MAX_NUM_EPS", "inf"},
   };
-  if (!options.net_devices.empty()) settings.push_back({"NET_DEVICES", options.net_devices});
+  settings.insert(settings.end(), options.settings.begin(), options.settings.end());
   return settings;
 }
 
@@ -76,9 +75,9 @@ ucs_status_t UcxWorker::OpenContext(const Options& options) {
   ucp_config_t* config = nullptr;
   ucs_status_t status = ucx_->ucp_config_read(nullptr, nullptr, &config);
   if (status != UCS_OK) return status;
-  for (const Setting& setting : Settings(options)) {
-    if (std::getenv((std::string("UCX_") + setting.name).c_str()) != nullptr) continue;
-    status = ucx_->ucp_config_modify(config, setting.name, setting.value.c_str());
+  for (const auto& [name, value] : Settings(options)) {
+    if (std::getenv(("UCX_" + name).c_str()) != nullptr) continue;
+    status = ucx_->ucp_config_modify(config, name.c_str(), value.c_str());
     if (status != UCS_OK) break;
   }
   ucp_params_t params{};

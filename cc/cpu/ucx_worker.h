@@ -7,6 +7,7 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "cc/cpu/ucx_library.h"
 #include "cc/fault.h"
@@ -22,7 +23,8 @@ class UcxWorker {
     // A TCP connection whose other host has not answered for this long is broken; a process that
     // died is noticed within about a second.
     double link_timeout_s = 5.0;
-    std::string net_devices = {};  // as in UCX_NET_DEVICES; empty for all
+    // Further variables without UCX_, and what they are set to.
+    std::vector<std::pair<std::string, std::string>> settings = {};
   };
 
   static Result<std::unique_ptr<UcxWorker>> Open(std::shared_ptr<const UcxLibrary> ucx,

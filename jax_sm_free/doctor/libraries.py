@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import pathlib
 from collections.abc import Iterator
 
 import jax
@@ -39,8 +38,7 @@ def check_ucx() -> Iterator[Finding]:
     version = ctypes.CDLL(path).ucp_get_version_string
     version.restype = ctypes.c_char_p
     yield ok(f"UCX {version().decode()}, {path}")
-    modules = pathlib.Path(path).parent / "ucx"
-    if modules.is_dir() and not any(modules.glob("libuct_ib*")):
+    if not ucx.has_rdma(path):
         yield note("this UCX was built without RDMA: between hosts it uses TCP")
 
 

@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from launcher import Host
 
@@ -46,6 +46,15 @@ class TwoHosts:
             _run("ip", "-n", name, "address", "add", f"{host.address}/24", "dev", _CABLE)
             _run("ip", "-n", name, "link", "set", "lo", "up")
         self.mend()
+
+    def add_dead_end(self, name: str, addresses: Sequence[str]) -> None:
+        """Gives each host a network interface that is up and leads nowhere, as bridges do."""
+        for host, address in zip(self._names, addresses, strict=True):
+            other_end = ("type", "veth", "peer", "name", f"{name}_end")
+            _run("ip", "-n", host, "link", "add", name, *other_end)
+            for link in (name, f"{name}_end"):
+                _run("ip", "-n", host, "link", "set", link, "up")
+            _run("ip", "-n", host, "address", "add", address, "dev", name)
 
     def close(self) -> None:
         for name in self._names:
