@@ -115,9 +115,7 @@ def _open_wire(
     settings = _settings(found, bootstrap.index)
     if has_rdma(path) and (little := limits.why_little_locked_memory()):
         _log.warning("transport 'ucx': %s", little)
-    return native.open_wire(
-        wire_id, key, bootstrap.index, num_processes, path, timeout_s, settings
-    )
+    return native.open_wire(wire_id, key, bootstrap.index, num_processes, path, timeout_s, settings)
 
 
 def _settings(found: networks.Networks, index: int) -> dict[str, str]:

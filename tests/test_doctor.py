@@ -18,7 +18,7 @@ import pytest
 import support
 
 import jax_sm_free
-from jax_sm_free import reference, ucx
+from jax_sm_free import reference, transports, ucx
 from jax_sm_free.doctor import exchange, libraries, machine, network
 from jax_sm_free.doctor.findings import Examination, note, ok, problem, report
 
