@@ -89,7 +89,9 @@ class Buffer:
             quantises on their way, to half the bytes of bfloat16; see `Config` for the arithmetic.
           transport: "auto"; "in_process" for CPU devices of this process, "ucx" for those of
             several; "cuda_peer" for GPUs of this process, "nvshmem" for one of each of several.
-          timeout_s: seconds a receive waits before it is a fault.
+          timeout_s: seconds a receive waits before it is a fault. Where processes compile for
+            themselves, longer than a compilation: one that has its program, from JAX's persistent
+            cache for one, waits in the run for those that still compile.
 
         Raises:
           TypeError, ValueError: for a bad argument, naming it, the expected and the given value; in
@@ -97,7 +99,8 @@ class Buffer:
           NotImplementedError: for devices that no transport of this build reaches.
           ImportError: if the transport is "ucx" and the package libucx-cu13 is not there.
           TimeoutError: naming a process of the mesh that did not open the buffer.
-          RuntimeError: naming a process of the mesh that could not open it.
+          RuntimeError: naming a process of the mesh that could not open it, or that another one
+            could not reach.
         """
         self.mesh = mesh
         self.axes = checks.check_mesh(mesh, axis)
@@ -138,12 +141,14 @@ class Buffer:
         """Packs each token once for every rank that owns one of its experts. Collective.
 
         Args:
-          x: [T, hidden] of the buffer's dtype, T <= max_tokens; or (values [T, A], scales [T, B])
+          x: [T, hidden] of the buffer's dtype, T <= max_tokens (a rank with fewer rows than others
+            pads: see `topk_idx`); or (values [T, A], scales [T, B])
             of any dtypes of whole bytes, whose rows travel as they are and have no gradient (view
             4-bit numbers as int8, two to one). A row of both together
             is at most as wide as one of the buffer's (`Config.row_bytes`). A buffer with a
             `wire_dtype` takes no pairs: it makes them itself.
-          topk_idx: i32 [T, top_k] in [-1, num_experts); -1 selects none.
+          topk_idx: i32 [T, top_k] in [-1, num_experts); -1 selects none. A row of -1 alone is
+            padding: it is not sent, and combine returns zeros for it.
           topk_weights: f32 [T, top_k].
 
         Returns:
@@ -324,6 +329,7 @@ class Buffer:
         """Frees the buffer's memory. Not collective; closing twice does nothing.
 
         What still waits ends with an error, and so do programs that run this buffer's ops later.
+        In a forked child it does nothing: the memory and connections are the parent's.
         """
         self._closer()
 
