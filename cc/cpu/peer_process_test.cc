@@ -31,7 +31,8 @@ class Child {
       close(ends[1]);
       if (ends_its_first_thread) {
         std::thread([] { pause(); }).detach();
-        syscall(SYS_exit, 0);  // unlike pthread_exit, throws nothing for the test framework to catch
+        syscall(SYS_exit,
+                0);  // unlike pthread_exit, throws nothing for the test framework to catch
       }
       pause();
       _exit(0);

@@ -112,7 +112,9 @@ std::vector<Wire::Unreached> SharedWire::AwaitPeers(std::chrono::duration<double
   for (size_t i = 0; i < lost_.size(); ++i) {  // since it was heard of
     const auto peer = static_cast<int32_t>(i);
     const auto is_peer = [peer](const Wire::Unreached& known) { return known.peer == peer; };
-    if (lost_[i] && std::ranges::none_of(unreached, is_peer)) unreached.push_back({peer, *lost_[i]});
+    if (lost_[i] && std::ranges::none_of(unreached, is_peer)) {
+      unreached.push_back({peer, *lost_[i]});
+    }
   }
   return unreached;
 }
@@ -150,21 +152,20 @@ bool SharedWire::IsAnswered(const End& end) const {
 // What follows is the wire's thread.
 
 Wire::Callbacks SharedWire::Callbacks() {
-  return {.wants =
-              [this](int32_t /*peer*/, Wire::Header header) {
-                Label label;
-                if (header.size() < sizeof(label)) return true;  // which then has no place
-                std::memcpy(&label, header.data(), sizeof(label));
-                const std::lock_guard lock(mutex_);
-                return OpenEnd(label.number) != nullptr;
-              },
-          .allocate = [this](int32_t peer, Wire::Header header,
-                             int64_t bytes) { return Allocate(peer, header, bytes); },
-          .on_message =
-              [this](int32_t peer, Wire::Header header, BlockPool::Block payload, int64_t bytes) {
-                OnMessage(peer, header, std::move(payload), bytes);
-              },
-          .on_lost = [this](int32_t peer, const std::string& reason) { OnLost(peer, reason); }};
+  return {
+      .wants =
+          [this](int32_t /*peer*/, Wire::Header header) {
+            Label label;
+            if (header.size() < sizeof(label)) return true;  // which then has no place
+            std::memcpy(&label, header.data(), sizeof(label));
+            const std::lock_guard lock(mutex_);
+            return OpenEnd(label.number) != nullptr;
+          },
+      .allocate = [this](int32_t peer, Wire::Header header,
+                         int64_t bytes) { return Allocate(peer, header, bytes); },
+      .on_message = [this](int32_t peer, Wire::Header header, BlockPool::Block payload,
+                           int64_t bytes) { OnMessage(peer, header, std::move(payload), bytes); },
+      .on_lost = [this](int32_t peer, const std::string& reason) { OnLost(peer, reason); }};
 }
 
 SharedWire::End* SharedWire::OpenEnd(int64_t number) const {

@@ -84,7 +84,7 @@ class SharedWire : public std::enable_shared_from_this<SharedWire> {
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   bool connected_ = false;
-  std::map<int64_t, End*> ends_;                 // by number
+  std::map<int64_t, End*> ends_;                  // by number
   std::vector<std::optional<std::string>> lost_;  // by process: why
 };
 

@@ -193,7 +193,9 @@ TEST_F(SharedWireTest, TheNewestSoundOneIsFound) {
 }
 
 TEST(SharedWireOpenTest, AFaultIsHandedOn) {
-  const auto shared = SharedWire::Open(0, 0, 1, [](Wire::Callbacks) { return Fault{.expected = "a wire", .seen = "none", .exchange = {}}; });
+  const auto shared = SharedWire::Open(0, 0, 1, [](const Wire::Callbacks&) {
+    return Fault{.expected = "a wire", .seen = "none", .exchange = {}};
+  });
   ASSERT_NE(FaultOf(shared), nullptr);
   EXPECT_EQ(FaultOf(shared)->seen, "none");
 }

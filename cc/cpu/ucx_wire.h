@@ -36,9 +36,9 @@ namespace jax_sm_free {
 //     +--------------------error of its endpoint-----------------+
 //
 // on_lost is called when a peer stops being live. UCX itself notices a process of this host that
-// has died only when its parent has reaped it, so the wire looks after these, too. To close, a wire says goodbye to every live peer
-// and goes when each has acknowledged: a socket that is closed earlier may take with it what the
-// peer has not read yet.
+// has died only when its parent has reaped it, so the wire looks after these, too. To close, a wire
+// says goodbye to every live peer and goes when each has acknowledged: a socket that is closed
+// earlier may take with it what the peer has not read yet.
 class UcxWire : public Wire {
  public:
   struct Options {
@@ -72,7 +72,7 @@ class UcxWire : public Wire {
     Life life = Life::kLive;
     ucp_ep_h endpoint = nullptr;
     uint64_t next_sequence = 0;
-    bool acknowledged = false;  // our goodbye
+    bool acknowledged = false;           // our goodbye
     std::optional<PeerProcess> process;  // if it can be seen from here
   };
   struct Outgoing {

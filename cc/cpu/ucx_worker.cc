@@ -25,7 +25,8 @@ std::vector<Setting> Settings(const UcxWorker::Options& options) {
   const long timeout_s = std::max(1L, std::lround(options.link_timeout_s));
   std::vector<Setting> settings{
       // Payloads are host memory; the modules for GPUs would only start a driver. POSIX's shared
-      // memory would take 4 MB of /dev/shm beside System V's, which UCX prefers, and end the process
+      // memory would take 4 MB of /dev/shm beside System V's, which UCX prefers, and end the
+      // process
       // by a signal where a container has too little of it.
       {"TLS", "^cuda,posix"},
       // Without these, an endpoint that reports a dead peer would not use shared memory.
