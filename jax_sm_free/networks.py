@@ -147,9 +147,12 @@ def interfaces() -> dict[str, str]:
 
 
 def _place() -> list[str]:
-    """The same in processes that have the same interfaces."""
-    boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return [boot, os.readlink("/proc/self/ns/net"), socket.gethostname()]
+    """The same in processes of the same interfaces; a sandbox may show less than all of it."""
+    place = [socket.gethostname()]
+    with contextlib.suppress(OSError):
+        place.append(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip())
+        place.append(os.readlink("/proc/self/ns/net"))
+    return place
 
 
 def _try(others: Sequence[tuple[int, Any]], own: dict[str, str]) -> list[Attempt]:

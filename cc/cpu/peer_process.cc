@@ -94,4 +94,21 @@ bool PeerProcess::HasEnded() const {
   return stat.start != start_ || ((stat.state == 'Z' || stat.state == 'X') && stat.num_threads < 2);
 }
 
+void PeerWatch::Add(int32_t peer, const std::string& name) {
+  if (const auto process = PeerProcess::Find(name)) peers_.emplace_back(peer, *process);
+}
+
+std::vector<std::pair<int32_t, std::string>> PeerWatch::TakeEnded(Clock::time_point now) {
+  std::vector<std::pair<int32_t, std::string>> ended;
+  if (now - looked_ < kInterval) return ended;
+  looked_ = now;
+  std::erase_if(peers_, [&ended](const auto& entry) {
+    const auto& [peer, process] = entry;
+    if (!process.HasEnded()) return false;
+    ended.emplace_back(peer, "process " + std::to_string(process.pid()) + " has ended");
+    return true;
+  });
+  return ended;
+}
+
 }  // namespace jax_sm_free

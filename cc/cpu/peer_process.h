@@ -3,9 +3,12 @@
 #ifndef JAX_SM_FREE_CC_CPU_PEER_PROCESS_H_
 #define JAX_SM_FREE_CC_CPU_PEER_PROCESS_H_
 
+#include <chrono>
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 namespace jax_sm_free {
 
@@ -29,6 +32,25 @@ class PeerProcess {
 
   int64_t pid_;
   uint64_t start_;  // in ticks since boot: the number may have been given to another process since
+};
+
+// Looks after several of them, from time to time. For one thread.
+class PeerWatch {
+ public:
+  using Clock = std::chrono::steady_clock;
+
+  static constexpr std::chrono::milliseconds kInterval{500};
+
+  // From now on after process `peer`, if that name can be seen from here.
+  void Add(int32_t peer, const std::string& name);
+
+  // Those that have ended since the last call, and how to say so; none while the interval since
+  // that call is not over.
+  std::vector<std::pair<int32_t, std::string>> TakeEnded(Clock::time_point now);
+
+ private:
+  std::vector<std::pair<int32_t, PeerProcess>> peers_;
+  Clock::time_point looked_;
 };
 
 }  // namespace jax_sm_free

@@ -100,6 +100,26 @@ TEST(PeerProcessTest, TheSameNumberGivenToAnotherIsAnEnd) {
   EXPECT_FALSE(PeerProcess::Find(earlier));
 }
 
+TEST(PeerWatchTest, TellsOnceOfEachThatHasEnded) {
+  using std::chrono::milliseconds;
+  Child one;
+  const Child other;
+  PeerWatch watch;
+  watch.Add(3, one.name());
+  watch.Add(4, other.name());
+  watch.Add(5, "another host's");
+  const PeerWatch::Clock::time_point now = PeerWatch::Clock::now();
+  EXPECT_TRUE(watch.TakeEnded(now).empty());
+  one.Signal(SIGKILL);
+  one.WaitUntilItHasEnded();
+  EXPECT_TRUE(watch.TakeEnded(now + milliseconds(499)).empty());  // does not look yet
+  const auto ended = watch.TakeEnded(now + milliseconds(500));
+  ASSERT_EQ(ended.size(), 1U);
+  EXPECT_EQ(ended[0].first, 3);
+  EXPECT_EQ(ended[0].second, "process " + std::to_string(one.pid()) + " has ended");
+  EXPECT_TRUE(watch.TakeEnded(now + milliseconds(1500)).empty());
+}
+
 TEST(PeerProcessTest, OneOfAnotherHostCanNotBeSeen) {
   const Child child;
   EXPECT_FALSE(PeerProcess::Find("another" + child.name()));

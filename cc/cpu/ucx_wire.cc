@@ -19,8 +19,6 @@ constexpr int kMaxSleepClosingMs = 20;
 // How long UCX may take to cancel what is under way, which needs no peer.
 constexpr std::chrono::seconds kCancel(2);
 
-// How often to look whether processes of this host are still there.
-constexpr std::chrono::milliseconds kLookAfter(500);
 // What a process that has died sent before is read first, which others must not draw out.
 constexpr int kMaxDrain = 1000;
 
@@ -124,7 +122,7 @@ void UcxWire::Run() {
   while (true) {
     bool busy = TakeOrders();
     busy = worker_->Progress() || busy;
-    LookAfterPeers(Clock::now());
+    LookAfterPeers();
     Settle();
     if (said_goodbye_) {
       if (!deadline) {
@@ -174,27 +172,19 @@ void UcxWire::Sleep() {
   asleep_ = false;
 }
 
-void UcxWire::LookAfterPeers(Clock::time_point now) {
-  if (now - looked_after_ < kLookAfter) return;
-  looked_after_ = now;
-  std::vector<int32_t> ended;
-  for (int32_t peer = 0; peer < options_.num_peers; ++peer) {
-    const std::optional<PeerProcess>& process = peers_[peer].process;
-    if (peers_[peer].life != Life::kLost && process && process->HasEnded()) ended.push_back(peer);
-  }
+void UcxWire::LookAfterPeers() {
+  const auto ended = watch_.TakeEnded(Clock::now());
   if (ended.empty()) return;
   for (int i = 0; i < kMaxDrain && worker_->Progress(); ++i) {
   }
-  for (const int32_t peer : ended) {
-    Break(peer, "process " + std::to_string(peers_[peer].process->pid()) + " has ended");
-  }
+  for (const auto& [peer, reason] : ended) Break(peer, reason);
 }
 
 void UcxWire::OpenEndpoints(const std::vector<std::string>& addresses) {
   for (int32_t peer = 0; peer < options_.num_peers; ++peer) {
     if (peers_[peer].life == Life::kLost) continue;
     const auto [process, ucx_address] = DecodeAddress(addresses[peer]);
-    peers_[peer].process = PeerProcess::Find(process);
+    watch_.Add(peer, process);
     OpenEndpoint(peer, ucx_address);
     PostSigned(FrameKind::kGreeting, peer, [] {});
     // It may have come and gone before.

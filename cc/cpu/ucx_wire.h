@@ -72,8 +72,7 @@ class UcxWire : public Wire {
     Life life = Life::kLive;
     ucp_ep_h endpoint = nullptr;
     uint64_t next_sequence = 0;
-    bool acknowledged = false;           // our goodbye
-    std::optional<PeerProcess> process;  // if it can be seen from here
+    bool acknowledged = false;  // our goodbye
   };
   struct Outgoing {
     UcxWire* wire;
@@ -92,7 +91,7 @@ class UcxWire : public Wire {
   void Run();
   bool TakeOrders();
   void Sleep();
-  void LookAfterPeers(Clock::time_point now);
+  void LookAfterPeers();
   void OpenEndpoints(const std::vector<std::string>& addresses);
   void OpenEndpoint(int32_t peer, const std::string& address);
   void Post(std::unique_ptr<Outgoing> outgoing);
@@ -126,7 +125,7 @@ class UcxWire : public Wire {
   int64_t num_endpoints_closing_ = 0;
   bool connected_ = false;
   bool said_goodbye_ = false;
-  Clock::time_point looked_after_;
+  PeerWatch watch_;
 
   std::mutex mutex_;
   std::vector<std::unique_ptr<Outgoing>> queue_;
