@@ -67,9 +67,10 @@ UcxWire::UcxWire(const Options& options, Callbacks callbacks, std::unique_ptr<Uc
       worker_(std::move(worker)),
       address_(EncodeAddress(PeerProcess::OwnName(), worker_->address())),
       roll_(options.self, options.num_peers),
-      peers_(options.num_peers) {
+      peers_(options.num_peers),
+      endpoints_(*worker_, options.num_peers,
+                 [this](int32_t peer, const std::string& reason) { Break(peer, reason); }) {
   peers_[options.self].life = Life::kLost;
-  for (int32_t peer = 0; peer < options.num_peers; ++peer) routes_.push_back({this, peer});
   inbox_.Listen(*worker_);
   thread_ = std::thread([this] { Run(); });
 }
@@ -185,26 +186,11 @@ void UcxWire::OpenEndpoints(const std::vector<std::string>& addresses) {
     if (peers_[peer].life == Life::kLost) continue;
     const auto [process, ucx_address] = DecodeAddress(addresses[peer]);
     watch_.Add(peer, process);
-    OpenEndpoint(peer, ucx_address);
+    endpoints_.Open(peer, ucx_address);
     PostSigned(FrameKind::kGreeting, peer, [] {});
     // It may have come and gone before.
     if (peers_[peer].life == Life::kDeparted) AcknowledgeGoodbye(peer);
   }
-}
-
-void UcxWire::OpenEndpoint(int32_t peer, const std::string& address) {
-  ucp_ep_params_t params{};
-  params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
-                      UCP_EP_PARAM_FIELD_ERR_HANDLER;
-  params.address = reinterpret_cast<const ucp_address_t*>(address.data());
-  params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
-  params.err_handler.cb = &UcxWire::OnEndpointError;
-  params.err_handler.arg = &routes_[peer];
-  const UcxLibrary& ucx = worker_->ucx();
-  const ucs_status_t status = ucx.ucp_ep_create(worker_->get(), &params, &peers_[peer].endpoint);
-  if (status == UCS_OK) return;
-  peers_[peer].endpoint = nullptr;
-  Break(peer, ucx.ucs_status_string(status));
 }
 
 void UcxWire::Post(std::unique_ptr<Outgoing> outgoing) {
@@ -212,7 +198,8 @@ void UcxWire::Post(std::unique_ptr<Outgoing> outgoing) {
   FramePrefix prefix;
   std::memcpy(&prefix, outgoing->header.data(), sizeof(prefix));
   const bool wanted = peer.life == Life::kLive || prefix.kind == FrameKind::kGoodbyeAck;
-  if (!wanted || peer.endpoint == nullptr) {
+  ucp_ep_h endpoint = endpoints_.to(outgoing->peer);
+  if (!wanted || endpoint == nullptr) {
     outgoing->on_sent();
     return;
   }
@@ -223,9 +210,8 @@ void UcxWire::Post(std::unique_ptr<Outgoing> outgoing) {
   param.cb.send = &UcxWire::OnSendDone;
   param.user_data = outgoing.get();
   const UcxLibrary& ucx = worker_->ucx();
-  void* request =
-      ucx.ucp_am_send_nbx(peer.endpoint, 0, outgoing->header.data(), outgoing->header.size(),
-                          outgoing->payload.data(), outgoing->payload.size(), &param);
+  void* request = ucx.ucp_am_send_nbx(endpoint, 0, outgoing->header.data(), outgoing->header.size(),
+                                      outgoing->payload.data(), outgoing->payload.size(), &param);
   if (UCS_PTR_IS_PTR(request)) {
     Outgoing* key = outgoing.get();
     posted_.emplace(key, std::move(outgoing));
@@ -281,11 +267,6 @@ void UcxWire::OnFrame(UcxInbox::Frame frame) {
   }
 }
 
-void UcxWire::OnEndpointError(void* route, ucp_ep_h /*endpoint*/, ucs_status_t status) {
-  const auto& [wire, peer] = *static_cast<Route*>(route);
-  wire->Break(peer, wire->worker_->ucx().ucs_status_string(status));
-}
-
 // Callable from within UCX, where an endpoint must not be closed.
 void UcxWire::Break(int32_t peer, const std::string& reason) { broken_.emplace_back(peer, reason); }
 
@@ -294,13 +275,13 @@ void UcxWire::Settle() {
   for (const int32_t peer : std::exchange(departing_, {})) {
     Report(peer, kClosed);
     peers_[peer].life = Life::kDeparted;
-    if (peers_[peer].endpoint != nullptr) AcknowledgeGoodbye(peer);
+    if (endpoints_.to(peer) != nullptr) AcknowledgeGoodbye(peer);
   }
   for (const auto& [peer, reason] : std::exchange(broken_, {})) {
     Report(peer, reason);
     if (std::exchange(peers_[peer].life, Life::kLost) == Life::kLost) continue;
     inbox_.Drop(peer);
-    CloseEndpoint(peer);
+    endpoints_.Close(peer);
   }
 }
 
@@ -310,40 +291,24 @@ void UcxWire::Report(int32_t peer, const std::string& reason) {
   callbacks_.on_lost(peer, reason);
 }
 
-// Cancels what is under way.
-void UcxWire::CloseEndpoint(int32_t peer) {
-  ucp_ep_h endpoint = std::exchange(peers_[peer].endpoint, nullptr);
-  if (endpoint == nullptr) return;
-  ucp_request_param_t param{};
-  param.op_attr_mask =
-      UCP_OP_ATTR_FIELD_FLAGS | UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
-  param.flags = UCP_EP_CLOSE_FLAG_FORCE;
-  param.cb.send = &UcxWire::OnEndpointClosed;
-  param.user_data = this;
-  void* request = worker_->ucx().ucp_ep_close_nbx(endpoint, &param);
-  if (UCS_PTR_IS_PTR(request)) ++num_endpoints_closing_;
-}
-
-void UcxWire::OnEndpointClosed(void* request, ucs_status_t /*status*/, void* wire) {
-  auto* self = static_cast<UcxWire*>(wire);
-  --self->num_endpoints_closing_;
-  self->worker_->ucx().ucp_request_free(request);
-}
-
 bool UcxWire::IsFlushed() const {
-  return posted_.empty() && std::ranges::all_of(peers_, [](const Peer& peer) {
-           return peer.life == Life::kLost || peer.acknowledged || peer.endpoint == nullptr;
-         });
+  if (!posted_.empty()) return false;
+  for (int32_t peer = 0; peer < options_.num_peers; ++peer) {
+    const Peer& state = peers_[peer];
+    const bool answered = state.life == Life::kLost || state.acknowledged;
+    if (!answered && endpoints_.to(peer) != nullptr) return false;
+  }
+  return true;
 }
 
 void UcxWire::Shutdown() {
   for (int32_t peer = 0; peer < options_.num_peers; ++peer) {
     peers_[peer].life = Life::kLost;
     inbox_.Drop(peer);
-    CloseEndpoint(peer);
+    endpoints_.Close(peer);
   }
   const Clock::time_point deadline = Clock::now() + kCancel;
-  while ((num_endpoints_closing_ > 0 || !posted_.empty()) && Clock::now() < deadline) {
+  while ((endpoints_.AnyClosing() || !posted_.empty()) && Clock::now() < deadline) {
     if (!worker_->Progress()) worker_->Wait(kMaxSleepClosingMs);
   }
   worker_->Close();  // may still call OnSendDone

@@ -18,6 +18,7 @@
 
 #include "cc/cpu/peer_process.h"
 #include "cc/cpu/roll_call.h"
+#include "cc/cpu/ucx_endpoints.h"
 #include "cc/cpu/ucx_frame.h"
 #include "cc/cpu/ucx_inbox.h"
 #include "cc/cpu/ucx_worker.h"
@@ -70,7 +71,6 @@ class UcxWire : public Wire {
   enum class Life { kLive, kDeparted, kLost };
   struct Peer {
     Life life = Life::kLive;
-    ucp_ep_h endpoint = nullptr;
     uint64_t next_sequence = 0;
     bool acknowledged = false;  // our goodbye
   };
@@ -81,11 +81,6 @@ class UcxWire : public Wire {
     std::span<const std::byte> payload;
     OnSent on_sent;
   };
-  struct Route {  // of an endpoint's errors
-    UcxWire* wire;
-    int32_t peer;
-  };
-
   UcxWire(const Options& options, Callbacks callbacks, std::unique_ptr<UcxWorker> worker);
 
   void Run();
@@ -93,7 +88,6 @@ class UcxWire : public Wire {
   void Sleep();
   void LookAfterPeers();
   void OpenEndpoints(const std::vector<std::string>& addresses);
-  void OpenEndpoint(int32_t peer, const std::string& address);
   void Post(std::unique_ptr<Outgoing> outgoing);
   void PostSigned(FrameKind kind, int32_t peer, OnSent on_sent);
   void AcknowledgeGoodbye(int32_t peer);
@@ -101,13 +95,10 @@ class UcxWire : public Wire {
   void Break(int32_t peer, const std::string& reason);
   void Settle();
   void Report(int32_t peer, const std::string& reason);
-  void CloseEndpoint(int32_t peer);
   bool IsFlushed() const;
   void Shutdown();
 
   static void OnSendDone(void* request, ucs_status_t status, void* outgoing);
-  static void OnEndpointError(void* route, ucp_ep_h endpoint, ucs_status_t status);
-  static void OnEndpointClosed(void* request, ucs_status_t status, void* wire);
 
   const Options options_;
   const Callbacks callbacks_;
@@ -118,11 +109,10 @@ class UcxWire : public Wire {
 
   // The wire's thread alone, once it runs.
   std::vector<Peer> peers_;
-  std::vector<Route> routes_;  // by process
+  UcxEndpoints endpoints_;
   std::unordered_map<Outgoing*, std::unique_ptr<Outgoing>> posted_;
   std::vector<int32_t> departing_;                       // said goodbye
   std::vector<std::pair<int32_t, std::string>> broken_;  // and why
-  int64_t num_endpoints_closing_ = 0;
   bool connected_ = false;
   bool said_goodbye_ = false;
   PeerWatch watch_;
