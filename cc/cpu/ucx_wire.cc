@@ -84,6 +84,14 @@ void UcxWire::Connect(std::vector<std::string> addresses) {
   worker_->Wake();
 }
 
+std::vector<Wire::Unreached> UcxWire::AwaitPeers(std::chrono::duration<double> patience) {
+  std::vector<Unreached> unreached = roll_.Await(patience);
+  const std::lock_guard lock(mutex_);
+  given_up_ = unreached;
+  worker_->Wake();
+  return unreached;
+}
+
 void UcxWire::Send(int32_t peer, Header header, std::span<const std::byte> payload,
                    OnSent on_sent) {
   auto outgoing = std::make_unique<Outgoing>();
@@ -143,15 +151,18 @@ void UcxWire::Run() {
 bool UcxWire::TakeOrders() {
   std::vector<std::unique_ptr<Outgoing>> queue;
   std::optional<std::vector<std::string>> addresses;
+  std::vector<Unreached> given_up;
   bool closing = false;
   {
     const std::lock_guard lock(mutex_);
     addresses.swap(addresses_);
+    given_up.swap(given_up_);
     closing = closing_;
     connected_ = connected_ || addresses;
     if (connected_ || closing) queue.swap(queue_);
   }
   if (addresses) OpenEndpoints(*addresses);
+  for (const auto& [peer, reason] : given_up) Break(peer, reason);
   for (std::unique_ptr<Outgoing>& outgoing : queue) Post(std::move(outgoing));
   if (closing && !said_goodbye_) {
     said_goodbye_ = true;

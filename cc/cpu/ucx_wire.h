@@ -59,9 +59,7 @@ class UcxWire : public Wire {
 
   const std::string& address() const override { return address_; }
   void Connect(std::vector<std::string> addresses) override;
-  std::vector<Unreached> AwaitPeers(std::chrono::duration<double> patience) override {
-    return roll_.Await(patience);
-  }
+  std::vector<Unreached> AwaitPeers(std::chrono::duration<double> patience) override;
   void Send(int32_t peer, Header header, std::span<const std::byte> payload,
             OnSent on_sent) override;
   void Close() override;
@@ -120,6 +118,7 @@ class UcxWire : public Wire {
   std::mutex mutex_;
   std::vector<std::unique_ptr<Outgoing>> queue_;
   std::optional<std::vector<std::string>> addresses_;
+  std::vector<Unreached> given_up_;
   bool closing_ = false;
   bool asleep_ = false;
 

@@ -181,8 +181,12 @@ TEST_P(UcxWireTest, PeersHaveBeenHeardOfOnceAllHaveConnected) {
   ASSERT_EQ(unreached.size(), 1U);
   EXPECT_EQ(unreached[0].peer, 2);
   EXPECT_EQ(unreached[0].reason, "no answer within 0.3 s");
+  const std::optional<Loss> loss = nodes[0]->WaitForLoss();  // from then on
+  ASSERT_TRUE(loss);
+  EXPECT_EQ(loss->peer, 2);
+  EXPECT_EQ(loss->reason, "no answer within 0.3 s");
   nodes[2]->wire().Connect(AddressesOf(nodes));
-  for (const auto& node : nodes) EXPECT_TRUE(node->wire().AwaitPeers(Node::kPatience).empty());
+  EXPECT_TRUE(nodes[1]->wire().AwaitPeers(Node::kPatience).empty());
 }
 
 TEST_P(UcxWireTest, APeerThatClosedInsteadOfConnectingIsNotWaitedFor) {

@@ -39,6 +39,9 @@ std::vector<Setting> Settings(const UcxWorker::Options& options) {
       {"TCP_KEEPINTVL", "1s"},
       {"TCP_KEEPCNT", std::to_string(std::max(1L, timeout_s - 1))},
       {"TCP_USER_TIMEOUT", std::to_string(timeout_s) + "s"},
+      // Else the thread that drives the worker hangs in connect() for as long as a host that drops
+      // packets is silent.
+      {"TCP_CONN_NB", "y"},
       // Payloads travel in segments, a system call or a wake-up each.
       {"TCP_TX_SEG_SIZE", "256K"},
       {"TCP_RX_SEG_SIZE", "256K"},

@@ -67,8 +67,8 @@ class Wire {
   };
 
   // Waits, after Connect, until each peer has been heard of, which has connected by then, or is
-  // lost, but no longer than `patience`. Returns those that have not been heard of. All peers can
-  // be reached if this returns none in all processes.
+  // lost, but no longer than `patience`. Returns those that have not been heard of, which are lost
+  // from then on. All peers can be reached if this returns none in all processes.
   virtual std::vector<Unreached> AwaitPeers(std::chrono::duration<double> patience) = 0;
 
   // Returns at once. `header` is copied. `payload` must stay as it is until on_sent is called,

@@ -52,19 +52,29 @@ def test_processes_of_a_host_with_a_bridge_share_memory(hosts):
             assert_matches(group.log.of(number), r"am\(sysv/memory", r"am\(tcp/cable")
 
 
-@pytest.mark.parametrize("dead_end", [BRIDGE, SECOND_NETWORKS[0]], ids=lambda d: d[0])
-def test_a_network_that_the_environment_chooses_is_named_where_it_fails(hosts, dead_end):
+@pytest.mark.parametrize(
+    ("dead_end", "is_silent", "seen"),
+    [
+        (BRIDGE, False, "Endpoint timeout"),
+        (SECOND_NETWORKS[0], False, "Endpoint timeout"),
+        (SECOND_NETWORKS[0], True, "no answer within 20 s"),
+    ],
+    ids=["refuses", "is not there", "is silent"],
+)
+def test_a_network_that_the_environment_chooses_is_named_where_it_fails(
+    hosts, dead_end, is_silent, seen
+):
     """At opening, in all processes, whatever it is that UCX meets there."""
     name, addresses = dead_end
-    hosts.add_dead_end(name, addresses)
+    hosts.add_dead_end(name, addresses, is_silent)
     env = {"UCX_NET_DEVICES": name}
     options = {"num_processes": 2, "hosts": hosts.hosts, "env": env}
     for number, (error, seconds) in enumerate(launcher.run(opening.error_of_opening, **options)):
-        assert seconds < 40.0
+        assert seconds < 20.0 + layers.MARGIN_S
         there = addresses[1 - number].split("/")[0]
         assert_matches(
             error,
-            rf"process {1 - number}: ",
+            rf"process {1 - number}: {seen}",
             rf"{hosts.hosts[1 - number].address}: .*cable 10\.77\.0\.\d answers by cable",
             rf"{name} {there} does not: ",
             "UCX_NET_DEVICES",
