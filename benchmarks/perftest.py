@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any
 
-from jax_sm_free import transports
+from jax_sm_free import ucx
 
 _TEST = ("-t", "ucp_am_bw", "-s", str(1 << 20), "-n", "200")
 _MIB = 2.0**20  # which is what it calls MB
@@ -54,7 +54,7 @@ def _bandwidth(client: subprocess.Popen) -> float:
 
 
 def _start(host: Any, *words: str) -> subprocess.Popen:
-    package = pathlib.Path(transports.ucx_library()).parents[1]
+    package = pathlib.Path(ucx.library()).parents[1]
     libraries = [package / "lib", package.with_name("libucx_cu13.libs")]
     env = {
         **os.environ,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import weakref
 from types import NoneType, TracebackType
 from typing import Any, Literal, overload
@@ -85,9 +86,11 @@ class Buffer:
             quantises on their way, to half the bytes of bfloat16; see `Config` for the arithmetic.
           transport: "auto"; "in_process" for CPU devices of this process, "ucx" for those of
             several; "cuda_peer" for GPUs of this process, "nvshmem" for one of each of several.
-          timeout_s: seconds a receive waits before it is a fault.
+          timeout_s: seconds a receive waits before it is a fault. Where processes compile for
+            themselves, longer than a compilation: one that has its program, from JAX's persistent
+            cache for one, waits in the run for those that still compile.
           name: tells this buffer from equal ones in a program that is saved in one process and runs
-            in another (docs/sharp_bits.md); None for the order in which equal ones are opened.
+            in another (docs/saving.md); None for the order in which equal ones are opened.
 
         Raises:
           TypeError, ValueError: for a bad argument, naming it, the expected and the given value; in
@@ -95,7 +98,8 @@ class Buffer:
           NotImplementedError: for devices that no transport of this build reaches.
           ImportError: if the transport is "ucx" and the package libucx-cu13 is not there.
           TimeoutError: naming a process of the mesh that did not open the buffer.
-          RuntimeError: naming a process of the mesh that could not open it.
+          RuntimeError: naming a process of the mesh that could not open it, or that another one
+            could not reach.
         """
         self.mesh = mesh
         self.axes = checks.check_mesh(mesh, axis)
@@ -129,7 +133,8 @@ class Buffer:
             self._native, self._id, program_name = transports.open_buffer(
                 self.transport, mesh, self.axes, self.config, described(transport=self.transport)
             )
-        self._closer = weakref.finalize(self, _drop, self._native, self._id)
+        self._opener = os.getpid()
+        self._closer = weakref.finalize(self, _drop, self._native, self._id, self._opener)
         self._closer.atexit = False  # then `native` closes what is open
         named = transports.names_calls(self.transport)
         self._target = Target(self.config, program_name, named)
@@ -144,12 +149,14 @@ class Buffer:
         """Packs each token once for every rank that owns one of its experts. Collective.
 
         Args:
-          x: [T, hidden] of the buffer's dtype, T <= max_tokens; or (values [T, A], scales [T, B])
+          x: [T, hidden] of the buffer's dtype, T <= max_tokens (a rank with fewer rows than others
+            pads: see `topk_idx`); or (values [T, A], scales [T, B])
             of any dtypes of whole bytes, whose rows travel as they are and have no gradient (view
             4-bit numbers as int8, two to one). A row of both together
             is at most as wide as one of the buffer's (`Config.row_bytes`). A buffer with a
             `wire_dtype` takes no pairs: it makes them itself.
-          topk_idx: i32 [T, top_k] in [-1, num_experts); -1 selects none.
+          topk_idx: i32 [T, top_k] in [-1, num_experts); -1 selects none. A row of -1 alone is
+            padding: it is not sent, and combine returns zeros for it.
           topk_weights: f32 [T, top_k].
 
         Returns:
@@ -332,9 +339,10 @@ class Buffer:
 
         What still waits ends with an error, and so do programs that run this buffer's ops later. A
         buffer that is garbage collected, and was not closed, ends nothing: see "Lifetime" in
-        docs/sharp_bits.md.
+        docs/sharp_bits.md. In a forked child it does nothing: the memory and the connections are
+        the parent's.
         """
-        if self._closer.detach() and self._native is not None:
+        if self._closer.detach() and self._native is not None and os.getpid() == self._opener:
             self._native.close_buffer(self._id)
 
     def __enter__(self) -> Buffer:
@@ -383,6 +391,6 @@ class Buffer:
         checks.check_inside(op, self.mesh, self.axes)
 
 
-def _drop(native: Native | None, buffer_id: int) -> None:
-    if native is not None:
+def _drop(native: Native | None, buffer_id: int, opener: int) -> None:
+    if native is not None and os.getpid() == opener:
         native.drop_buffer(buffer_id)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import threading
+from collections.abc import Callable
 
 from jax.sharding import Mesh
 
@@ -38,12 +39,6 @@ def describe(
     return ", ".join(facts)
 
 
-def num_opened(description: str) -> int:
-    """How many numbers of a description are taken in this process."""
-    with _lock:
-        return _num_opened[description, False]
-
-
 def take_name(description: str, number: int = 0, is_abstract: bool = False) -> str:
     """The name of one more buffer, with the lowest free number from `number` on.
 
@@ -55,3 +50,20 @@ def take_name(description: str, number: int = 0, is_abstract: bool = False) -> s
         number = max(_num_opened[key], number)
         _num_opened[key] = number + 1
     return f"{description} #{number}"
+
+
+def agree(
+    exchange: Callable[[bytes], list[bytes]], description: str, lowest_free_id: int
+) -> tuple[int, str]:
+    """An id and a name that no process has used, so that all compile the same program. Collective.
+
+    Args:
+      exchange: gives bytes to all processes, and returns those of all.
+      description: the same in all processes.
+      lowest_free_id: above the ids of all buffers of this process.
+    """
+    with _lock:
+        own = f"{lowest_free_id} {_num_opened[description, False]}"
+    of_all = [payload.decode().split() for payload in exchange(own.encode())]
+    buffer_id, number = (max(map(int, numbers)) for numbers in zip(*of_all, strict=True))
+    return buffer_id, take_name(description, number)

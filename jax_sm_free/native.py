@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -37,6 +38,48 @@ class Native:
         """The lowest number above those of all buffers so far."""
         return int(self._module.lowest_free_id())
 
+    def find_wire(self, key: str) -> Any:
+        """A wire that was opened with `key`, has all its peers and is still open; else None.
+
+        It stays open for as long as a buffer uses it or what is returned here lives.
+        """
+        return self._module.find_wire(key)
+
+    def wire_id(self, wire: Any) -> int:
+        """The number of a wire, the same in all processes."""
+        return int(self._module.wire_id(wire))
+
+    def open_wire(
+        self,
+        wire_id: int,
+        key: str,
+        process: int,
+        num_processes: int,
+        library: str,
+        link_timeout_s: float,
+        settings: dict[str, str],
+    ) -> Any:
+        """Makes this process's end of a wire over UCX, to be found by `key`.
+
+        Args:
+          wire_id: the same in all processes, and no other wire's.
+          key: what a buffer has to have in common with others that use the wire.
+          process: this process's number among those that the wire connects.
+          num_processes: that the wire connects.
+          library: the path of UCX's.
+          link_timeout_s: seconds without an answer after which a host is lost.
+          settings: variables of UCX without UCX_; those of the environment go before them.
+        """
+        return self._module.open_wire(
+            wire_id,
+            key,
+            process,
+            num_processes,
+            library,
+            link_timeout_s,
+            list(settings.items()),
+        )
+
     def open_ucx_buffer(
         self,
         buffer_id: int,
@@ -46,12 +89,12 @@ class Native:
         process: int,
         num_processes: int,
         process_of_rank: list[list[int]],
-        library: str,
+        wire: Any,
     ) -> None:
         """Makes this process's part of a buffer over several; places: of its own devices."""
         sizes = config.sizes()
         self._module.open_ucx_buffer(
-            buffer_id, name, sizes, places, process, num_processes, process_of_rank, library
+            buffer_id, name, sizes, places, process, num_processes, process_of_rank, wire
         )
 
     def open_nvshmem_buffer(
@@ -95,9 +138,20 @@ class Native:
         """What other processes need to connect to this one's part of the buffer."""
         return bytes(self._module.address(buffer_id))
 
-    def connect(self, buffer_id: int, addresses: list[bytes]) -> None:
-        """Connects to the other processes' parts; addresses: of all, in their order."""
-        self._module.connect(buffer_id, addresses)
+    def connect(
+        self, buffer_id: int, addresses: list[bytes], patience_s: float
+    ) -> list[tuple[int, str]]:
+        """Connects to the other processes' parts, and waits until each has been heard of.
+
+        Args:
+          buffer_id: of a buffer of several processes.
+          addresses: of all parts, by process.
+          patience_s: seconds to wait at most.
+
+        Returns:
+          The processes that cannot be reached, and why.
+        """
+        return list(self._module.connect(buffer_id, addresses, patience_s))
 
     def close_buffer(self, buffer_id: int) -> None:
         """Frees a buffer; whoever waits on it ends with an error. Closing twice does nothing."""
@@ -122,12 +176,19 @@ def _load(platform: str) -> Any:
     try:
         module = importlib.import_module(f"jax_sm_free._{platform}")
         # Python's end closes what is open, so that the peers of this process hear of it.
-        weakref.finalize(module, module.close_all)
+        weakref.finalize(module, _close_all, module.close_all, os.getpid())
         return module
     except ImportError as error:
         raise NotImplementedError(
             f"expected jax_sm_free to be built for {platform} devices, got a build without: {error}"
         ) from error
+
+
+def _close_all(close_all: Callable[[], None], opener: int) -> None:
+    # A forked child has the module, but neither the threads nor the connections of its buffers:
+    # those are its parent's, which goes on using them.
+    if os.getpid() == opener:
+        close_all()
 
 
 @functools.cache

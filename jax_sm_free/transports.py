@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from jax_sm_free import checks, identity
+from jax_sm_free import checks, identity, ucx
 from jax_sm_free.bootstrap import Bootstrap, facts_of
 from jax_sm_free.config import Config
 from jax_sm_free.native import Native
@@ -99,7 +99,10 @@ def open_buffer(
     """
     native = Native(_TRANSPORTS[transport][0])
     if transport == "ucx":
-        return native, *_open_ucx(native, mesh, axes, config, description)
+        process_of_rank = _by_rank(mesh, axes, lambda device, _: device.process_index)
+        places = _places(mesh, axes)
+        opened = ucx.open_buffer(native, mesh, axes, config, places, process_of_rank, description)
+        return native, *opened
     if transport == "nvshmem":
         return native, *_open_nvshmem(native, mesh, axes, config, description)
     name = identity.take_name(description)
@@ -116,41 +119,6 @@ def ordinal(device: Any) -> int:
     return int(device.id if device.platform == "cpu" else device.local_hardware_id)
 
 
-def _agree_on_names(bootstrap: Bootstrap, native: Native, description: str) -> tuple[int, str]:
-    """A number and a name that no process has used, so that all compile the same program."""
-    own = f"{native.lowest_free_id()} {identity.num_opened(description)}"
-    of_all = [payload.decode().split() for payload in bootstrap.exchange(own.encode())]
-    buffer_id, number = (max(map(int, numbers)) for numbers in zip(*of_all, strict=True))
-    return buffer_id, identity.take_name(description, number)
-
-
-def _open_ucx(
-    native: Native, mesh: Mesh, axes: tuple[str, ...], config: Config, description: str
-) -> tuple[int, str]:
-    buffer_id = None
-    try:
-        with Bootstrap(mesh, config.timeout_s) as bootstrap:
-            bootstrap.compare(facts_of(mesh, axes, config, "ucx", description))
-            buffer_id, name = _agree_on_names(bootstrap, native, description)
-            index = bootstrap.processes.index
-            native.open_ucx_buffer(
-                buffer_id,
-                name,
-                config,
-                _places(mesh, axes),
-                bootstrap.index,
-                len(bootstrap.processes),
-                _by_rank(mesh, axes, lambda device, _: index(device.process_index)),
-                ucx_library(),
-            )
-            native.connect(buffer_id, bootstrap.exchange(native.address(buffer_id)))
-    except BaseException:
-        if buffer_id is not None:
-            native.close_buffer(buffer_id)
-        raise
-    return buffer_id, name
-
-
 def _open_nvshmem(
     native: Native, mesh: Mesh, axes: tuple[str, ...], config: Config, description: str
 ) -> tuple[int, str]:
@@ -164,7 +132,9 @@ def _open_nvshmem(
     try:
         with Bootstrap(mesh, config.timeout_s) as bootstrap:
             bootstrap.compare(facts_of(mesh, axes, config, "nvshmem", description))
-            buffer_id, name = _agree_on_names(bootstrap, native, description)
+            buffer_id, name = identity.agree(
+                bootstrap.exchange, description, native.lowest_free_id()
+            )
             index = bootstrap.processes.index
             groups = _by_rank(mesh, axes, lambda device, _: index(device.process_index))
             native.open_nvshmem_buffer(
@@ -198,17 +168,6 @@ def nvshmem_library() -> str:
         "expected the package nvidia-nvshmem-cu13 for transport 'nvshmem', which connects GPUs of "
         "several processes, but it is not installed: pip install nvidia-nvshmem-cu13"
     )
-
-
-def ucx_library() -> str:
-    """The path of libucp.so.0, of the pip package libucx-cu13."""
-    spec = importlib.util.find_spec("libucx")
-    if spec is None or not spec.submodule_search_locations:
-        raise ImportError(
-            "expected the package libucx-cu13 for transport 'ucx', which connects CPU devices of "
-            "several processes, but it is not installed: pip install 'jax_sm_free[ucx]'"
-        )
-    return str(pathlib.Path(spec.submodule_search_locations[0], "lib", "libucp.so.0"))
 
 
 def _by_rank(

@@ -18,7 +18,7 @@ import pytest
 import support
 
 import jax_sm_free
-from jax_sm_free import reference, transports
+from jax_sm_free import reference, transports, ucx
 from jax_sm_free.doctor import exchange, libraries, machine, network
 from jax_sm_free.doctor.findings import Examination, note, ok, problem, report
 
@@ -244,7 +244,7 @@ def test_libraries_that_several_processes_need(monkeypatch):
         raise ImportError("there is no such package")
 
     monkeypatch.setattr(transports, "nvshmem_library", is_not_there)
-    monkeypatch.setattr(transports, "ucx_library", is_not_there)
+    monkeypatch.setattr(ucx, "library", is_not_there)
     checks = {"cpu": libraries.check_ucx, "gpu": libraries.check_nvshmem}
     for platform, check in checks.items():
         monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)

@@ -60,7 +60,8 @@ void SpanningBuffer::Close() {
 // ------------------------------------------------------------------------- from the wire's thread
 
 Wire::Callbacks SpanningBuffer::Callbacks() {
-  return {.allocate = [this](int32_t /*process*/, Wire::Header header,
+  return {.wants = {},
+          .allocate = [this](int32_t /*process*/, Wire::Header header,
                              int64_t bytes) { return Allocate(header, bytes); },
           .on_message =
               [this](int32_t process, Wire::Header header, BlockPool::Block payload,

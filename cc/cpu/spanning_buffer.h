@@ -3,6 +3,7 @@
 #ifndef JAX_SM_FREE_CC_CPU_SPANNING_BUFFER_H_
 #define JAX_SM_FREE_CC_CPU_SPANNING_BUFFER_H_
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -36,7 +37,12 @@ class SpanningBuffer : public HostBuffer {
   ~SpanningBuffer() override { Close(); }
 
   const std::string& address() const { return wire_->address(); }
-  void Connect(std::vector<std::string> addresses) { wire_->Connect(std::move(addresses)); }
+  // Returns the processes that can not be reached: see Wire::AwaitPeers.
+  std::vector<Wire::Unreached> Connect(std::vector<std::string> addresses,
+                                       std::chrono::duration<double> patience) {
+    wire_->Connect(std::move(addresses));
+    return wire_->AwaitPeers(patience);
+  }
 
   // The peers see that this process has gone.
   void Close() override;

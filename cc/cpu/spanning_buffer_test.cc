@@ -40,6 +40,9 @@ class Cable {
     ~End() override { Close(); }
     const std::string& address() const override { return address_; }
     void Connect(std::vector<std::string> /*addresses*/) override {}
+    std::vector<Unreached> AwaitPeers(std::chrono::duration<double> /*patience*/) override {
+      return {};
+    }
     void Send(int32_t peer, Header header, std::span<const std::byte> payload,
               OnSent on_sent) override {
       if (peer == muted_for_) return on_sent();

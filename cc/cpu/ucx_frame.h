@@ -12,6 +12,7 @@ namespace jax_sm_free {
 
 enum class FrameKind : int32_t {
   kMessage,
+  kGreeting,    // the first frame after its sender has connected
   kGoodbye,     // the last frame before its sender closes, but for acknowledgements
   kGoodbyeAck,  // all frames up to the goodbye have arrived
 };
@@ -22,7 +23,8 @@ struct FramePrefix {
   uint64_t sequence = 0;  // counts the frames from that process to this one
 };
 
-inline constexpr size_t kMaxFrameHeaderBytes = sizeof(FramePrefix) + Wire::kMaxHeaderBytes;
+inline constexpr size_t kMaxFrameHeaderBytes =
+    sizeof(FramePrefix) + Wire::kMaxLabelBytes + Wire::kMaxHeaderBytes;
 
 }  // namespace jax_sm_free
 

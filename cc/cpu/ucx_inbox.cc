@@ -28,6 +28,10 @@ ucs_status_t UcxInbox::OnArrival(void* self, const void* header, size_t header_b
   auto* inbox = static_cast<UcxInbox*>(self);
   Frame frame;
   if (!inbox->Accept(header, header_bytes, data_bytes, frame)) return UCS_OK;
+  if (!frame.wanted) {
+    inbox->Put(std::move(frame));
+    return UCS_OK;  // UCX tells the sender that its memory is free
+  }
   if ((param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) != 0) {
     inbox->Fetch(std::move(frame), data);
     return UCS_OK;
@@ -48,6 +52,8 @@ bool UcxInbox::Accept(const void* header, size_t header_bytes, size_t data_bytes
   frame.header.assign(own + sizeof(FramePrefix), own + header_bytes);
   frame.payload_bytes = static_cast<int64_t>(data_bytes);
   if (data_bytes == 0) return true;
+  frame.wanted = !wants_ || wants_(source, frame.header);
+  if (!frame.wanted) return true;
   frame.payload = allocate_(source, frame.header, frame.payload_bytes);
   if (frame.payload != nullptr) return true;
   on_broken_(source, "it sent " + std::to_string(data_bytes) + " bytes that have no place here");

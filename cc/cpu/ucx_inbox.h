@@ -31,14 +31,17 @@ class UcxInbox {
     std::vector<std::byte> header;
     BlockPool::Block payload;
     int64_t payload_bytes = 0;
+    bool wanted = true;  // if not, there is no payload, and it only keeps its place in the order
   };
   using OnFrame = std::function<void(Frame frame)>;
   using OnBroken = std::function<void(int32_t peer, const std::string& reason)>;
 
-  UcxInbox(int32_t num_peers, decltype(Wire::Callbacks::allocate) allocate, OnFrame on_frame,
+  // `callbacks`: of these, `wants` and `allocate`.
+  UcxInbox(int32_t num_peers, const Wire::Callbacks& callbacks, OnFrame on_frame,
            OnBroken on_broken)
       : streams_(num_peers),
-        allocate_(std::move(allocate)),
+        wants_(callbacks.wants),
+        allocate_(callbacks.allocate),
         on_frame_(std::move(on_frame)),
         on_broken_(std::move(on_broken)) {}
 
@@ -66,6 +69,7 @@ class UcxInbox {
   UcxWorker* worker_ = nullptr;
   std::vector<Stream> streams_;                  // by process
   std::unordered_map<void*, Frame> in_transit_;  // by request: payloads that UCX writes
+  const decltype(Wire::Callbacks::wants) wants_;
   const decltype(Wire::Callbacks::allocate) allocate_;
   const OnFrame on_frame_;
   const OnBroken on_broken_;

@@ -111,6 +111,18 @@ TEST_P(UcxProcessesTest, AKilledPeerIsReportedAndTheOthersGoOn) {
   EXPECT_EQ(echoes.processes[2]->Finish(), 0);
 }
 
+TEST_P(UcxProcessesTest, AKilledPeerThatNobodyReapsIsReported) {
+  Echoes echoes(2);
+  echoes.node.Send(1, 0, 1000);
+  ASSERT_TRUE(ReceivesEcho(echoes.node, 1, 0, 1000));
+  const Clock::time_point start = Clock::now();
+  echoes.processes[1]->Signal(SIGKILL);
+  const std::optional<Loss> loss = echoes.node.WaitForLoss();
+  ASSERT_TRUE(loss);
+  EXPECT_LT(SecondsSince(start), kNoticed);
+  EXPECT_EQ(echoes.processes[1]->Finish(), -SIGKILL);
+}
+
 // At once over TCP. Over shared memory UCX sometimes keeps what it was about to hand to the dead
 // process, until the wire closes.
 TEST_P(UcxProcessesTest, APeerKilledWithMessagesUnderWayFreesTheirMemory) {

@@ -19,7 +19,25 @@ constexpr int kMaxSleepClosingMs = 20;
 // How long UCX may take to cancel what is under way, which needs no peer.
 constexpr std::chrono::seconds kCancel(2);
 
+// What a process that has died sent before is read first, which others must not draw out.
+constexpr int kMaxDrain = 1000;
+
 constexpr char kClosed[] = "it closed its end";
+
+// What peers get to know: how UCX reaches this process, and which one it is.
+std::string EncodeAddress(const std::string& process, const std::string& ucx_address) {
+  return process + '\n' + ucx_address;
+}
+
+struct Address {
+  std::string process;
+  std::string ucx_address;
+};
+
+Address DecodeAddress(const std::string& address) {
+  const size_t end = address.find('\n');
+  return {address.substr(0, end), address.substr(end + 1)};
+}
 
 }  // namespace
 
@@ -31,7 +49,9 @@ Result<std::unique_ptr<UcxWire>> UcxWire::Open(const Options& options, Callbacks
   Result<std::shared_ptr<const UcxLibrary>> ucx = UcxLibrary::Load(options.library);
   if (const Fault* fault = FaultOf(ucx)) return with_rank(*fault);
   Result<std::unique_ptr<UcxWorker>> worker =
-      UcxWorker::Open(std::get<0>(ucx), options.num_peers, options.link_timeout_s);
+      UcxWorker::Open(std::get<0>(ucx), {.num_peers = options.num_peers,
+                                         .link_timeout_s = options.link_timeout_s,
+                                         .settings = options.settings});
   if (const Fault* fault = FaultOf(worker)) return with_rank(*fault);
   return std::unique_ptr<UcxWire>(
       new UcxWire(options, std::move(callbacks), std::move(std::get<0>(worker))));
@@ -41,14 +61,16 @@ UcxWire::UcxWire(const Options& options, Callbacks callbacks, std::unique_ptr<Uc
     : options_(options),
       callbacks_(std::move(callbacks)),
       inbox_(
-          options.num_peers, callbacks_.allocate,
+          options.num_peers, callbacks_,
           [this](UcxInbox::Frame frame) { OnFrame(std::move(frame)); },
           [this](int32_t peer, const std::string& reason) { Break(peer, reason); }),
       worker_(std::move(worker)),
-      address_(worker_->address()),
-      peers_(options.num_peers) {
+      address_(EncodeAddress(PeerProcess::OwnName(), worker_->address())),
+      roll_(options.self, options.num_peers),
+      peers_(options.num_peers),
+      endpoints_(*worker_, options.num_peers,
+                 [this](int32_t peer, const std::string& reason) { Break(peer, reason); }) {
   peers_[options.self].life = Life::kLost;
-  for (int32_t peer = 0; peer < options.num_peers; ++peer) routes_.push_back({this, peer});
   inbox_.Listen(*worker_);
   thread_ = std::thread([this] { Run(); });
 }
@@ -60,6 +82,14 @@ void UcxWire::Connect(std::vector<std::string> addresses) {
   if (closing_) return;
   addresses_ = std::move(addresses);
   worker_->Wake();
+}
+
+std::vector<Wire::Unreached> UcxWire::AwaitPeers(std::chrono::duration<double> patience) {
+  std::vector<Unreached> unreached = roll_.Await(patience);
+  const std::lock_guard lock(mutex_);
+  given_up_ = unreached;
+  worker_->Wake();
+  return unreached;
 }
 
 void UcxWire::Send(int32_t peer, Header header, std::span<const std::byte> payload,
@@ -101,6 +131,7 @@ void UcxWire::Run() {
   while (true) {
     bool busy = TakeOrders();
     busy = worker_->Progress() || busy;
+    LookAfterPeers();
     Settle();
     if (said_goodbye_) {
       if (!deadline) {
@@ -120,15 +151,18 @@ void UcxWire::Run() {
 bool UcxWire::TakeOrders() {
   std::vector<std::unique_ptr<Outgoing>> queue;
   std::optional<std::vector<std::string>> addresses;
+  std::vector<Unreached> given_up;
   bool closing = false;
   {
     const std::lock_guard lock(mutex_);
     addresses.swap(addresses_);
+    given_up.swap(given_up_);
     closing = closing_;
     connected_ = connected_ || addresses;
     if (connected_ || closing) queue.swap(queue_);
   }
   if (addresses) OpenEndpoints(*addresses);
+  for (const auto& [peer, reason] : given_up) Break(peer, reason);
   for (std::unique_ptr<Outgoing>& outgoing : queue) Post(std::move(outgoing));
   if (closing && !said_goodbye_) {
     said_goodbye_ = true;
@@ -150,28 +184,24 @@ void UcxWire::Sleep() {
   asleep_ = false;
 }
 
+void UcxWire::LookAfterPeers() {
+  const auto ended = watch_.TakeEnded(Clock::now());
+  if (ended.empty()) return;
+  for (int i = 0; i < kMaxDrain && worker_->Progress(); ++i) {
+  }
+  for (const auto& [peer, reason] : ended) Break(peer, reason);
+}
+
 void UcxWire::OpenEndpoints(const std::vector<std::string>& addresses) {
   for (int32_t peer = 0; peer < options_.num_peers; ++peer) {
     if (peers_[peer].life == Life::kLost) continue;
-    OpenEndpoint(peer, addresses[peer]);
+    const auto [process, ucx_address] = DecodeAddress(addresses[peer]);
+    watch_.Add(peer, process);
+    endpoints_.Open(peer, ucx_address);
+    PostSigned(FrameKind::kGreeting, peer, [] {});
     // It may have come and gone before.
     if (peers_[peer].life == Life::kDeparted) AcknowledgeGoodbye(peer);
   }
-}
-
-void UcxWire::OpenEndpoint(int32_t peer, const std::string& address) {
-  ucp_ep_params_t params{};
-  params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS | UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE |
-                      UCP_EP_PARAM_FIELD_ERR_HANDLER;
-  params.address = reinterpret_cast<const ucp_address_t*>(address.data());
-  params.err_mode = UCP_ERR_HANDLING_MODE_PEER;
-  params.err_handler.cb = &UcxWire::OnEndpointError;
-  params.err_handler.arg = &routes_[peer];
-  const UcxLibrary& ucx = worker_->ucx();
-  const ucs_status_t status = ucx.ucp_ep_create(worker_->get(), &params, &peers_[peer].endpoint);
-  if (status == UCS_OK) return;
-  peers_[peer].endpoint = nullptr;
-  Break(peer, ucx.ucs_status_string(status));
 }
 
 void UcxWire::Post(std::unique_ptr<Outgoing> outgoing) {
@@ -179,7 +209,8 @@ void UcxWire::Post(std::unique_ptr<Outgoing> outgoing) {
   FramePrefix prefix;
   std::memcpy(&prefix, outgoing->header.data(), sizeof(prefix));
   const bool wanted = peer.life == Life::kLive || prefix.kind == FrameKind::kGoodbyeAck;
-  if (!wanted || peer.endpoint == nullptr) {
+  ucp_ep_h endpoint = endpoints_.to(outgoing->peer);
+  if (!wanted || endpoint == nullptr) {
     outgoing->on_sent();
     return;
   }
@@ -190,9 +221,8 @@ void UcxWire::Post(std::unique_ptr<Outgoing> outgoing) {
   param.cb.send = &UcxWire::OnSendDone;
   param.user_data = outgoing.get();
   const UcxLibrary& ucx = worker_->ucx();
-  void* request =
-      ucx.ucp_am_send_nbx(peer.endpoint, 0, outgoing->header.data(), outgoing->header.size(),
-                          outgoing->payload.data(), outgoing->payload.size(), &param);
+  void* request = ucx.ucp_am_send_nbx(endpoint, 0, outgoing->header.data(), outgoing->header.size(),
+                                      outgoing->payload.data(), outgoing->payload.size(), &param);
   if (UCS_PTR_IS_PTR(request)) {
     Outgoing* key = outgoing.get();
     posted_.emplace(key, std::move(outgoing));
@@ -233,7 +263,11 @@ void UcxWire::OnFrame(UcxInbox::Frame frame) {
   const int32_t source = frame.prefix.source;
   switch (frame.prefix.kind) {
     case FrameKind::kMessage:
+      if (!frame.wanted) return;
       callbacks_.on_message(source, frame.header, std::move(frame.payload), frame.payload_bytes);
+      return;
+    case FrameKind::kGreeting:
+      roll_.Hear(source);
       return;
     case FrameKind::kGoodbye:
       departing_.push_back(source);
@@ -244,11 +278,6 @@ void UcxWire::OnFrame(UcxInbox::Frame frame) {
   }
 }
 
-void UcxWire::OnEndpointError(void* route, ucp_ep_h /*endpoint*/, ucs_status_t status) {
-  const auto& [wire, peer] = *static_cast<Route*>(route);
-  wire->Break(peer, wire->worker_->ucx().ucs_status_string(status));
-}
-
 // Callable from within UCX, where an endpoint must not be closed.
 void UcxWire::Break(int32_t peer, const std::string& reason) { broken_.emplace_back(peer, reason); }
 
@@ -257,54 +286,40 @@ void UcxWire::Settle() {
   for (const int32_t peer : std::exchange(departing_, {})) {
     Report(peer, kClosed);
     peers_[peer].life = Life::kDeparted;
-    if (peers_[peer].endpoint != nullptr) AcknowledgeGoodbye(peer);
+    if (endpoints_.to(peer) != nullptr) AcknowledgeGoodbye(peer);
   }
   for (const auto& [peer, reason] : std::exchange(broken_, {})) {
     Report(peer, reason);
     if (std::exchange(peers_[peer].life, Life::kLost) == Life::kLost) continue;
     inbox_.Drop(peer);
-    CloseEndpoint(peer);
+    endpoints_.Close(peer);
   }
 }
 
 void UcxWire::Report(int32_t peer, const std::string& reason) {
-  if (peers_[peer].life == Life::kLive && !said_goodbye_) callbacks_.on_lost(peer, reason);
-}
-
-// Cancels what is under way.
-void UcxWire::CloseEndpoint(int32_t peer) {
-  ucp_ep_h endpoint = std::exchange(peers_[peer].endpoint, nullptr);
-  if (endpoint == nullptr) return;
-  ucp_request_param_t param{};
-  param.op_attr_mask =
-      UCP_OP_ATTR_FIELD_FLAGS | UCP_OP_ATTR_FIELD_CALLBACK | UCP_OP_ATTR_FIELD_USER_DATA;
-  param.flags = UCP_EP_CLOSE_FLAG_FORCE;
-  param.cb.send = &UcxWire::OnEndpointClosed;
-  param.user_data = this;
-  void* request = worker_->ucx().ucp_ep_close_nbx(endpoint, &param);
-  if (UCS_PTR_IS_PTR(request)) ++num_endpoints_closing_;
-}
-
-void UcxWire::OnEndpointClosed(void* request, ucs_status_t /*status*/, void* wire) {
-  auto* self = static_cast<UcxWire*>(wire);
-  --self->num_endpoints_closing_;
-  self->worker_->ucx().ucp_request_free(request);
+  if (peers_[peer].life != Life::kLive || said_goodbye_) return;
+  roll_.Lose(peer, reason);
+  callbacks_.on_lost(peer, reason);
 }
 
 bool UcxWire::IsFlushed() const {
-  return posted_.empty() && std::ranges::all_of(peers_, [](const Peer& peer) {
-           return peer.life == Life::kLost || peer.acknowledged || peer.endpoint == nullptr;
-         });
+  if (!posted_.empty()) return false;
+  for (int32_t peer = 0; peer < options_.num_peers; ++peer) {
+    const Peer& state = peers_[peer];
+    const bool answered = state.life == Life::kLost || state.acknowledged;
+    if (!answered && endpoints_.to(peer) != nullptr) return false;
+  }
+  return true;
 }
 
 void UcxWire::Shutdown() {
   for (int32_t peer = 0; peer < options_.num_peers; ++peer) {
     peers_[peer].life = Life::kLost;
     inbox_.Drop(peer);
-    CloseEndpoint(peer);
+    endpoints_.Close(peer);
   }
   const Clock::time_point deadline = Clock::now() + kCancel;
-  while ((num_endpoints_closing_ > 0 || !posted_.empty()) && Clock::now() < deadline) {
+  while ((endpoints_.AnyClosing() || !posted_.empty()) && Clock::now() < deadline) {
     if (!worker_->Progress()) worker_->Wait(kMaxSleepClosingMs);
   }
   worker_->Close();  // may still call OnSendDone

@@ -16,6 +16,9 @@
 #include <utility>
 #include <vector>
 
+#include "cc/cpu/peer_process.h"
+#include "cc/cpu/roll_call.h"
+#include "cc/cpu/ucx_endpoints.h"
 #include "cc/cpu/ucx_frame.h"
 #include "cc/cpu/ucx_inbox.h"
 #include "cc/cpu/ucx_worker.h"
@@ -33,9 +36,10 @@ namespace jax_sm_free {
 //     |                                                          ^
 //     +--------------------error of its endpoint-----------------+
 //
-// on_lost is called when a peer stops being live. To close, a wire says goodbye to every live peer
-// and goes when each has acknowledged: a socket that is closed earlier may take with it what the
-// peer has not read yet.
+// on_lost is called when a peer stops being live. UCX itself notices a process of this host that
+// has died only when its parent has reaped it, so the wire looks after these, too. To close, a wire
+// says goodbye to every live peer and goes when each has acknowledged: a socket that is closed
+// earlier may take with it what the peer has not read yet.
 class UcxWire : public Wire {
  public:
   struct Options {
@@ -46,6 +50,8 @@ class UcxWire : public Wire {
     // for this long while its connection is full.
     double link_timeout_s = 5.0;
     double close_timeout_s = 5.0;  // how long Close waits for peers
+    // Further variables of UCX, as in UcxWorker::Options.
+    std::vector<std::pair<std::string, std::string>> settings = {};
   };
 
   static Result<std::unique_ptr<UcxWire>> Open(const Options& options, Callbacks callbacks);
@@ -53,6 +59,7 @@ class UcxWire : public Wire {
 
   const std::string& address() const override { return address_; }
   void Connect(std::vector<std::string> addresses) override;
+  std::vector<Unreached> AwaitPeers(std::chrono::duration<double> patience) override;
   void Send(int32_t peer, Header header, std::span<const std::byte> payload,
             OnSent on_sent) override;
   void Close() override;
@@ -62,7 +69,6 @@ class UcxWire : public Wire {
   enum class Life { kLive, kDeparted, kLost };
   struct Peer {
     Life life = Life::kLive;
-    ucp_ep_h endpoint = nullptr;
     uint64_t next_sequence = 0;
     bool acknowledged = false;  // our goodbye
   };
@@ -73,18 +79,13 @@ class UcxWire : public Wire {
     std::span<const std::byte> payload;
     OnSent on_sent;
   };
-  struct Route {  // of an endpoint's errors
-    UcxWire* wire;
-    int32_t peer;
-  };
-
   UcxWire(const Options& options, Callbacks callbacks, std::unique_ptr<UcxWorker> worker);
 
   void Run();
   bool TakeOrders();
   void Sleep();
+  void LookAfterPeers();
   void OpenEndpoints(const std::vector<std::string>& addresses);
-  void OpenEndpoint(int32_t peer, const std::string& address);
   void Post(std::unique_ptr<Outgoing> outgoing);
   void PostSigned(FrameKind kind, int32_t peer, OnSent on_sent);
   void AcknowledgeGoodbye(int32_t peer);
@@ -92,33 +93,32 @@ class UcxWire : public Wire {
   void Break(int32_t peer, const std::string& reason);
   void Settle();
   void Report(int32_t peer, const std::string& reason);
-  void CloseEndpoint(int32_t peer);
   bool IsFlushed() const;
   void Shutdown();
 
   static void OnSendDone(void* request, ucs_status_t status, void* outgoing);
-  static void OnEndpointError(void* route, ucp_ep_h endpoint, ucs_status_t status);
-  static void OnEndpointClosed(void* request, ucs_status_t status, void* wire);
 
   const Options options_;
   const Callbacks callbacks_;
   UcxInbox inbox_;
   const std::unique_ptr<UcxWorker> worker_;
   const std::string address_;
+  RollCall roll_;
 
   // The wire's thread alone, once it runs.
   std::vector<Peer> peers_;
-  std::vector<Route> routes_;  // by process
+  UcxEndpoints endpoints_;
   std::unordered_map<Outgoing*, std::unique_ptr<Outgoing>> posted_;
   std::vector<int32_t> departing_;                       // said goodbye
   std::vector<std::pair<int32_t, std::string>> broken_;  // and why
-  int64_t num_endpoints_closing_ = 0;
   bool connected_ = false;
   bool said_goodbye_ = false;
+  PeerWatch watch_;
 
   std::mutex mutex_;
   std::vector<std::unique_ptr<Outgoing>> queue_;
   std::optional<std::vector<std::string>> addresses_;
+  std::vector<Unreached> given_up_;
   bool closing_ = false;
   bool asleep_ = false;
 

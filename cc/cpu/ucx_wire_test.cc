@@ -174,6 +174,47 @@ TEST_P(UcxWireTest, WhatIsSentBeforeConnectWaitsForIt) {
   EXPECT_TRUE(IsIntact(*arrival, note));
 }
 
+TEST_P(UcxWireTest, PeersHaveBeenHeardOfOnceAllHaveConnected) {
+  const Nodes nodes = MakeNodes(3);
+  for (const int32_t early : {0, 1}) nodes[early]->wire().Connect(AddressesOf(nodes));
+  const std::vector<Wire::Unreached> unreached = nodes[0]->wire().AwaitPeers(milliseconds(300));
+  ASSERT_EQ(unreached.size(), 1U);
+  EXPECT_EQ(unreached[0].peer, 2);
+  EXPECT_EQ(unreached[0].reason, "no answer within 0.3 s");
+  const std::optional<Loss> loss = nodes[0]->WaitForLoss();  // from then on
+  ASSERT_TRUE(loss);
+  EXPECT_EQ(loss->peer, 2);
+  EXPECT_EQ(loss->reason, "no answer within 0.3 s");
+  nodes[2]->wire().Connect(AddressesOf(nodes));
+  EXPECT_TRUE(nodes[1]->wire().AwaitPeers(Node::kPatience).empty());
+}
+
+TEST_P(UcxWireTest, APeerThatClosedInsteadOfConnectingIsNotWaitedFor) {
+  const Nodes nodes = MakeNodes(2);
+  for (const auto& node : nodes) node->wire().Connect(AddressesOf(nodes));
+  nodes[1]->wire().Close();
+  // It may have been heard of before.
+  for (const auto& [peer, reason] : nodes[0]->wire().AwaitPeers(Node::kPatience)) {
+    EXPECT_EQ(peer, 1);
+    EXPECT_EQ(reason, "it closed its end");
+  }
+}
+
+TEST(UcxWireConnectTest, AnAddressThatLeadsNowhereIsALoss) {
+  SMF_NEED_UCX();
+  setenv("UCX_TLS", "tcp", 1);
+  const Nodes nodes = MakeNodes(2);
+  std::vector<std::string> addresses = AddressesOf(nodes);
+  addresses[1] = [] { return MakeNodes(2)[1]->wire().address(); }();  // of one that has gone
+  nodes[0]->wire().Connect(addresses);
+  const std::vector<Wire::Unreached> unreached = nodes[0]->wire().AwaitPeers(Node::kPatience);
+  unsetenv("UCX_TLS");
+  ASSERT_EQ(unreached.size(), 1U);
+  EXPECT_EQ(unreached[0].peer, 1);
+  EXPECT_EQ(unreached[0].reason.find("no answer"), std::string::npos);
+  EXPECT_EQ(nodes[0]->WaitForLoss()->peer, 1);
+}
+
 TEST_P(UcxWireTest, CloseDeliversWhatWasSent) {
   Nodes nodes = ConnectedNodes(2);
   std::vector<Note> notes;

@@ -10,23 +10,25 @@
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
+#include <utility>
+#include <vector>
 
 #include "cc/cpu/ucx_frame.h"
 
 namespace jax_sm_free {
 namespace {
 
-struct Setting {
-  const char* name;
-  std::string value;
-};
+using Setting = std::pair<std::string, std::string>;
 
 // What differs from UCX's own choice.
-std::array<Setting, 12> Settings(double link_timeout_s) {
-  const std::string seconds = std::to_string(std::max(1L, std::lround(link_timeout_s))) + "s";
-  return {{
-      // Payloads are host memory; the modules for GPUs would only start a driver.
-      {"TLS", "^cuda"},
+std::vector<Setting> Settings(const UcxWorker::Options& options) {
+  const long timeout_s = std::max(1L, std::lround(options.link_timeout_s));
+  std::vector<Setting> settings{
+      // Payloads are host memory; the modules for GPUs would only start a driver. POSIX's shared
+      // memory would take 4 MB of /dev/shm beside System V's, which UCX prefers, and end the
+      // process
+      // by a signal where a container has too little of it.
+      {"TLS", "^cuda,posix"},
       // Without these, an endpoint that reports a dead peer would not use shared memory.
       {"POSIX_ERROR_HANDLING", "y"},
       {"SYSV_ERROR_HANDLING", "y"},
@@ -35,16 +37,20 @@ std::array<Setting, 12> Settings(double link_timeout_s) {
       // The first is for connections that are silent, the last also for bytes under way.
       {"TCP_KEEPIDLE", "1s"},
       {"TCP_KEEPINTVL", "1s"},
-      {"TCP_KEEPCNT", std::to_string(std::max(1L, std::lround(link_timeout_s) - 1))},
-      {"TCP_USER_TIMEOUT", seconds},
-      // Payloads travel in segments, a system call or a wake-up each. System V gives 16 MB for 512
-      // of them; of POSIX's shared memory, a container may have too little for that.
+      {"TCP_KEEPCNT", std::to_string(std::max(1L, timeout_s - 1))},
+      {"TCP_USER_TIMEOUT", std::to_string(timeout_s) + "s"},
+      // Else the thread that drives the worker hangs in connect() for as long as a host that drops
+      // packets is silent.
+      {"TCP_CONN_NB", "y"},
+      // Payloads travel in segments, a system call or a wake-up each.
       {"TCP_TX_SEG_SIZE", "256K"},
       {"TCP_RX_SEG_SIZE", "256K"},
       {"SYSV_SEG_SIZE", "32K"},
       // By default TCP is not for groups of more than 256.
       {"TCP_MAX_NUM_EPS", "inf"},
-  }};
+  };
+  settings.insert(settings.end(), options.settings.begin(), options.settings.end());
+  return settings;
 }
 
 Fault OpenFault(const std::string& what, const char* seen) {
@@ -54,10 +60,10 @@ Fault OpenFault(const std::string& what, const char* seen) {
 }  // namespace
 
 Result<std::unique_ptr<UcxWorker>> UcxWorker::Open(std::shared_ptr<const UcxLibrary> ucx,
-                                                   int64_t num_peers, double link_timeout_s) {
+                                                   const Options& options) {
   std::unique_ptr<UcxWorker> worker(new UcxWorker(std::move(ucx)));
   const UcxLibrary& lib = *worker->ucx_;
-  ucs_status_t status = worker->OpenContext(num_peers, link_timeout_s);
+  ucs_status_t status = worker->OpenContext(options);
   if (status != UCS_OK) return OpenFault("a UCX context", lib.ucs_status_string(status));
   status = worker->OpenWorker();
   if (status == UCS_OK) status = worker->AskWorker();
@@ -67,21 +73,21 @@ Result<std::unique_ptr<UcxWorker>> UcxWorker::Open(std::shared_ptr<const UcxLibr
   return worker;
 }
 
-ucs_status_t UcxWorker::OpenContext(int64_t num_peers, double link_timeout_s) {
+ucs_status_t UcxWorker::OpenContext(const Options& options) {
   // Read when modules are loaded, which is at the first context.
   if (std::getenv("UCX_MODULES") == nullptr) ucx_->ucs_global_opts_set_value("MODULES", "^cuda");
   ucp_config_t* config = nullptr;
   ucs_status_t status = ucx_->ucp_config_read(nullptr, nullptr, &config);
   if (status != UCS_OK) return status;
-  for (const Setting& setting : Settings(link_timeout_s)) {
-    if (std::getenv((std::string("UCX_") + setting.name).c_str()) != nullptr) continue;
-    status = ucx_->ucp_config_modify(config, setting.name, setting.value.c_str());
+  for (const auto& [name, value] : Settings(options)) {
+    if (std::getenv(("UCX_" + name).c_str()) != nullptr) continue;
+    status = ucx_->ucp_config_modify(config, name.c_str(), value.c_str());
     if (status != UCS_OK) break;
   }
   ucp_params_t params{};
   params.field_mask = UCP_PARAM_FIELD_FEATURES | UCP_PARAM_FIELD_ESTIMATED_NUM_EPS;
   params.features = UCP_FEATURE_AM | UCP_FEATURE_WAKEUP;
-  params.estimated_num_eps = static_cast<size_t>(num_peers);
+  params.estimated_num_eps = static_cast<size_t>(options.num_peers);
   if (status == UCS_OK) {
     status = ucx_->ucp_init_version(UCP_API_MAJOR, UCP_API_MINOR, &params, config, &context_);
   }

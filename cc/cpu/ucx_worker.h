@@ -7,6 +7,7 @@
 #include <memory>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "cc/cpu/ucx_library.h"
 #include "cc/fault.h"
@@ -16,11 +17,18 @@ namespace jax_sm_free {
 // All but Wake is for one thread at a time.
 class UcxWorker {
  public:
-  // A TCP connection whose other host has not answered for link_timeout_s is broken; a process that
-  // died is noticed within about a second. Variables UCX_... of the environment go before what is
-  // set here.
+  // Variables UCX_... of the environment go before what is set here.
+  struct Options {
+    int64_t num_peers = 1;
+    // A TCP connection whose other host has not answered for this long is broken; a process that
+    // died is noticed within about a second.
+    double link_timeout_s = 5.0;
+    // Further variables without UCX_, and what they are set to.
+    std::vector<std::pair<std::string, std::string>> settings = {};
+  };
+
   static Result<std::unique_ptr<UcxWorker>> Open(std::shared_ptr<const UcxLibrary> ucx,
-                                                 int64_t num_peers, double link_timeout_s);
+                                                 const Options& options);
   ~UcxWorker();
   UcxWorker(const UcxWorker&) = delete;
   UcxWorker& operator=(const UcxWorker&) = delete;
@@ -43,7 +51,7 @@ class UcxWorker {
 
  private:
   explicit UcxWorker(std::shared_ptr<const UcxLibrary> ucx) : ucx_(std::move(ucx)) {}
-  ucs_status_t OpenContext(int64_t num_peers, double link_timeout_s);
+  ucs_status_t OpenContext(const Options& options);
   ucs_status_t OpenWorker();
   ucs_status_t AskWorker();
 

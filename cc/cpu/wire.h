@@ -3,6 +3,7 @@
 #ifndef JAX_SM_FREE_CC_CPU_WIRE_H_
 #define JAX_SM_FREE_CC_CPU_WIRE_H_
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -32,8 +33,13 @@ class Wire {
 
   // The longest header that a message may have.
   static constexpr size_t kMaxHeaderBytes = 1024;
+  // What a wire that others share may put ahead of theirs.
+  static constexpr size_t kMaxLabelBytes = 16;
 
   struct Callbacks {
+    // Whether to receive a message that has a payload. One that is not wanted is dropped, and its
+    // sender is not told. Empty: all are wanted.
+    std::function<bool(int32_t peer, Header header)> wants;
     // Memory that a payload of `bytes` > 0 is received into, so that it is not copied again. Null
     // refuses the message, and with it its sender: the peer is lost.
     std::function<BlockPool::Block(int32_t peer, Header header, int64_t bytes)> allocate;
@@ -54,6 +60,16 @@ class Wire {
   // Opens the connections; to be called once. `addresses` are by process, this one included. Peers
   // may send before this end has connected.
   virtual void Connect(std::vector<std::string> addresses) = 0;
+
+  struct Unreached {
+    int32_t peer = -1;
+    std::string reason;
+  };
+
+  // Waits, after Connect, until each peer has been heard of, which has connected by then, or is
+  // lost, but no longer than `patience`. Returns those that have not been heard of, which are lost
+  // from then on. All peers can be reached if this returns none in all processes.
+  virtual std::vector<Unreached> AwaitPeers(std::chrono::duration<double> patience) = 0;
 
   // Returns at once. `header` is copied. `payload` must stay as it is until on_sent is called,
   // which happens exactly once: on the wire's thread, or within this call once the wire is closed.

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import ctypes
 import os
-import pathlib
 from collections.abc import Iterator
 
 import jax
 
-from jax_sm_free import transports
+from jax_sm_free import transports, ucx
 from jax_sm_free.doctor.findings import Finding, note, ok, problem
 
 
@@ -29,7 +28,7 @@ def check_nvshmem() -> Iterator[Finding]:
 def check_ucx() -> Iterator[Finding]:
     """CPU devices of several processes need it."""
     try:
-        path = transports.ucx_library()
+        path = ucx.library()
     except ImportError:
         needed = jax.default_backend() == "cpu" and jax.process_count() > 1
         yield _missing("UCX", "libucx-cu13", needed)
@@ -39,8 +38,7 @@ def check_ucx() -> Iterator[Finding]:
     version = ctypes.CDLL(path).ucp_get_version_string
     version.restype = ctypes.c_char_p
     yield ok(f"UCX {version().decode()}, {path}")
-    modules = pathlib.Path(path).parent / "ucx"
-    if modules.is_dir() and not any(modules.glob("libuct_ib*")):
+    if not ucx.has_rdma(path):
         yield note("this UCX was built without RDMA: between hosts it uses TCP")
 
 

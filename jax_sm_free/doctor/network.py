@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pathlib
-import resource
 import shutil
 from collections.abc import Iterator
 
+from jax_sm_free import limits
 from jax_sm_free.doctor.findings import Finding, note, ok
 
 _GIB = 2**30
@@ -23,24 +23,21 @@ def check_nics(sys: pathlib.Path = pathlib.Path("/sys/class")) -> Iterator[Findi
         yield note("no RDMA device: GPUs of several hosts cannot reach each other, CPUs use TCP")
         return
     yield ok(f"RDMA devices: {', '.join(rdma)}")
-    yield from _check_memlock()
+    if little := limits.why_little_locked_memory():
+        yield note(little)
     modules = {path.name for path in pathlib.Path("/sys/module").glob("*")}
     if not modules & {"nvidia_peermem", "nv_peer_mem"}:
         yield note("the module nvidia_peermem is not loaded: NICs may not reach the memory of GPUs")
 
 
 def check_shared_memory() -> Iterator[Finding]:
-    """/dev/shm, through which processes of one host exchange."""
+    """What processes of one host exchange through: /dev/shm, System V's shared memory."""
     usage = shutil.disk_usage("/dev/shm")
     text = f"/dev/shm has {usage.free / _GIB:.2f} of {usage.total / _GIB:.2f} GiB free"
     small = usage.free < _SMALL_SHM
-    yield note(f"{text}: little for UCX and NCCL") if small else ok(text)
-
-
-def _check_memlock() -> Iterator[Finding]:
-    limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if limit != resource.RLIM_INFINITY:
-        yield note(f"RDMA wants `ulimit -l unlimited`, it is {limit // 1024} KiB")
+    yield note(f"{text}: little for NCCL") if small else ok(text)
+    if missing := limits.why_no_shared_memory():
+        yield note(f"UCX uses TCP between processes of this host: {missing}")
 
 
 def _folders(parent: pathlib.Path) -> list[pathlib.Path]:

@@ -204,6 +204,33 @@ def close_early() -> tuple[str, float]:
     return error_and_seconds(lambda: run(*inputs))
 
 
+def end_one_of_two() -> tuple[str, str]:
+    """Ends one buffer by closing it in the last process, the next by a timeout; another goes on.
+
+    Returns:
+      The errors of both; those of the first process, in all.
+    """
+    mesh = mesh_of()
+    inputs = make_inputs(mesh)
+    is_last = jax.process_index() == jax.process_count() - 1
+    errors = []
+    with open_buffer(mesh, timeout_s=TIMEOUT_S) as kept:  # of another timeout would not share
+        run_kept = on_ranks(mesh, layer_of(kept, Action()))
+        run_well(run_kept, mesh, inputs)
+        for ending in ("close", "leave out"):
+            with open_buffer(mesh, timeout_s=TIMEOUT_S) as buffer:
+                run = on_ranks(mesh, layer_of(buffer, Action()))
+                run_well(run, mesh, inputs)
+                if is_last and ending == "close":
+                    buffer.close()
+                error = "" if is_last else error_and_seconds(lambda: run(*inputs))[0]  # noqa: B023
+                errors.append(together.told_to_all(mesh, error)[0])
+            for _ in range(3):
+                check(run_kept(*inputs), inputs)
+        kept.check()
+    return errors[0], errors[1]
+
+
 def open_differently(sizes_of_last: dict[str, Any]) -> str:
     """The last process opens a buffer of other sizes. Then all open one of the same."""
     mesh = mesh_of()

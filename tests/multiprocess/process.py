@@ -57,6 +57,8 @@ class Rank:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
+        self._may_be_reaped = threading.Event()
+        self._may_be_reaped.set()
         self._threads = [threading.Thread(target=self._read), threading.Thread(target=self._reap)]
         for thread in self._threads:
             thread.daemon = True
@@ -88,8 +90,14 @@ class Rank:
 
     def kill(self) -> None:
         """SIGKILL; returns when the process is reaped, so that nobody takes it for alive."""
+        self._may_be_reaped.set()
         self._signal(signal.SIGKILL)
         self._threads[1].join()
+
+    def kill_unreaped(self) -> None:
+        """SIGKILL, by a launcher that looks after another rank first: `kill` reaps it."""
+        self._may_be_reaped.clear()
+        self._signal(signal.SIGKILL)
 
     def stop(self) -> None:
         """SIGSTOP."""
@@ -132,6 +140,7 @@ class Rank:
         os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
+        self._may_be_reaped.wait()
         status = self._process.wait()
         with self._log.news:
             self.status = status

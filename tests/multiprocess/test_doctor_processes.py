@@ -52,6 +52,16 @@ def test_two_hosts(tmp_path, hosts):
     assert 0.005 < float(egress) < 2 * megabits / 8e3
 
 
+def test_a_network_that_leads_nowhere(tmp_path, hosts):
+    """It says what each network answers, before any run has to."""
+    hosts.add_dead_end("br0", ["172.17.0.1/16", "172.17.0.1/16"])
+    env = {"UCX_NET_DEVICES": "br0"}
+    status, output, _ = examine(tmp_path, hosts=hosts.hosts, env=env)
+    assert status == [1, 1], output
+    text = r"^PROBLEM self-test +\[process 0\] .*did not reach process 1: .*cable \S+ answers by"
+    assert re.search(text, output, re.M), output
+
+
 def test_a_problem_of_one_is_the_status_of_all(tmp_path):
     """Process 1 finds a package libucx that is empty."""
     (tmp_path / "libucx").mkdir()

@@ -94,6 +94,20 @@ def test_a_killed_process_is_named(place, num_devices):
     assert_fails_in_time(results, *patterns, seconds=layers.AT_ONCE_S)
 
 
+def test_a_killed_process_that_nobody_reaped_is_named():
+    """Its launcher may wait for another one first, or for none."""
+    args = ("pause", "before_send", 1, layers.LONG_S)
+    with launcher.start(layers.fail_once, *args, num_processes=2) as group:
+        group[1].wait_for("before_send")
+        group[1].kill_unreaped()
+        group[0].wait_for("has failed", seconds=layers.AT_ONCE_S)
+        assert group[1].status is None
+        group[1].kill()
+        error, seconds, _ = group.wait()[0].result
+    assert seconds < layers.MARGIN_S
+    assert_matches(error, "its process is gone: process [0-9]+ has ended")
+
+
 @pytest.mark.parametrize("place", layers.PLACES)
 def test_a_process_that_raises_is_waited_for_and_named(place):
     args = ("raise", place, None, layers.TIMEOUT_S)
@@ -146,6 +160,13 @@ def test_a_process_that_closes_its_buffer_is_named():
     for error, took in others:
         assert took < layers.AT_ONCE_S
         assert_matches(error, r"dispatch_recv on rank \d, peer rank 2: ", "it closed its end")
+
+
+def test_one_of_two_buffers_is_closed_or_fails():
+    """They share a wire; what happens to one does not reach the other."""
+    for closed, failed in launcher.run(layers.end_one_of_two, num_processes=2):
+        assert_matches(closed, "its process is gone: it closed its end")
+        assert_matches(failed, "none from rank 1")
 
 
 @pytest.mark.parametrize(

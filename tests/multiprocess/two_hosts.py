@@ -13,7 +13,7 @@ import os
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from launcher import Host
 
@@ -21,6 +21,7 @@ _NETWORK = "10.77.0."
 _CABLE = "cable"
 # The host's name is its address, so that it resolves without a name service: gloo looks it up.
 _ENTER = 'hostname "$0" && exec "$@"'
+_NOBODY = "02:00:00:00:00:99"
 _UP_S = 10.0
 _TICKS = 250  # per second, at least
 _pairs = itertools.count()
@@ -46,6 +47,23 @@ class TwoHosts:
             _run("ip", "-n", name, "address", "add", f"{host.address}/24", "dev", _CABLE)
             _run("ip", "-n", name, "link", "set", "lo", "up")
         self.mend()
+
+    def add_dead_end(self, name: str, addresses: Sequence[str], is_silent: bool = False) -> None:
+        """Gives each host a network interface that is up and leads nowhere, as bridges do.
+
+        `is_silent`: it takes packets, as a firewall does, where others find that nobody is there.
+        """
+        for host, address in zip(self._names, addresses, strict=True):
+            other_end = ("type", "veth", "peer", "name", f"{name}_end")
+            _run("ip", "-n", host, "link", "add", name, *other_end)
+            for link in (name, f"{name}_end"):
+                _run("ip", "-n", host, "link", "set", link, "up")
+            _run("ip", "-n", host, "address", "add", address, "dev", name)
+            for other in {
+                each.split("/")[0] for each in addresses if each != address and is_silent
+            }:
+                neighbour = ("neigh", "add", other, "lladdr", _NOBODY, "dev", name)
+                _run("ip", "-n", host, *neighbour)
 
     def close(self) -> None:
         for name in self._names:
