@@ -219,17 +219,17 @@ TEST(RegistryTest, AProgramFindsTheBufferOfItsName) {
 }
 
 TEST(RegistryTest, AProgramFindsNoBufferOfAnotherDescription) {
-  const Named other("axes y #0");
-  const std::string why = WhyNoneFor("axes x #0");
-  EXPECT_PRED_FORMAT2(IsSubstring, "made for to be open: axes x", why);
-  EXPECT_PRED_FORMAT2(IsSubstring, "open buffers: axes y", why);
+  const Named other("axes q #0");
+  const std::string why = WhyNoneFor("axes p #0");
+  EXPECT_PRED_FORMAT2(IsSubstring, "made for to be open: axes p", why);
+  EXPECT_PRED_FORMAT2(IsSubstring, "open buffers: axes q", why);
 }
 
 TEST(RegistryTest, TheOnlyBufferOfADescriptionStandsInForANumberThatNeverWas) {
-  const Named only("axes x #3");
-  EXPECT_TRUE(only.IsFoundFor("axes x #0"));
-  const Named another("axes x #4");
-  EXPECT_PRED_FORMAT2(IsSubstring, "2 that are alike", WhyNoneFor("axes x #0"));
+  const Named only("axes o #3");
+  EXPECT_TRUE(only.IsFoundFor("axes o #0"));
+  const Named another("axes o #4");
+  EXPECT_PRED_FORMAT2(IsSubstring, "2 that are alike", WhyNoneFor("axes o #0"));
 }
 
 TEST(RegistryTest, NoBufferStandsInForOneThatIsClosed) {
