@@ -12,6 +12,9 @@ The token carries the cotangent, so that the backward pass is split like the for
 No residual of a send comes out of the send itself, so that dead code elimination drops a send and
 its recv together or not at all. A recv of the forward pass also takes the rows that its send had,
 of which this rank's own need not travel; all of the gradient goes through the token.
+
+What a dispatch receives has a name for the policies of `jax.checkpoint`, inside of the rules for
+gradients: what the backward pass keeps is then what a policy saves by that name.
 """
 
 from __future__ import annotations
@@ -23,9 +26,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
 from jax_sm_free import primitives
 from jax_sm_free.primitives import RowType, Target
+
+# The name of what a dispatch has received. `jax.checkpoint` saves it with a policy such as
+# jax.checkpoint_policies.save_only_these_names(smf.DISPATCHED), and does not dispatch again then.
+DISPATCHED = "smf_dispatched"
+
+
+def _name(results: tuple[Array, ...]) -> tuple[Array, ...]:
+    return tuple(checkpoint_name(result, DISPATCHED) for result in results)
 
 
 @jax.tree_util.register_dataclass
@@ -112,7 +124,7 @@ def dispatch_recv(
 
 
 def _dispatch_recv_fwd(target: Target, row_type: RowType, *operands: Array) -> Any:
-    results = primitives.dispatch_recv(target, row_type, *operands)
+    results = _name(primitives.dispatch_recv(target, row_type, *operands))
     return results, results[-2:]
 
 
@@ -140,7 +152,7 @@ def dispatch_recv_tokens(
 
 
 def _dispatch_recv_tokens_fwd(target: Target, row_type: RowType, *operands: Array) -> Any:
-    results = primitives.dispatch_recv_tokens(target, row_type, *operands)
+    results = _name(primitives.dispatch_recv_tokens(target, row_type, *operands))
     return results, results[-2:]
 
 
