@@ -80,9 +80,8 @@ CallSites& CallSites::Get() {
 std::unique_ptr<CallCopy> CallSites::Add(const std::string& buffer, const std::string& program,
                                          int64_t lowering, int64_t call_number,
                                          const std::string& call) {
-  const std::string key = buffer + '\n' + program + '\n' +
-                          std::to_string(lowering) + '\n' + std::to_string(call_number) + '\n' +
-                          call;
+  const std::string key = buffer + '\n' + program + '\n' + std::to_string(lowering) + '\n' +
+                          std::to_string(call_number) + '\n' + call;
   const std::lock_guard lock(mutex_);
   std::erase_if(latest_, [](const auto& entry) { return entry.second.expired(); });
   const auto add_to = [](const std::shared_ptr<CallCopies>& copies) {

@@ -63,8 +63,8 @@ class CallSites {
 
   // `lowering` is the number of the call's lowering in this process, `call_number` the call's in
   // `program`.
-  std::unique_ptr<CallCopy> Add(const std::string& buffer, const std::string& program, int64_t lowering,
-                                int64_t call_number, const std::string& call);
+  std::unique_ptr<CallCopy> Add(const std::string& buffer, const std::string& program,
+                                int64_t lowering, int64_t call_number, const std::string& call);
 
  private:
   std::mutex mutex_;

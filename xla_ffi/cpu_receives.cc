@@ -55,7 +55,7 @@ DispatchRecv MakeDispatchRecv(const HostCall& call, Out<ffi::AnyBuffer>& values,
 }
 
 ffi::Future DispatchRecvImpl(std::string_view buffer, ffi::RunId run, int32_t device,
-                             F32 token,  // [kTokenSize]
+                             F32 token,                   // [kTokenSize]
                              ffi::AnyBuffer own_values,   // [T or 0, values columns]
                              ffi::AnyBuffer own_scales,   // [T or 0, scales columns]
                              Out<ffi::AnyBuffer> values,  // [recv_capacity, values columns]
@@ -94,7 +94,7 @@ ffi::Future DispatchRecvImpl(std::string_view buffer, ffi::RunId run, int32_t de
 }
 
 ffi::Future DispatchRecvTokensImpl(std::string_view buffer, ffi::RunId run, int32_t device,
-                                   F32 token,  // [kTokenSize]
+                                   F32 token,                   // [kTokenSize]
                                    ffi::AnyBuffer own_values,   // [T or 0, values columns]
                                    ffi::AnyBuffer own_scales,   // [T or 0, scales columns]
                                    Out<ffi::AnyBuffer> values,  // [R, values columns],
@@ -145,8 +145,8 @@ ffi::Future ReceiveSums(const HostCall& call, const F32& token, const S32& topk_
 }
 
 ffi::Future CombineRecvImpl(std::string_view buffer, ffi::RunId run, int32_t device,
-                            F32 token,     // [kTokenSize]
-                            S32 topk_idx,  // [T, top_k]
+                            F32 token,                  // [kTokenSize]
+                            S32 topk_idx,               // [T, top_k]
                             ffi::AnyBuffer y,           // [N, hidden], as for the send
                             F32 weights,                // [N], or [0] for a plain sum
                             S32 rows,                   // [ep_size * max_tokens, fanout]
@@ -156,8 +156,8 @@ ffi::Future CombineRecvImpl(std::string_view buffer, ffi::RunId run, int32_t dev
   if (auto error = Locate(Op::kCombineRecv, buffer, device, run, call); error.failure()) {
     return Failed(error);
   }
-  if (auto error = CheckCombineRecv(call.config(), token, topk_idx, y, weights, rows,
-                                    num_rows_from, out);
+  if (auto error =
+          CheckCombineRecv(call.config(), token, topk_idx, y, weights, rows, num_rows_from, out);
       error.failure()) {
     return Failed(error);
   }
@@ -170,8 +170,7 @@ ffi::Future DispatchBackwardRecvImpl(std::string_view buffer, ffi::RunId run, in
                                      Out<ffi::AnyBuffer> x_grad,  // [T, hidden]
                                      Out<F32> weight_grads) {     // [T, top_k]
   HostCall call;
-  if (auto error = Locate(Op::kDispatchBackwardRecv, buffer, device, run, call);
-      error.failure()) {
+  if (auto error = Locate(Op::kDispatchBackwardRecv, buffer, device, run, call); error.failure()) {
     return Failed(error);
   }
   if (auto error = CheckDispatchBackwardRecv(call.config(), token, topk_idx, x_grad, weight_grads);
@@ -190,8 +189,7 @@ ffi::Future CombineBackwardRecvImpl(std::string_view buffer, ffi::RunId run, int
                                     Out<ffi::AnyBuffer> y_grad,  // [N, hidden]
                                     Out<F32> weight_grads) {     // [N], or [0]
   HostCall call;
-  if (auto error = Locate(Op::kCombineBackwardRecv, buffer, device, run, call);
-      error.failure()) {
+  if (auto error = Locate(Op::kCombineBackwardRecv, buffer, device, run, call); error.failure()) {
     return Failed(error);
   }
   if (auto error = CheckCombineBackwardRecv(call.config(), token, y, weights, rows, num_rows_from,
@@ -215,7 +213,10 @@ ffi::Future CombineBackwardRecvImpl(std::string_view buffer, ffi::RunId run, int
 
 // A receive: the program's name for the buffer, the run, and the device that the call runs on.
 auto BindCall() {
-  return ffi::Ffi::Bind().Attr<std::string_view>("buffer").Ctx<ffi::RunId>().Ctx<ffi::DeviceOrdinal>();
+  return ffi::Ffi::Bind()
+      .Attr<std::string_view>("buffer")
+      .Ctx<ffi::RunId>()
+      .Ctx<ffi::DeviceOrdinal>();
 }
 
 SMF_RECEIVE_TARGETS(SMF_DEFINE_HANDLER)

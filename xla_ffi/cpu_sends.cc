@@ -42,8 +42,8 @@ ffi::Error DispatchSendImpl(ffi::RunId run, int32_t device, SendSite* site,
       error.failure()) {
     return error;
   }
-  if (auto error = CheckDispatchSend(call.config(), values, scales, topk_idx, topk_weights,
-                                     position, token);
+  if (auto error =
+          CheckDispatchSend(call.config(), values, scales, topk_idx, topk_weights, position, token);
       error.failure()) {
     return error;
   }

@@ -29,7 +29,8 @@ struct Call {
   const RankView& view() const { return rank->view; }
 };
 
-// Finds the buffer of a program's name for it, and the rank; an earlier fault of the buffer is this call's error.
+// Finds the buffer of a program's name for it, and the rank; an earlier fault of the buffer is this
+// call's error.
 ffi::Error Locate(Op op, std::string_view name, int32_t device, Call& call);
 
 inline ExpertRows ExpertRowsOf(const ffi::AnyBuffer& y, const F32& weights, const S32& rows,

@@ -30,9 +30,9 @@ int64_t OpenBuffer(const std::string& name, const nb::dict& sizes, const PythonP
 
 // `exchange` takes and gives bytes, `warn` takes a text: those of Processes.
 void OpenNvshmemBuffer(int64_t id, const std::string& name, const nb::dict& sizes,
-                       const PythonPlaces& places, int32_t process, const std::vector<int32_t>& process_of_rank,
-                       const std::string& library, const nb::callable& exchange,
-                       const nb::callable& warn) {
+                       const PythonPlaces& places, int32_t process,
+                       const std::vector<int32_t>& process_of_rank, const std::string& library,
+                       const nb::callable& exchange, const nb::callable& warn) {
   const Config config = ToConfig(sizes);
   const std::vector<std::optional<Place>> by_device = ToPlaces(places);
   const auto call = [&exchange](const std::string& text) {
@@ -60,10 +60,11 @@ NB_MODULE(_cuda, module) {
   module.doc() = "CUDA platform of jax_sm_free; use it through jax_sm_free.Buffer.";
   DefineCommon(module);
   module.def("handlers", [] { return Handlers(CudaHandlers()); });
-  module.def("open_buffer", &OpenBuffer, nb::arg("name"), nb::arg("sizes"), nb::arg("places").none());
-  module.def("open_nvshmem_buffer", &OpenNvshmemBuffer, nb::arg("id"), nb::arg("name"), nb::arg("sizes"),
-             nb::arg("places").none(), nb::arg("process"), nb::arg("process_of_rank"),
-             nb::arg("library"), nb::arg("exchange"), nb::arg("warn"));
+  module.def("open_buffer", &OpenBuffer, nb::arg("name"), nb::arg("sizes"),
+             nb::arg("places").none());
+  module.def("open_nvshmem_buffer", &OpenNvshmemBuffer, nb::arg("id"), nb::arg("name"),
+             nb::arg("sizes"), nb::arg("places").none(), nb::arg("process"),
+             nb::arg("process_of_rank"), nb::arg("library"), nb::arg("exchange"), nb::arg("warn"));
 }
 
 }  // namespace jax_sm_free

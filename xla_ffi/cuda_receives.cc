@@ -44,8 +44,7 @@ ffi::Error DispatchRecvImpl(std::string_view buffer, int32_t device, cudaStream_
                             Out<S32> rows,               // [ep_size * max_tokens, top_k]
                             Out<S32> num_rows_from) {    // [ep_size]
   Call call;
-  if (auto error = Locate(Op::kDispatchRecv, buffer, device, call); error.failure())
-    return error;
+  if (auto error = Locate(Op::kDispatchRecv, buffer, device, call); error.failure()) return error;
   if (auto error = CheckReceivedRows(call.config(), token, own_values, own_scales, values, scales,
                                      call.config().recv_capacity);
       error.failure()) {
@@ -92,8 +91,7 @@ ffi::Error DispatchRecvTokensImpl(std::string_view buffer, int32_t device, cudaS
                                   Out<S32> rows,               // [R, 1]
                                   Out<S32> num_rows_from) {    // [ep_size]
   Call call;
-  if (auto error = Locate(Op::kDispatchRecv, buffer, device, call); error.failure())
-    return error;
+  if (auto error = Locate(Op::kDispatchRecv, buffer, device, call); error.failure()) return error;
   if (auto error = CheckReceivedRows(call.config(), token, own_values, own_scales, values, scales,
                                      call.config().max_recv_tokens());
       error.failure()) {
@@ -153,8 +151,8 @@ ffi::Error CombineRecvImpl(std::string_view buffer, int32_t device, cudaStream_t
                            Out<ffi::AnyBuffer> out) {  // [T, hidden]
   Call call;
   if (auto error = Locate(Op::kCombineRecv, buffer, device, call); error.failure()) return error;
-  if (auto error = CheckCombineRecv(call.config(), token, topk_idx, y, weights, rows,
-                                    num_rows_from, out);
+  if (auto error =
+          CheckCombineRecv(call.config(), token, topk_idx, y, weights, rows, num_rows_from, out);
       error.failure()) {
     return error;
   }

@@ -31,10 +31,9 @@ ffi::Error DispatchSendImpl(std::string_view buffer, int32_t device, cudaStream_
                             S32 position,           // [], in the mesh
                             Out<F32> token) {       // [kTokenSize]
   Call call;
-  if (auto error = Locate(Op::kDispatchSend, buffer, device, call); error.failure())
-    return error;
-  if (auto error = CheckDispatchSend(call.config(), values, scales, topk_idx, topk_weights,
-                                     position, token);
+  if (auto error = Locate(Op::kDispatchSend, buffer, device, call); error.failure()) return error;
+  if (auto error =
+          CheckDispatchSend(call.config(), values, scales, topk_idx, topk_weights, position, token);
       error.failure()) {
     return error;
   }

@@ -31,9 +31,8 @@ class Expected {
   ffi::Span<const int64_t> seen() const { return seen_; }
   std::span<const int64_t> sizes() const { return {sizes_.data(), rank_}; }
   bool IsMet() const {
-    return std::ranges::equal(sizes(), seen_, [](int64_t size, int64_t dim) {
-      return size == kAny || size == dim;
-    });
+    return std::ranges::equal(
+        sizes(), seen_, [](int64_t size, int64_t dim) { return size == kAny || size == dim; });
   }
 
  private:
@@ -67,9 +66,7 @@ ffi::Error CheckShapes(Op op, std::initializer_list<Expected> arrays) {
 }
 
 // The first of two errors; both are found anyway, at a few comparisons each.
-ffi::Error FirstOf(ffi::Error first, ffi::Error second) {
-  return first.failure() ? first : second;
-}
+ffi::Error FirstOf(const ffi::Error& first, const ffi::Error& second) { return first.failure() ? first : second; }
 
 ffi::Error CheckTokens(Op op, const Config& config, int64_t num_tokens) {
   if (num_tokens <= config.max_tokens) return ffi::Error::Success();
@@ -194,12 +191,11 @@ ffi::Error CheckReceivedRows(const Config& config, const F32& token,
       error.failure()) {
     return error;
   }
-  if (num_own > 0 && (RowBytes(own_values) != RowBytes(*values) ||
-                      RowBytes(own_scales) != RowBytes(*scales))) {
+  if (num_own > 0 &&
+      (RowBytes(own_values) != RowBytes(*values) || RowBytes(own_scales) != RowBytes(*scales))) {
     return Refuse(kOp, "own rows of the dtypes of the received ones", "others");
   }
-  return FirstOf(CheckTokens(kOp, config, num_own),
-                 CheckDispatched(kOp, config, *values, *scales));
+  return FirstOf(CheckTokens(kOp, config, num_own), CheckDispatched(kOp, config, *values, *scales));
 }
 
 ffi::Error CheckReceivedExperts(const Config& config, Out<S32>& group_sizes, Out<S32>& counts,
@@ -245,16 +241,15 @@ ffi::Error CheckDispatchBackwardSend(const Config& config, const ffi::AnyBuffer&
       error.failure()) {
     return error;
   }
-  return CheckShapes(
-      kOp, {{"weight_grads", weight_grads, {config.max_recv_tokens(), config.top_k}},
-            {"token", token, {kTokenSize}}});
+  return CheckShapes(kOp, {{"weight_grads", weight_grads, {config.max_recv_tokens(), config.top_k}},
+                           {"token", token, {kTokenSize}}});
 }
 
 ffi::Error CheckCombineBackwardSend(const Config& config, const ffi::AnyBuffer& out_grad,
                                     const S32& topk_idx, Out<F32>& token) {
   constexpr Op kOp = Op::kCombineBackwardSend;
-  if (auto error = CheckShapes(kOp, {{"topk_idx", topk_idx, {kAny, config.top_k}},
-                                     {"token", token, {kTokenSize}}});
+  if (auto error = CheckShapes(
+          kOp, {{"topk_idx", topk_idx, {kAny, config.top_k}}, {"token", token, {kTokenSize}}});
       error.failure()) {
     return error;
   }
@@ -290,8 +285,8 @@ ffi::Error CheckDispatchBackwardRecv(const Config& config, const F32& token, con
   if (auto error = CheckSums(kOp, config, token, topk_idx, "x_grad", x_grad); error.failure()) {
     return error;
   }
-  return CheckShapes(
-      kOp, {{"weight_grads", weight_grads, {topk_idx.dimensions()[0], config.top_k}}});
+  return CheckShapes(kOp,
+                     {{"weight_grads", weight_grads, {topk_idx.dimensions()[0], config.top_k}}});
 }
 
 ffi::Error CheckCombineBackwardRecv(const Config& config, const F32& token, const ffi::AnyBuffer& y,

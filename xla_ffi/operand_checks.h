@@ -1,7 +1,7 @@
 // Checks of every operand and result of a call against the buffer that the call found.
 //
-// Python checks at trace time what users pass. What gets here may also be a program that was made by
-// hand, or changed since: nothing of it may make a handler read or write past an array. All
+// Python checks at trace time what users pass. What gets here may also be a program that was made
+// by hand, or changed since: nothing of it may make a handler read or write past an array. All
 // platforms check the same things in the same order.
 
 #ifndef JAX_SM_FREE_XLA_FFI_OPERAND_CHECKS_H_
@@ -70,13 +70,13 @@ ffi::Error CheckCombineBackwardSend(const Config& config,
                                     Out<F32>& token);                // [kTokenSize]
 
 ffi::Error CheckCombineRecv(const Config& config,
-                            const F32& token,            // [kTokenSize]
-                            const S32& topk_idx,         // [T, top_k]
-                            const ffi::AnyBuffer& y,     // [N, hidden], as for its send
-                            const F32& weights,          // [N] or [0]
-                            const S32& rows,             // [R, 1 or top_k]
-                            const S32& num_rows_from,    // [ep_size]
-                            Out<ffi::AnyBuffer>& out);   // [T, hidden]
+                            const F32& token,           // [kTokenSize]
+                            const S32& topk_idx,        // [T, top_k]
+                            const ffi::AnyBuffer& y,    // [N, hidden], as for its send
+                            const F32& weights,         // [N] or [0]
+                            const S32& rows,            // [R, 1 or top_k]
+                            const S32& num_rows_from,   // [ep_size]
+                            Out<ffi::AnyBuffer>& out);  // [T, hidden]
 
 ffi::Error CheckDispatchBackwardRecv(const Config& config,
                                      const F32& token,             // [kTokenSize]
