@@ -66,7 +66,9 @@ ffi::Error CheckShapes(Op op, std::initializer_list<Expected> arrays) {
 }
 
 // The first of two errors; both are found anyway, at a few comparisons each.
-ffi::Error FirstOf(const ffi::Error& first, const ffi::Error& second) { return first.failure() ? first : second; }
+ffi::Error FirstOf(const ffi::Error& first, const ffi::Error& second) {
+  return first.failure() ? first : second;
+}
 
 ffi::Error CheckTokens(Op op, const Config& config, int64_t num_tokens) {
   if (num_tokens <= config.max_tokens) return ffi::Error::Success();
