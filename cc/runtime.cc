@@ -70,7 +70,7 @@ Result<const Registry::Open*> Registry::Resolve(std::string_view name) const {
       return &found->second;
     }
     return Fault{.expected = "buffer " + std::to_string(id->second) + " to be open",
-                 .seen = "it is closed",
+                 .seen = "it is closed, or was collected as garbage",
                  .exchange = {}};
   }
   const std::vector<const Open*> alike = OpenLike(name);

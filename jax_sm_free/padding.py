@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jax_sm_free.config import check_int, round_up
 
@@ -30,7 +31,7 @@ def padded_num_experts(num_experts: int, ep_size: int) -> int:
 
 
 def pad_experts(weights: Any, ep_size: int) -> Any:
-    """Weights with zeros for the experts that `padded_num_experts` adds. Not collective.
+    """Weights with bytes of zero for the experts that `padded_num_experts` adds. Not collective.
 
     Call it where the experts' weights have all their experts, outside of `jax.shard_map`. Gradients
     go to the real experts.
@@ -47,9 +48,13 @@ def pad_experts(weights: Any, ep_size: int) -> Any:
     """
 
     def pad(array: Any) -> Any:
-        if not jnp.ndim(array):
-            raise ValueError("pad_experts: expected arrays [num_experts, ...], got a scalar")
-        missing = padded_num_experts(array.shape[0], ep_size) - array.shape[0]
-        return jnp.pad(array, [(0, missing)] + [(0, 0)] * (array.ndim - 1))
+        if not hasattr(array, "shape") or not array.shape:
+            raise ValueError(
+                f"pad_experts: expected a pytree of arrays [num_experts, ...], got {array!r} in it"
+            )
+        num_experts, *rest = array.shape
+        missing = padded_num_experts(num_experts, ep_size) - num_experts
+        zero = np.zeros(array.dtype.itemsize, np.uint8).view(array.dtype)[0]
+        return jnp.concatenate([array, jnp.full((missing, *rest), zero, array.dtype)])
 
     return jax.tree.map(pad, weights)

@@ -35,8 +35,14 @@ def test_what_is_refused() -> None:
         smf.padded_num_experts(0, 4)
     with pytest.raises(TypeError, match=r"ep_size must be an integer at least 1, got 2.0"):
         smf.padded_num_experts(4, 2.0)
-    with pytest.raises(ValueError, match=r"\[num_experts, ...\], got a scalar"):
-        smf.pad_experts(jnp.float32(1), 4)
+    for wrong in (jnp.float32(1), [1.0, 2.0]):
+        with pytest.raises(ValueError, match=r"pytree of arrays \[num_experts, ...\], got .*1"):
+            smf.pad_experts(wrong, 4)
+
+
+def test_padding_of_scales_that_have_no_zero() -> None:
+    padded = smf.pad_experts(jnp.ones((3, 2), jnp.float8_e8m0fnu), 4)
+    np.testing.assert_array_equal(np.asarray(padded).view(np.uint8)[:, 0], [127, 127, 127, 0])
 
 
 @pytest.mark.skipif(support.MAX_RANKS < 2, reason="every number is divisible by 1")
