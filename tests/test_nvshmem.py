@@ -47,14 +47,14 @@ def _without_extension(monkeypatch):
 @pytest.mark.usefixtures("_without_extension")
 def test_two_gpus_of_a_process_are_refused():
     with pytest.raises(ValueError, match="one GPU of each process, got 2 of process 1"):
-        transports.open_buffer("nvshmem", mesh_of(0, 1, 1), ("ep",), CONFIG)
+        transports.open_buffer("nvshmem", mesh_of(0, 1, 1), ("ep",), CONFIG, "any")
 
 
 @pytest.mark.usefixtures("_without_extension")
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia", None)
     with pytest.raises(ImportError, match="pip install nvidia-nvshmem-cu13"):
-        transports.open_buffer("nvshmem", mesh_of(0, 1), ("ep",), CONFIG)
+        transports.open_buffer("nvshmem", mesh_of(0, 1), ("ep",), CONFIG, "any")
 
 
 def test_the_library_is_found_in_its_package(monkeypatch, tmp_path):
