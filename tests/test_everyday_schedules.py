@@ -64,7 +64,7 @@ COPYING = ("double_buffering", "unrolled_loops", "maxtext", "transformer_engine"
 
 def option_set(name: str) -> Any:
     """What all versions of JAX are tested with, and what the oldest alone is."""
-    of_all = ("default", "maxtext", "transformer_engine")
+    of_all = ("default", "maxtext")
     return pytest.param(name, marks=() if name in of_all else pytest.mark.long)
 
 

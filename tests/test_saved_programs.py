@@ -10,7 +10,10 @@ import sys
 import pytest
 import support
 
-pytestmark = pytest.mark.skipif(support.MAX_RANKS < 2, reason="needs two devices")
+pytestmark = [
+    pytest.mark.long,
+    pytest.mark.skipif(support.MAX_RANKS < 2, reason="needs two devices"),
+]
 
 HOW = ("executable", "export")
 
