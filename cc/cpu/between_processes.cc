@@ -41,11 +41,13 @@ std::shared_ptr<BetweenProcesses> BetweenProcesses::Make(Place place, const Conf
                                                          Wire* wire, OnEnd on_end) {
   std::shared_ptr<BetweenProcesses> made(
       new BetweenProcesses(std::move(place), config, wire, std::move(on_end)));
-  // The inboxes call this while they are locked.
+  // The inboxes call this while they are locked, and before their receivers get the fault: the
+  // other processes hear of it ahead of all that this one's program does then, such as closing the
+  // buffer.
   const auto on_fail = [weak = made->weak_from_this()](int64_t /*run*/, const Fault& fault) {
-    WorkerPool::Get().Run([weak, fault] {
-      if (const auto self = weak.lock()) self->End(fault);
-    });
+    const auto self = weak.lock();
+    if (self == nullptr || !self->TellEnd(fault, Seen::kHere)) return;
+    WorkerPool::Get().Run([self, fault] { self->inboxes_->Close(fault); });
   };
   made->inboxes_ =
       std::make_shared<InProcess>(config.ep_size, made->num_here_, config.timeout_s, on_fail);
@@ -122,15 +124,17 @@ void BetweenProcesses::Receive(Op op, const Exchange& exchange, int32_t dst, Rec
 void BetweenProcesses::Fail(int64_t /*run*/, const Fault& fault) { End(fault); }
 
 void BetweenProcesses::End(const Fault& fault, Seen seen) {
-  {
-    const std::lock_guard lock(mutex_);
-    if (ended_) return;
-    ended_ = fault;
-    on_end_(fault);
-    if (seen == Seen::kHere) TellFault(fault);
-    Tell({place_.buffer, fault});
-  }
-  inboxes_->Close(fault);
+  if (TellEnd(fault, seen)) inboxes_->Close(fault);
+}
+
+bool BetweenProcesses::TellEnd(const Fault& fault, Seen seen) {
+  const std::lock_guard lock(mutex_);
+  if (ended_) return false;
+  ended_ = fault;
+  on_end_(fault);
+  if (seen == Seen::kHere) TellFault(fault);
+  Tell({place_.buffer, fault});
+  return true;
 }
 
 void BetweenProcesses::Tell(const WireNote& note) {

@@ -80,6 +80,8 @@ class BetweenProcesses : public Transport, public std::enable_shared_from_this<B
   int32_t RankOf(int32_t member) const { return member % config_.ep_size; }
   std::optional<Fault> Accept(const MessageNote& note, Message message);
   void End(const Fault& fault, Seen seen = Seen::kHere);
+  // All of it but what waits in the inboxes. Whether this is the first fault.
+  bool TellEnd(const Fault& fault, Seen seen);
   void Tell(const WireNote& note);
 
   const Place place_;
