@@ -171,3 +171,26 @@ def test_pipelined_all_gather_keeps_pairs() -> None:
     copied = {step.op for copies in schedule.copied for step in copies}
     assert copied >= {"dispatch_send", "dispatch_recv"}, str(schedule)
     assert "calls in" in str(schedule)
+
+
+def test_pipelined_all_gather_of_a_sum() -> None:
+    """Without barriers XLA would remove the original combine_recv here, and keep its send."""
+    mesh = aot.mesh(num_gpus=NUM_RANKS)
+    sizes = everyday.SIZES | {"num_experts": NUM_RANKS * everyday.LOCAL_EXPERTS, "num_slots": 8}
+    buffer = smf.Buffer(mesh, "ep", **sizes)
+
+    def program(w: Any, x: Any) -> Any:
+        def body(state: Any, w: Any) -> Any:
+            topk_idx = jnp.zeros((x.shape[0], everyday.TOP_K), jnp.int32)
+            recv = buffer.dispatch(x * w, topk_idx, jnp.ones(topk_idx.shape))
+            y = buffer.combine(jnp.sin(recv.x), recv.layout, weights=recv.weights)
+            gathered = jax.lax.all_gather(y, "ep", tiled=True)
+            return jnp.tanh(state) + gathered[: x.shape[0]], None
+
+        return jax.lax.scan(body, x, w)[0]
+
+    w = jax.ShapeDtypeStruct((everyday.NUM_LAYERS,), jnp.bfloat16)
+    x = jax.ShapeDtypeStruct((NUM_RANKS * everyday.TOKENS, everyday.HIDDEN), jnp.bfloat16)
+    options = pipelined("all_gather")
+    compiled = aot.compile_for(mesh, program, (P(), P("ep")), P("ep"), w, x, options=options)
+    assert check_once(compiled).counts["combine_recv"] > 1, "nothing is pipelined"
