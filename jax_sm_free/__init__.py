@@ -8,6 +8,8 @@ from jax_sm_free.buffer import Buffer, FaultError
 from jax_sm_free.config import Config, MemoryEstimate, estimate_memory, get_rdma_size_hint
 from jax_sm_free.exporting import export_checks
 from jax_sm_free.inspection import Pair, Schedule, Step, inspect
+from jax_sm_free.layer import moe
+from jax_sm_free.opening import buffer_for
 from jax_sm_free.padding import pad_experts, padded_num_experts
 from jax_sm_free.results import Layout, Received, ReceivedTokens
 from jax_sm_free.schedule import Hook, Sent, overlap
@@ -28,10 +30,12 @@ __all__ = [
     "Sent",
     "Step",
     "__version__",
+    "buffer_for",
     "estimate_memory",
     "export_checks",
     "get_rdma_size_hint",
     "inspect",
+    "moe",
     "overlap",
     "pad_experts",
     "padded_num_experts",

@@ -21,6 +21,9 @@ from jax_sm_free.results import Layout, Received, ReceivedTokens
 from jax_sm_free.schedule import Hook, Sent
 from jax_sm_free.varying import vary_alike
 
+# The buffers that somebody refers to, by what programs call them.
+named_buffers: weakref.WeakValueDictionary[str, Buffer] = weakref.WeakValueDictionary()
+
 Output = Literal["experts", "tokens"]
 Rows = Array | tuple[Array, Array]
 
@@ -44,6 +47,8 @@ class Buffer:
       config: the sizes (`Config`).
       mesh, axes: where the ranks are. A rank is the position along `axes`, the first axis slowest.
       transport: who moves the bytes.
+      name: what tells this buffer from equal ones, or None.
+      program_name: by what compiled programs find it (docs/saving.md).
     """
 
     def __init__(
@@ -119,6 +124,7 @@ class Buffer:
         )
         if not isinstance(name, (str, NoneType)):
             raise TypeError(f"expected name to be a string or None, got {name!r}")
+        self.name = name
         self.transport = transports.choose(mesh, transport)
         self._native: Native | None = None
         self._id = -1
@@ -128,19 +134,21 @@ class Buffer:
         if self.transport == "abstract":
             register_cuda()
             description = described(transport=transports.for_real(mesh))
-            program_name = identity.take_name(description, is_abstract=True)
+            self.program_name = identity.take_name(description, is_abstract=True)
         else:
-            self._native, self._id, program_name = transports.open_buffer(
+            self._native, self._id, self.program_name = transports.open_buffer(
                 self.transport, mesh, self.axes, self.config, described(transport=self.transport)
             )
         self._opener = os.getpid()
         self._closer = weakref.finalize(self, _drop, self._native, self._id, self._opener)
         self._closer.atexit = False  # then `native` closes what is open
         named = transports.names_calls(self.transport)
-        self._target = Target(self.config, program_name, named)
+        self._target = Target(self.config, self.program_name, named)
+        if self.transport != "abstract":
+            named_buffers[self.program_name] = self
 
     def __repr__(self) -> str:
-        state = "open" if self._closer.alive else "closed"
+        state = "closed" if self.is_closed else "open"
         return f"Buffer({self.axes}, {self.transport}, {state}, {self.config})"
 
     # ------------------------------------------------------------------------------ split ops
@@ -314,6 +322,11 @@ class Buffer:
 
     # ------------------------------------------------------------------------------- lifetime
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether the buffer has been closed, so that its ops raise."""
+        return not self._closer.alive
+
     def check(self) -> None:
         """Raises the fault that the buffer has met, if there was one. Not collective.
 
@@ -377,13 +390,17 @@ class Buffer:
             return 0
         return self._native.message_bytes(self._id, transports.ordinal(device))
 
-    def __reduce__(self) -> Any:
-        raise TypeError("a Buffer, which has its memory, cannot be copied or pickled: open another")
+    def __copy__(self) -> Buffer:
+        """The same buffer, so that a copy of a module that holds it uses it, too."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Buffer:
+        return self
 
     # -------------------------------------------------------------------------------- inside
 
     def _check_open(self, op: str) -> None:
-        if not self._closer.alive:
+        if self.is_closed:
             raise RuntimeError(f"{op}: expected an open buffer, got one that is closed")
 
     def _check_usable(self, op: str) -> None:

@@ -22,6 +22,7 @@ def by_expert(target: Target, sent: Sent) -> Received:
         weights=weights,
         dropped=dropped,
         layout=Layout(sent.topk_idx, rows, num_rows_from, "experts"),
+        expert_capacity=target.config.expert_capacity,
     )
 
 

@@ -384,6 +384,7 @@ def _by_expert(config: Config, topk_idx: Array, arrivals: _Arrivals) -> Received
         weights=_take_rows(arrivals.weights.reshape(-1), entry),
         dropped=(arrivals.counts - kept).sum(dtype=jnp.int32),
         layout=Layout(topk_idx, rows, arrivals.num_rows_from, "experts"),
+        expert_capacity=config.expert_capacity,
     )
 
 

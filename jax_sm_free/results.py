@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import Array
 
 
@@ -46,6 +47,8 @@ class Received:
       weights: f32 [recv_capacity], the row's weight; zero for padding.
       dropped: i32 [], expert rows that `recv_capacity` had no place for.
       layout: for `combine_send`.
+      expert_capacity: rows of every group, where the buffer has groups of one size; else None
+        (static).
     """
 
     x: Any
@@ -54,6 +57,18 @@ class Received:
     weights: Array
     dropped: Array
     layout: Layout
+    expert_capacity: int | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @property
+    def expert(self) -> Array:
+        """i32 [recv_capacity], the local expert of each row: `bias[recv.expert]` is a row's bias.
+
+        A row past the last group has the last expert.
+        """
+        ends = jnp.cumsum(self.group_sizes)
+        rows = jnp.arange(self.weights.shape[0], dtype=jnp.int32)
+        num_ended = jnp.sum(rows[:, None] >= ends, axis=1, dtype=jnp.int32)
+        return jnp.minimum(num_ended, self.group_sizes.shape[0] - 1)
 
 
 @jax.tree_util.register_dataclass

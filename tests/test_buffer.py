@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
-import pickle
 
 import jax
 import jax.numpy as jnp
@@ -120,13 +118,12 @@ def test_a_buffer_used_after_close():
         pass
 
 
-def test_a_buffer_is_one_of_its_kind():
-    with support.open_buffer(CONFIG) as buffer:
-        for make in (copy.copy, copy.deepcopy, pickle.dumps):
-            with pytest.raises(TypeError, match=r"a Buffer.* cannot be copied or pickled"):
-                make(buffer)
-        with pytest.raises(TypeError, match=r"message_bytes: expected a jax\.Device, got 0"):
-            buffer.message_bytes(0)
+def test_message_bytes_takes_a_device():
+    with (
+        support.open_buffer(CONFIG) as buffer,
+        pytest.raises(TypeError, match=r"message_bytes: expected a jax\.Device, got 0"),
+    ):
+        buffer.message_bytes(0)
 
 
 def test_a_buffer_closes_at_the_end_of_its_block():
@@ -177,4 +174,4 @@ def test_a_program_of_either_api_reads_the_same():
         return {name for name in vars(cls) if not name.startswith("_")}
 
     assert public(reference.Buffer) <= public(smf.Buffer)
-    assert public(smf.Buffer) - public(reference.Buffer) == {"message_bytes"}
+    assert public(smf.Buffer) - public(reference.Buffer) == {"is_closed", "message_bytes"}

@@ -1,0 +1,132 @@
+"""`buffer_for`: buffers that are found by their arguments, and so survive copying and pickling."""
+
+from __future__ import annotations
+
+import copyreg
+import dataclasses
+import threading
+from collections.abc import Hashable
+from typing import Any
+
+import jax
+import numpy as np
+
+# JAX has no public name for the mesh with devices that `jax.set_mesh` or `with mesh:` has put in
+# force while a function is traced; `jax.sharding.get_mesh` refuses to be called there.
+from jax._src.mesh import get_concrete_mesh, thread_resources
+from jax.sharding import AbstractMesh, Mesh
+
+from jax_sm_free import checks
+from jax_sm_free.buffer import Buffer, named_buffers
+from jax_sm_free.config import Config
+
+_lock = threading.RLock()
+_buffers: dict[Hashable, Buffer] = {}
+
+
+def buffer_for(
+    axis: str | tuple[str, ...], mesh: Mesh | AbstractMesh | None = None, **sizes: Any
+) -> Buffer:
+    """The open buffer for these arguments, opened at the first call with equal ones.
+
+    A layer calls it where it needs its buffer, also while JAX traces. Opening is collective where
+    the mesh has devices of several processes: all of them call it, in the same order, as they do
+    where all trace the same program.
+
+    The buffer stays open until the process ends, or until `close()`, after which the next call
+    opens another. Layers that call it with equal arguments share one buffer, and with it
+    `num_slots`: the exchanges that may be in flight at once.
+
+    Args:
+      axis: as for `Buffer`.
+      mesh: the devices; None for the mesh in force, of `jax.set_mesh(mesh)` or `with mesh:`. An
+        AbstractMesh, such as a layer sees under `jax.jit`, stands for a mesh in force of its shape.
+      **sizes: as for `Buffer`: hidden, num_experts, top_k, max_tokens, and what else it takes.
+
+    Raises:
+      ValueError: if no mesh with devices is in force, or one of another shape than the AbstractMesh
+        of the code around.
+      TypeError, ValueError, and others: as `Buffer` does.
+    """
+    if mesh is None or isinstance(mesh, AbstractMesh):
+        mesh = _mesh_in_force(mesh)
+    axes = checks.check_mesh(mesh, axis)
+    others = {key: sizes.pop(key) for key in ("name", "transport") if key in sizes}
+    config = Config(ep_size=checks.group_size(mesh, axes), **sizes)
+    key = mesh, axes, config, *sorted(others.items())
+    with _lock:
+        buffer = _buffers.get(key)
+        if buffer is None or buffer.is_closed:
+            buffer = _buffers[key] = Buffer(mesh, axes, **sizes, **others)
+        return buffer
+
+
+def _mesh_in_force(expected: AbstractMesh | None) -> Mesh:
+    around = expected or jax.sharding.get_abstract_mesh()
+    shape = dict(around.shape)
+    for mesh in (get_concrete_mesh(), thread_resources.env.physical_mesh):
+        if mesh is not None and not mesh.empty:
+            if shape and dict(mesh.shape) != shape:
+                raise ValueError(
+                    f"buffer_for: expected a mesh with devices of the shape {shape}, which the "
+                    f"code around has, got {dict(mesh.shape)} in force; pass mesh="
+                )
+            return mesh
+    seen = f"an AbstractMesh {shape} alone, which has no devices" if shape else "none"
+    raise ValueError(
+        f"buffer_for: expected a mesh with devices in force, got {seen}; call the program under "
+        "jax.set_mesh(mesh), or pass mesh="
+    )
+
+
+# What pickle keeps of a buffer, so that a module that holds one can be pickled.
+
+
+def _reduce(buffer: Buffer) -> Any:
+    if buffer.transport == "abstract":
+        raise TypeError(
+            "pickle: expected a Buffer of devices that are there, got one for a mesh that was "
+            "described for ahead-of-time compiling"
+        )
+    mesh, devices = buffer.mesh, buffer.mesh.devices
+    ids = tuple(device.id for device in devices.flat)
+    where = devices.flat[0].platform, ids, devices.shape, mesh.axis_names, mesh.axis_types
+    sizes = {f.name: getattr(buffer.config, f.name) for f in dataclasses.fields(Config)}
+    del sizes["ep_size"]  # follows from the mesh
+    return _find_or_open, (buffer.program_name, where, buffer.axes, sizes, buffer.name)
+
+
+def _find_or_open(
+    program_name: str,
+    where: tuple[Any, ...],
+    axes: tuple[str, ...],
+    sizes: dict[str, Any],
+    name: str | None,
+) -> Buffer:
+    """The buffer that was pickled, if it is open here; else the one for its arguments."""
+    mesh = _mesh_of(*where)
+    buffer = named_buffers.get(program_name)
+    if buffer is not None and not buffer.is_closed and buffer.mesh == mesh:
+        return buffer
+    return buffer_for(axes, mesh, **sizes, name=name)
+
+
+def _mesh_of(
+    platform: str,
+    ids: tuple[int, ...],
+    shape: tuple[int, ...],
+    names: tuple[str, ...],
+    types: tuple[Any, ...],
+) -> Mesh:
+    here = {device.id: device for device in jax.devices(platform)}
+    missing = [number for number in ids if number not in here]
+    if missing:
+        raise ValueError(
+            f"pickle: expected the {platform} devices {list(ids)}, which a Buffer was opened for, "
+            f"got a process without {missing}"
+        )
+    devices = np.array([here[number] for number in ids]).reshape(shape)
+    return Mesh(devices, names, axis_types=types)
+
+
+copyreg.pickle(Buffer, _reduce)
