@@ -7,6 +7,7 @@ from jax_sm_free.autodiff import DISPATCHED
 from jax_sm_free.buffer import Buffer, FaultError
 from jax_sm_free.config import Config, MemoryEstimate, estimate_memory, get_rdma_size_hint
 from jax_sm_free.exporting import export_checks
+from jax_sm_free.grouped_matmul import grouped_matmul
 from jax_sm_free.inspection import Pair, Schedule, Step, inspect
 from jax_sm_free.layer import moe
 from jax_sm_free.opening import buffer_for
@@ -34,6 +35,7 @@ __all__ = [
     "estimate_memory",
     "export_checks",
     "get_rdma_size_hint",
+    "grouped_matmul",
     "inspect",
     "moe",
     "overlap",

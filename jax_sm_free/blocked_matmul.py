@@ -3,7 +3,8 @@
 On CPU, `jax.lax.ragged_dot` multiplies every row by every group's matrix, and then takes zero
 times what is of another group: that is E times the work for E groups, and one group's NaN reaches
 all rows. Here a loop over the groups takes as many blocks of rows as the group's size asks for. The
-last block of a group may reach into the next one; what it computes there is selected away.
+last block of a group may reach into the next one; what it computes there is selected away. Rows
+past the last group cost nothing but their zeros.
 """
 
 from __future__ import annotations
@@ -22,49 +23,6 @@ from jax_sm_free.varying import vary_alike
 # Of (512, 64), (256, 32), (128, 16), (64, 16) and single sizes, these were fastest, or within the
 # noise of the fastest, for groups of 16 to 256 rows and matrices from [32, 64] to [512, 1024].
 BLOCKS = (128, 16)
-
-
-def blocked_matmul(rows: Array, weights: Array, group_sizes: Array) -> Array:
-    """The rows of each group times the group's matrix, as `jax.lax.ragged_dot`. Not collective.
-
-    Group e is the `group_sizes[e]` rows behind those of the groups before it. Rows past the last
-    group cost nothing but their zeros. Neither the rows nor the matrix of one group reach another
-    group's results or gradients, whatever their values are. It is made for CPU, and works on all.
-
-    Args:
-      rows: [M, A], of a floating-point dtype.
-      weights: [E, A, B], of a floating-point dtype.
-      group_sizes: i32 [E]; their sum is at most M.
-
-    Returns:
-      [M, B] in the dtype of rows, summed in float32 or wider; zero past the last group.
-      Gradients flow to rows and weights; that of a row past the last group is zero.
-
-    Raises:
-      ValueError: for shapes that do not fit together.
-      TypeError: for dtypes that are not floating-point, or group_sizes that are not integers.
-    """
-    _check(rows, weights, group_sizes)
-    return _matmul(*vary_alike(rows, weights, group_sizes))
-
-
-def _check(rows: Array, weights: Array, group_sizes: Array) -> None:
-    shapes = jnp.shape(rows), jnp.shape(weights), jnp.shape(group_sizes)
-    fits = [len(shape) for shape in shapes] == [2, 3, 1]
-    if not fits or shapes[1][:2] != (shapes[2][0], shapes[0][1]):
-        raise ValueError(
-            "blocked_matmul: expected rows [M, A], weights [E, A, B] and group_sizes [E], got rows "
-            f"{list(shapes[0])}, weights {list(shapes[1])} and group_sizes {list(shapes[2])}"
-        )
-    for name, array in (("rows", rows), ("weights", weights)):
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            raise TypeError(
-                f"blocked_matmul: expected {name} of a floating-point dtype, got {array.dtype}"
-            )
-    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
-        raise TypeError(
-            f"blocked_matmul: expected group_sizes of an integer dtype, got {group_sizes.dtype}"
-        )
 
 
 def _wide(*dtypes: Any) -> Any:
@@ -147,19 +105,19 @@ def _times_matrices(rows: Array, weights: Array, group_sizes: Array, *, contract
 
 
 @sequential_vmap
-def _product(rows: Array, weights: Array, group_sizes: Array) -> Array:
+def product(rows: Array, weights: Array, group_sizes: Array) -> Array:
     """From rows [M, A] and weights [E, A, B]: [M, B] in the dtype of rows."""
     return _times_matrices(rows, weights, group_sizes, contract=0)
 
 
 @sequential_vmap
-def _rows_grad(grads: Array, weights: Array, group_sizes: Array) -> Array:
+def rows_grad(grads: Array, weights: Array, group_sizes: Array) -> Array:
     """From grads [M, B] and weights [E, A, B]: [M, A] in the dtype of grads."""
     return _times_matrices(grads, weights, group_sizes, contract=1)
 
 
 @sequential_vmap
-def _weights_grad(rows: Array, grads: Array, weights: Array, group_sizes: Array) -> Array:
+def weights_grad(rows: Array, grads: Array, weights: Array, group_sizes: Array) -> Array:
     """From rows [M, A] and grads [M, B]: [E, A, B] in the dtype of weights."""
     num_rows, wide = rows.shape[0], _wide(rows.dtype, grads.dtype)
     factors = [(_as_bits(rows), rows.dtype), (_as_bits(grads), grads.dtype)]
@@ -182,21 +140,3 @@ def _weights_grad(rows: Array, grads: Array, weights: Array, group_sizes: Array)
 
     _, bits = jax.lax.scan(group, None, (group_sizes, jnp.cumsum(group_sizes)))
     return _from_bits(bits, weights.dtype)
-
-
-@jax.custom_vjp
-def _matmul(rows: Array, weights: Array, group_sizes: Array) -> Array:
-    return _product(rows, weights, group_sizes)
-
-
-def _matmul_fwd(rows: Array, weights: Array, group_sizes: Array) -> Any:
-    return _product(rows, weights, group_sizes), (rows, weights, group_sizes)
-
-
-def _matmul_bwd(kept: Any, grads: Array) -> Any:
-    rows, weights, group_sizes = kept
-    weights_grad = _weights_grad(rows, grads, weights, group_sizes)
-    return _rows_grad(grads, weights, group_sizes), weights_grad, None
-
-
-_matmul.defvjp(_matmul_fwd, _matmul_bwd)

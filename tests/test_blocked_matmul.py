@@ -11,7 +11,10 @@ import pytest
 import support
 from support import P
 
-from jax_sm_free.blocked_matmul import BLOCKS, blocked_matmul
+from jax_sm_free.blocked_matmul import BLOCKS
+from jax_sm_free.grouped_matmul import multiply
+
+blocked_matmul = functools.partial(multiply, ("blocked", "blocked"))
 
 LARGE, SMALL = BLOCKS
 # Rows, and the groups that share them.
@@ -189,15 +192,3 @@ def test_vmap_on_ranks() -> None:
     for place in range(2):
         want = expected((1 + place) * rows, weights, sizes, grads)
         assert_close([array[place] for array in got], want, jnp.float32)
-
-
-def test_what_is_refused() -> None:
-    rows, weights, sizes, _ = inputs(8, [3, 4], jnp.float32)
-    with pytest.raises(ValueError, match=r"got rows \[8, 5\], weights \[2, 6, 5\] and .* \[2\]"):
-        blocked_matmul(rows[:, 1:], weights, sizes)
-    with pytest.raises(ValueError, match=r"and group_sizes \[1\]"):
-        blocked_matmul(rows, weights, sizes[1:])
-    with pytest.raises(TypeError, match=r"expected rows of a floating-point dtype, got int32"):
-        blocked_matmul(rows.astype(jnp.int32), weights, sizes)
-    with pytest.raises(TypeError, match=r"group_sizes of an integer dtype, got float32"):
-        blocked_matmul(rows, weights, sizes.astype(jnp.float32))
