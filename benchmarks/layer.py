@@ -67,8 +67,8 @@ def layer(one: Any, case: Case, load: Load, params: dict[str, Any], x: Array, bi
     shared, grouped = one.dispatch_beside(
         _mlp, (x, params["shared_up"], params["shared_down"]), x, topk_idx, weights
     )
-    experts = _experts if one.expert_capacity is None else _batch
-    y = experts(grouped, params["up"], params["down"], load.expert_capacity)
+    of_groups = experts if one.expert_capacity is None else _batch
+    y = of_groups(grouped, params["up"], params["down"], load.expert_capacity)
     more, out = one.combine_beside(
         _mlp, (x, params["more_up"], params["more_down"]), y, grouped.handle, grouped.weights
     )
@@ -93,7 +93,7 @@ def _mlp(x: Array, up: Array, down: Array) -> Array:
     return jax.nn.gelu(x @ up) @ down
 
 
-def _experts(grouped: Grouped, up: Array, down: Array, capacity: int) -> Array:
+def experts(grouped: Grouped, up: Array, down: Array, capacity: int) -> Array:
     """All experts as one batch of `capacity` rows each, from groups that have the rows they need.
 
     Not `ragged_dot`: XLA:GPU makes of it a dense product over [rows, experts, hidden], 33 GB for

@@ -58,8 +58,8 @@ def grouped_matmul(
       TypeError, ValueError: at trace time, for a dtype or a shape other than these, for an unknown
         implementation, and for "batched" without an `expert_capacity`.
       NotImplementedError: for "mosaic" where JAX has no such kernel, the process has a GPU that is
-        not Hopper's or none, the dtype is not bfloat16 or float16, A or B is no multiple of 128, or
-        `jax.shard_map` has check_vma=True.
+        not Hopper's or none, the dtype is not bfloat16 or float16, A or B is no multiple of 128,
+        recv_capacity no multiple of 8, or `jax.shard_map` has check_vma=True.
     """
     _check(rows, weights, recv)
     if implementation not in _CHOICES:

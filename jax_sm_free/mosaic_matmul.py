@@ -15,6 +15,7 @@ from jax import Array
 _KERNELS = "jax.experimental.pallas.ops.gpu"
 _DTYPES = ("bfloat16", "float16")
 _CAPABILITY = "9.0"
+_ROWS_MULTIPLE = 8
 # The fastest of those tried on an H200 (benchmarks/experts.py).
 _BLOCKS = {
     "block_m": 128,
@@ -46,6 +47,8 @@ def why_not(rows: Any, weights: Any) -> str | None:
             f"they need weights [E, A, B] with A and B multiples of {multiple}, and these are "
             f"{list(weights.shape)}"
         )
+    if rows.shape[0] % _ROWS_MULTIPLE:
+        return f"they need rows in multiples of {_ROWS_MULTIPLE}, and these are {rows.shape[0]}"
     if jax.typeof(rows).manual_axis_type.varying:
         return "they need jax.shard_map(..., check_vma=False)"
     return None

@@ -16,7 +16,7 @@ from jax_sm_free import mosaic_matmul
 
 RANKS, E, K = support.SOME_RANKS, 2, 2
 ON_HOPPER = not support.ON_CPU and jax.devices()[0].compute_capability == "9.0"
-# Wide enough for the kernels of GPUs; none of the numbers of rows is a multiple of a block.
+# Wide enough for the kernels of GPUs.
 WIDTHS = (128, 256)
 
 
@@ -60,9 +60,9 @@ def test_each_implementation_gives_product_and_gradients(implementation, dtype):
     if implementation == "mosaic" and (dtype == jnp.float32 or not ON_HOPPER):
         pytest.skip("needs a Hopper GPU, and rows of 16 bits")
     sizes = [70, 0, 33, 1, 0]
-    args = make(150, len(sizes), dtype)
+    args = make(152, len(sizes), dtype)
     run = jax.jit(functools.partial(with_gradients, implementation=implementation))
-    got = run(*args, received(sizes, 150))
+    got = run(*args, received(sizes, 152))
     tolerance = 1e-5 if dtype == jnp.float32 else 1e-2
     for array, want in zip(got, expected(*args, sizes), strict=True):
         assert array.dtype == dtype
@@ -176,13 +176,14 @@ class Hopper:
 
 
 def test_what_the_kernels_need(monkeypatch):
-    rows, weights, _ = make(12, 3, jnp.bfloat16)
+    rows, weights, _ = make(16, 3, jnp.bfloat16)
     monkeypatch.setattr(jax, "devices", lambda: [Hopper()])
     assert mosaic_matmul.why_not(rows, weights) is None
     assert "multiples of 128" in mosaic_matmul.why_not(rows, weights[:, :, 1:])
+    assert "multiples of 8, and these are 12" in mosaic_matmul.why_not(rows[:12], weights)
     assert "bfloat16 or float16" in mosaic_matmul.why_not(rows.astype(jnp.float32), weights)
     with pytest.warns(UserWarning, match=r"slow on GPUs.*multiples of 128.*An expert_capacity"):
-        smf.grouped_matmul(rows, weights[:, :, 1:], received([4, 4, 4], 12))
+        smf.grouped_matmul(rows, weights[:, :, 1:], received([4, 4, 4], 16))
     monkeypatch.setattr(Hopper, "compute_capability", "8.0")
     assert "capability 9.0, and the devices of this process have 8.0" in mosaic_matmul.why_not(
         rows, weights

@@ -10,7 +10,7 @@ import jax
 import pytest
 import support
 
-from benchmarks import layer, overlap, phases, timeline, trace
+from benchmarks import drawing, layer, overlap, phases, timeline, trace
 from benchmarks.cases import Case
 
 COMPUTE, COPIES = 13, (21, 22)
@@ -283,14 +283,14 @@ def test_timeline_draws_the_last_whole_layer(tmp_path):
     starts = [1000.0 * i for i in range(3)]
     entries = [entry for t in starts for entry in (*dispatch(t), *combine(t + 500))]
     events = profile(tmp_path, entries)
-    shown = timeline.one_layer(trace.by_gpu(events)[1])
+    shown = drawing.one_layer(trace.by_gpu(events)[1])
     assert [e.op for e in overlap.exchanges(shown)] == ["dispatch", "combine"]
     assert {e.gpu for e in shown} == {1}
     assert shown[0].start_us == 1000
-    timeline.draw(events, [0, 1], tmp_path / "timeline.png")
+    drawing.draw(events, [0, 1], tmp_path / "timeline.png")
     assert (tmp_path / "timeline.png").read_bytes().startswith(b"\x89PNG")
     with pytest.raises(ValueError, match="at least two dispatches in the profile, got 0"):
-        timeline.draw(events, [2], tmp_path / "timeline.png")
+        drawing.draw(events, [2], tmp_path / "timeline.png")
 
 
 # ------------------------------------------------------------------------------------ on devices
