@@ -22,13 +22,13 @@ class RankStats:
     itself is counted, too, though it never leaves the rank.
 
     A recv *waits* while it can do nothing because what it needs next has not come. Meanwhile time
-    runs for each rank whose message is not there: from when the recv began to wait to when it finds
-    that message. So of the ranks that it waits for at once, the last to come gets the most, and one
-    whose message was there before the recv gets none. A wait in vain counts, too. On CPU a recv
-    waits once, for all messages. On GPUs it may do so several times: for the news of all messages,
-    which goes ahead of the rows, and then for rows, in parts where messages are large, while it
-    unpacks in between; the waits add up. Waiting for other groups of the mesh (on CPU) counts for
-    no rank, nor does what XLA puts between a send and its recv.
+    runs for each rank of which that is not there: from when the recv began to wait to when it finds
+    it there. So of the ranks that it waits for at once, the last to come gets the most, and one
+    whose message was there before the recv gets none. A wait counts when it has ended, in vain or
+    not. On CPU a recv waits once, for all messages. On GPUs it may do so several times: for the
+    news of all messages, which goes ahead of the rows, and then for rows, in parts where messages
+    are large, while it unpacks in between; the waits add up. Neither waiting for other groups of
+    the mesh (on CPU) counts for a rank, nor what XLA puts between a send and its recv.
 
     Attributes:
       device: the rank's device, as JAX prints it.

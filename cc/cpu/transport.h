@@ -48,7 +48,7 @@ class Transport {
   virtual void Receive(Op op, const Exchange& exchange, int32_t dst, Receiver receiver) = 0;
 
   // By rank of its group: the nanoseconds that receivers of `member` have waited for its messages.
-  // Of a wait that goes on, those for ranks whose message has come.
+  // What they still wait for is not in it.
   virtual std::vector<int64_t> WaitedNanoseconds(int32_t member) const = 0;
 
   // Ends `run` on all ranks with `fault`. A second fault of a run changes nothing.
