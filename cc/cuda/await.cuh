@@ -59,13 +59,13 @@ __device__ inline void AwaitCopy(const RankView& view, const uint64_t* signal, u
   uint64_t now = start;
   while (LoadAcquire(signal) < value) {
     now = Nanoseconds();
-    if (now - start > kPatienceNanoseconds) {
+    if (Elapsed(start, now) > kPatienceNanoseconds) {
       atomicOr(&view.state->current.in_place, 1U << source);
       break;
     }
     __nanosleep(100);
   }
-  CountWait(view, source, now - start);
+  CountWait(view, source, Elapsed(start, now));
 }
 
 __device__ inline void AwaitMessages(const RankView& view, Op op, const Messages& messages) {

@@ -90,6 +90,11 @@ __device__ inline bool IsStopped(const RankView& view) {
   return *const_cast<const volatile int32_t*>(&view.status->stopped) != 0;
 }
 
+// 0 if the clock was set back meanwhile.
+__device__ inline uint64_t Elapsed(uint64_t start, uint64_t now) {
+  return now > start ? now - start : 0;
+}
+
 // How a wait of one thread went.
 struct Waited {
   bool has_come;         // what it was for
@@ -111,7 +116,7 @@ __device__ Waited WaitUntil(const RankView& view, const Condition& is_true, cons
   bool stopped = false;
   for (uint32_t looks = 1; !is_true(); ++looks) {
     now = Nanoseconds();  // here: the threads of a warp may go on together, when all are done
-    if (now > end) return {false, now - start};
+    if (now > end) return {false, Elapsed(start, now)};
     if (now > slow) {
       tell();
       slow = end;
@@ -122,7 +127,7 @@ __device__ Waited WaitUntil(const RankView& view, const Condition& is_true, cons
     }
     __nanosleep(100);
   }
-  return {true, now - start};
+  return {true, Elapsed(start, now)};
 }
 
 struct FaultNumbers {
