@@ -254,7 +254,8 @@ def main(argv: list[str]) -> None:
     print(
         f"two microbatches of {_BATCH.value} x {_SEQUENCE.value} tokens a rank, hidden "
         f"{_HIDDEN.value}, {_EXPERTS.value} experts a rank of width {_EXPERT_WIDTH.value}, "
-        f"top-{_TOP_K.value}, shared expert {_SHARED_WIDTH.value}, {_HEADS.value} heads, {setting.half.dtype}"
+        f"top-{_TOP_K.value}, shared expert {_SHARED_WIDTH.value}, {_HEADS.value} heads, "
+        f"{setting.half.dtype}"
     )
     blocks, buffers = _contestants(setting)
     on_cpu = jax.default_backend() == "cpu"
@@ -262,9 +263,8 @@ def main(argv: list[str]) -> None:
         times = timing.race(runs, _SECONDS.value, 5, 100)
         medians = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
         best = min((ms for name, ms in medians.items() if name.startswith("XLA")), default=None)
-        print(
-            f"\n{kind:34}{'ms':>9}{'of XLA':>9}{'copies us':>11}{'beside compute':>16}", flush=True
-        )
+        columns = ("ms", 9), ("of XLA", 9), *((name, 10) for name in _COLUMNS)
+        print(f"\n{kind:34}", *(f"{name:>{width}}" for name, width in columns), sep="", flush=True)
         for name, ms in medians.items():
             cells = f"{name:34}{ms:9.3f}{ms / best if best else float('nan'):9.2f}"
             if name.startswith("ours") and not on_cpu:

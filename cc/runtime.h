@@ -16,6 +16,7 @@
 
 #include "cc/config.h"
 #include "cc/fault.h"
+#include "cc/rank_stats.h"
 
 namespace jax_sm_free {
 
@@ -47,6 +48,9 @@ class Buffer {
 
   // Bytes of messages that the buffer of one rank has taken so far, in use or kept for reuse.
   virtual int64_t MessageBytes(int32_t device) const = 0;
+
+  // What the rank of a device of the buffer has counted. A fault if the device can not be asked.
+  virtual Result<RankStats> Stats(int32_t device) = 0;
 
   // Keeps the first fault until it is taken.
   void RecordFault(const Fault& fault);

@@ -25,6 +25,7 @@ class FakeBuffer : public Buffer {
     was_open = Registry::Get().Find(id()) != nullptr;  // the registry is not locked
   }
   int64_t MessageBytes(int32_t /*device*/) const override { return 0; }
+  Result<RankStats> Stats(int32_t /*device*/) override { return RankStats{}; }
 
   int num_closes = 0;
   bool was_open = false;

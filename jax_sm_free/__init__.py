@@ -14,17 +14,20 @@ from jax_sm_free.opening import buffer_for
 from jax_sm_free.padding import pad_experts, padded_num_experts
 from jax_sm_free.results import Layout, Received, ReceivedTokens
 from jax_sm_free.schedule import Hook, Sent, overlap
+from jax_sm_free.stats import BufferStats, RankStats
 from jax_sm_free.version import __version__
 
 __all__ = [
     "DISPATCHED",
     "Buffer",
+    "BufferStats",
     "Config",
     "FaultError",
     "Hook",
     "Layout",
     "MemoryEstimate",
     "Pair",
+    "RankStats",
     "Received",
     "ReceivedTokens",
     "Schedule",

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from jax_sm_free import autodiff, checks, identity, receiving, transports
+from jax_sm_free import autodiff, checks, identity, receiving, stats, transports
 from jax_sm_free.config import Config
 from jax_sm_free.native import Native, register_cuda
 from jax_sm_free.primitives import RowType, Target
 from jax_sm_free.results import Layout, Received, ReceivedTokens
 from jax_sm_free.schedule import Hook, Sent
+from jax_sm_free.stats import BufferStats
 from jax_sm_free.varying import vary_alike
 
 # The buffers that somebody refers to, by what programs call them.
@@ -389,6 +390,24 @@ class Buffer:
         if self._native is None:
             return 0
         return self._native.message_bytes(self._id, transports.ordinal(device))
+
+    def stats(self) -> BufferStats:
+        """What the ranks of this process have exchanged, and waited for, so far. Not collective.
+
+        Counted since the buffer was opened: subtract two snapshots. Waits for no result and no
+        kernel (on GPUs it copies a few hundred bytes from each device): what is under way is
+        counted in part. Wait for the results of a program first to have all of it.
+
+        Returns:
+          `BufferStats`, without ranks for a mesh of devices that are not there.
+
+        Raises:
+          RuntimeError: if the buffer is closed, or a device cannot be read.
+        """
+        self._check_open("stats")
+        if self._native is None:
+            return BufferStats(())
+        return stats.read(self._native, self._id, self.mesh)
 
     def __copy__(self) -> Buffer:
         """The same buffer, so that a copy of a module that holds it uses it, too."""

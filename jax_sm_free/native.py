@@ -170,6 +170,10 @@ class Native:
         """Bytes of messages that one rank has taken so far, in use or kept for reuse."""
         return int(self._module.message_bytes(buffer_id, device))
 
+    def stats(self, buffer_id: int, device: int) -> dict[str, Any]:
+        """What the rank of a device has counted: the fields of `RankStats`, nanoseconds as ints."""
+        return dict(self._module.stats(buffer_id, device))
+
 
 @functools.cache
 def _load(platform: str) -> Any:

@@ -10,16 +10,18 @@ import re
 import socket
 import subprocess
 import sys
+import time
 import types
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import support
 
 import jax_sm_free
 from jax_sm_free import reference, transports, ucx
-from jax_sm_free.doctor import exchange, libraries, machine, network
+from jax_sm_free.doctor import exchange, libraries, machine, network, waits
 from jax_sm_free.doctor.findings import Examination, note, ok, problem, report
 
 SMALL = ["--hidden=32", "--num_experts=16", "--top_k=2", "--max_tokens=16", "--probe_mib=1"]
@@ -159,6 +161,41 @@ def test_exchange_counts_what_leaves(monkeypatch):
     config = support.make_config(jax.device_count(), num_experts=jax.device_count(), hidden=64)
     (text,) = texts(exchange.check_exchange(config, 1 << 20, 20.0), "ok")
     assert 1046 < float(re.search(r"(\S+) GB/s leave", text)[1]) <= 1048.58
+
+
+@pytest.mark.skipif(jax.device_count() < 3, reason="needs three ranks")
+def test_a_rank_that_the_others_wait_for_is_named(monkeypatch):
+    dispatch = jax_sm_free.Buffer.dispatch
+
+    def late_dispatch(buffer, x, *args):
+        def on_host(x, rank):
+            time.sleep(0.05 if rank == 2 else 0)
+            return x
+
+        x = jax.pure_callback(on_host, jax.typeof(x), x, jax.lax.axis_index("ep"))
+        return dispatch(buffer, x, *args)
+
+    monkeypatch.setattr(jax_sm_free.Buffer, "dispatch", late_dispatch)
+    config = support.make_config(jax.device_count(), num_experts=jax.device_count(), hidden=64)
+    found = list(exchange.check_exchange(config, 1 << 14, 20.0))
+    (text,) = texts(found, "note")
+    assert text.startswith("the other ranks wait for rank 2: ")
+
+
+@pytest.mark.parametrize(
+    ("waited", "stands_out"),
+    [
+        ([[0, 1, 8], [1, 0, 9], [1, 1, 0]], "rank 2: 85% of the time, and 10% for the next"),
+        ([[0, 6], [1, 0]], "rank 1: 60% of the time, and 10% for the next"),
+        ([[0, 1, 9], [1, 0, 1], [1, 1, 0]], "rank 2: 50% of the time"),
+        ([[0, 1, 2], [1, 0, 2], [1, 1, 0]], None),  # not for long
+        ([[0, 4, 7], [1, 0, 7], [1, 4, 0]], None),  # another as well
+    ],
+)
+def test_who_stands_out(waited, stands_out):
+    found = texts(waits.who_stands_out(np.array(waited, float), 10.0), "note")
+    assert len(found) == (stands_out is not None)
+    assert not found or stands_out in found[0]
 
 
 def test_an_exchange_takes_until_the_next_has_ended(monkeypatch):

@@ -88,9 +88,7 @@ ffi::Future DispatchRecvImpl(std::string_view buffer, ffi::RunId run, int32_t de
                        .weights = weights->typed_data(),
                        .dropped = dropped->typed_data(),
                        .layout = {rows->typed_data(), num_rows_from->typed_data()}};
-  return ReceiveAsync(recv.call, token, [out](const Config& config, const auto& messages) {
-    return UnpackExperts(config, messages, out);
-  });
+  return ReceiveAsync(recv.call, token, UnpackInto(recv.call, out));
 }
 
 ffi::Future DispatchRecvTokensImpl(std::string_view buffer, ffi::RunId run, int32_t device,

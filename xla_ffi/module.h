@@ -14,6 +14,7 @@
 
 #include "cc/config.h"
 #include "cc/layout.h"
+#include "cc/rank_stats.h"
 #include "cc/runtime.h"
 #include "nanobind/nanobind.h"
 #include "nanobind/stl/optional.h"
@@ -82,6 +83,32 @@ inline Config ToConfig(const nb::dict& sizes) {
   return config;
 }
 
+// What the rank of a device of the buffer has counted, by name.
+inline nb::dict StatsOf(int64_t id, int32_t device) {
+  const std::shared_ptr<Buffer> buffer = FindOpen(id);
+  const std::optional<Place> place = buffer->PlaceOf(device);
+  if (!place) throw std::out_of_range("device " + std::to_string(device));
+  const Result<RankStats> read = [&] {
+    const nb::gil_scoped_release release;
+    return buffer->Stats(device);
+  }();
+  if (const Fault* fault = FaultOf(read)) throw std::runtime_error(fault->Describe());
+  const auto& stats = std::get<RankStats>(read);
+  nb::dict exchanges;
+  for (int kind = 0; kind < kNumKinds; ++kind) {
+    exchanges[KindName(static_cast<Kind>(kind))] = stats.exchanges[kind];
+  }
+  nb::dict by_name;
+  by_name["group"] = place->group;
+  by_name["rank"] = place->rank;
+  by_name["exchanges"] = exchanges;
+  by_name["bytes_sent"] = stats.bytes_sent;
+  by_name["bytes_received"] = stats.bytes_received;
+  by_name["rows_dropped"] = stats.rows_dropped;
+  by_name["waited_ns"] = stats.waited_ns;
+  return by_name;
+}
+
 // The functions on buffers by id. The module adds its `handlers` and `open_buffer`.
 inline void DefineCommon(nb::module_& module) {
   module.def("max_message_bytes",
@@ -96,6 +123,7 @@ inline void DefineCommon(nb::module_& module) {
       "close_all", [] { Registry::Get().CloseAll(); }, nb::call_guard<nb::gil_scoped_release>());
   module.def("lowest_free_id", [] { return Registry::Get().LowestFreeId(); });
   module.def("take_fault", [](int64_t id) { return FindOpen(id)->TakeFault(); });
+  module.def("stats", &StatsOf);
   module.def("message_bytes",
              [](int64_t id, int32_t device) { return FindOpen(id)->MessageBytes(device); });
 }

@@ -56,6 +56,9 @@ class BetweenProcesses : public Transport, public std::enable_shared_from_this<B
                             Message message) override;
   void Finish(const ExchangeKey& key, int32_t member) override;
   void Receive(Op op, const Exchange& exchange, int32_t dst, Receiver receiver) override;
+  std::vector<int64_t> WaitedNanoseconds(int32_t member) const override {
+    return inboxes_->WaitedNanoseconds(member);
+  }
   void Fail(int64_t run, const Fault& fault) override;
   void Close(const Fault& fault) override;
 

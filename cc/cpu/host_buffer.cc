@@ -64,4 +64,11 @@ int64_t HostBuffer::MessageBytes(int32_t device) const {
   return rank == nullptr ? 0 : rank->pool.num_blocks() * MaxMessageBytes(config());
 }
 
+Result<RankStats> HostBuffer::Stats(int32_t device) {
+  const HostRank& rank = *RankOf(device);
+  RankStats stats = rank.counters.Read();
+  stats.waited_ns = rank.transport->WaitedNanoseconds(rank.member);
+  return stats;
+}
+
 }  // namespace jax_sm_free

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "cc/cpu/block_pool.h"
+#include "cc/cpu/rank_counters.h"
 #include "cc/cpu/transport.h"
 #include "cc/exchange.h"
 #include "cc/runtime.h"
@@ -24,13 +25,15 @@ struct HostRank {
         member(place.group * config.ep_size + place.rank),
         position(place.position),
         ledger(buffer_id, place.rank, config.num_slots, names),
-        pool(MaxMessageBytes(config)) {}
+        pool(MaxMessageBytes(config)),
+        counters(config.ep_size) {}
 
   const int32_t rank;
   const int32_t member;    // see Transport
   const int32_t position;  // in the mesh
   Ledger ledger;
   BlockPool pool;
+  RankCounters counters;
   std::shared_ptr<Transport> transport;  // of all ranks
 };
 
@@ -45,6 +48,7 @@ class HostBuffer : public Buffer {
 
   void Close() override { CloseTransport(); }
   int64_t MessageBytes(int32_t device) const override;
+  Result<RankStats> Stats(int32_t device) override;
 
  protected:
   // By member; null for ranks of other processes.

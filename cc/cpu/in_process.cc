@@ -12,6 +12,7 @@
 namespace jax_sm_free {
 namespace {
 
+using Nanoseconds = std::chrono::nanoseconds;
 using Seconds = std::chrono::duration<double>;
 
 constexpr size_t kMaxFailedRuns = 1024;
@@ -34,7 +35,8 @@ InProcess::InProcess(int32_t ep_size, std::vector<int32_t> num_here, double time
       on_fail_(std::move(on_fail)),
       all_groups_(static_cast<int32_t>(num_here_.size()), ep_size, timeout_s),
       rounds_(num_here_.size()),
-      losses_(num_here_.size() * ep_size) {}
+      losses_(num_here_.size() * ep_size),
+      waited_ns_(losses_.size() * ep_size) {}
 
 std::optional<Fault> InProcess::FaultOfRun(int64_t run) const {
   if (closed_) return closed_;
@@ -65,6 +67,25 @@ InProcess::Inbox* InProcess::FindReceiver(const ExchangeKey& key, int32_t member
   return inbox.receiver ? &inbox : nullptr;
 }
 
+// Of a receiver that waits, for a message that has come or never does.
+void InProcess::CountWait(const Inbox& inbox, int32_t member, int32_t source,
+                          Watchdog::Clock::time_point until) {
+  waited_ns_[member * ep_size_ + source] += Nanoseconds(until - inbox.messages_since).count();
+}
+
+void InProcess::CountEndedWait(const Inbox& inbox, int32_t member,
+                               Watchdog::Clock::time_point end) {
+  for (int32_t source = 0; source < ep_size_; ++source) {
+    if (!inbox.arrived[source]) CountWait(inbox, member, source, end);
+  }
+}
+
+std::vector<int64_t> InProcess::WaitedNanoseconds(int32_t member) const {
+  const std::lock_guard lock(mutex_);
+  const auto first = waited_ns_.begin() + int64_t{member} * ep_size_;
+  return {first, first + ep_size_};
+}
+
 std::vector<Message> InProcess::TakeMessages(const ExchangeKey& key, int32_t member) {
   const int32_t group = GroupOf(member);
   Round& round = rounds_[group][key];
@@ -91,7 +112,9 @@ std::optional<Fault> InProcess::Send(const ExchangeKey& key, int32_t src, int32_
     inbox.messages[source] = std::move(message);
     inbox.arrived[source] = true;
     ++inbox.num_arrived;
-    if (!IsFull(inbox) || !inbox.receiver) return std::nullopt;
+    if (!inbox.receiver) return std::nullopt;
+    CountWait(inbox, dst, source, Watchdog::Clock::now());
+    if (!IsFull(inbox)) return std::nullopt;
     Watchdog::Get().Cancel(inbox.timer);
     if (MustWaitForGroups(round, key, dst)) return std::nullopt;
     TakeFullInboxes(key, GroupOf(dst), deliveries);
@@ -166,6 +189,7 @@ void InProcess::Receive(Op op, const Exchange& exchange, int32_t dst, Receiver r
       } else {
         inbox.receiver = std::move(receiver);
         receiver = nullptr;
+        if (!IsFull(inbox)) inbox.messages_since = Watchdog::Clock::now();
         const int32_t first = dst - RankOf(dst);
         for (int32_t rank = 0; rank < ep_size_ && !loss; ++rank) {
           loss = LossOf(inbox, dst, first + rank);
@@ -263,14 +287,18 @@ void InProcess::OnTimer(const ExchangeKey& key, int32_t member, double waited) {
 std::vector<InProcess::Delivery> InProcess::TakeReceivers(
     const std::function<bool(int64_t run)>& of_run, const Fault& fault) {
   std::vector<Delivery> deliveries;
-  for (Rounds& rounds : rounds_) {
+  const Watchdog::Clock::time_point now = Watchdog::Clock::now();
+  for (int32_t group = 0; group < static_cast<int32_t>(rounds_.size()); ++group) {
+    Rounds& rounds = rounds_[group];
     for (auto it = rounds.begin(); it != rounds.end();) {
       if (!of_run(it->first.run)) {
         ++it;
         continue;
       }
-      for (Inbox& inbox : it->second.inboxes) {
+      for (int32_t rank = 0; rank < ep_size_; ++rank) {
+        Inbox& inbox = it->second.inboxes[rank];
         if (!inbox.receiver) continue;
+        CountEndedWait(inbox, group * ep_size_ + rank, now);
         Watchdog::Get().Cancel(inbox.timer);
         deliveries.emplace_back(std::move(inbox.receiver), fault);
       }

@@ -42,6 +42,7 @@ class InProcess : public Transport, public std::enable_shared_from_this<InProces
                             Message message) override;
   void Finish(const ExchangeKey& key, int32_t member) override;
   void Receive(Op op, const Exchange& exchange, int32_t dst, Receiver receiver) override;
+  std::vector<int64_t> WaitedNanoseconds(int32_t member) const override;
   void Fail(int64_t run, const Fault& fault) override;
   void Close(const Fault& fault) override;
 
@@ -60,8 +61,9 @@ class InProcess : public Transport, public std::enable_shared_from_this<InProces
     Receiver receiver;
     Op op = Op::kDispatchRecv;  // of the receiver
     Exchange exchange;
-    Watchdog::Timer timer;              // of the receiver
-    Watchdog::Clock::time_point since;  // when it began to wait for other groups
+    Watchdog::Timer timer;                       // of the receiver
+    Watchdog::Clock::time_point messages_since;  // when it began to wait for messages
+    Watchdog::Clock::time_point since;           // for other groups
   };
   struct Loss {
     int64_t end = std::numeric_limits<int64_t>::min();  // nothing comes for runs below
@@ -83,6 +85,9 @@ class InProcess : public Transport, public std::enable_shared_from_this<InProces
   Round& FindRound(const ExchangeKey& key, int32_t group);
   Inbox* FindReceiver(const ExchangeKey& key, int32_t member);
   bool IsFull(const Inbox& inbox) const { return inbox.num_arrived == ep_size_; }
+  void CountWait(const Inbox& inbox, int32_t member, int32_t source,
+                 Watchdog::Clock::time_point until);
+  void CountEndedWait(const Inbox& inbox, int32_t member, Watchdog::Clock::time_point end);
   std::vector<Message> TakeMessages(const ExchangeKey& key, int32_t member);
   void TakeFullInboxes(const ExchangeKey& key, int32_t group, std::vector<Delivery>& deliveries);
   bool MustWaitForGroups(Round& round, const ExchangeKey& key, int32_t member);
@@ -103,7 +108,8 @@ class InProcess : public Transport, public std::enable_shared_from_this<InProces
   AllGroups all_groups_;
   std::vector<Rounds> rounds_;  // by group
   std::map<int64_t, Fault> failed_runs_;
-  std::vector<Loss> losses_;  // by member
+  std::vector<Loss> losses_;        // by member
+  std::vector<int64_t> waited_ns_;  // by member and source
   std::optional<Fault> closed_;
 };
 

@@ -32,7 +32,10 @@ std::optional<Fault> SendAll(const HostCall& call, int64_t call_site, Pack pack,
     // Starting behind the own rank spreads the senders over the receivers.
     const int32_t dst = (rank.rank + 1 + i) % call.config().ep_size;
     const int32_t dst_member = rank.member - rank.rank + dst;
-    if (auto fault = rank.transport->Send(exchange.key, rank.member, dst_member, pack(dst))) {
+    Message message = pack(dst);
+    rank.counters.CountSent(dst, message);
+    if (auto fault =
+            rank.transport->Send(exchange.key, rank.member, dst_member, std::move(message))) {
       return fault;
     }
   }
@@ -100,7 +103,9 @@ void Receive(const HostCall& call, const float* token, Unpack unpack, Done done)
     if (const Fault* failed = FaultOf(arrival)) {
       fault = *failed;
     } else {
-      fault = unpack(call.config(), std::get<std::vector<Message>>(arrival));
+      const auto& messages = std::get<std::vector<Message>>(arrival);
+      call.rank->counters.CountReceived(exchange.kind, messages);
+      fault = unpack(call.config(), messages);
       if (fault) fault = Fail(call, exchange.key.run, *fault);
     }
     arrival = Fault{};  // gives the blocks back before the program goes on
@@ -109,6 +114,15 @@ void Receive(const HostCall& call, const float* token, Unpack unpack, Done done)
     done(fault);
   };
   call.rank->transport->Receive(call.op, exchange, call.rank->member, std::move(receive));
+}
+
+Unpack UnpackInto(const HostCall& call, const ExpertsOut& out) {
+  // The receiver that this is called from keeps the rank.
+  return [rank = call.rank, out](const Config& config, const std::vector<Message>& messages) {
+    std::optional<Fault> fault = UnpackExperts(config, messages, out);
+    if (!fault) rank->counters.CountDropped(*out.dropped);
+    return fault;
+  };
 }
 
 }  // namespace jax_sm_free

@@ -17,6 +17,7 @@
 #include "cc/cpu/message.h"
 #include "cc/cpu/pack.h"
 #include "cc/cpu/reduce.h"
+#include "cc/cpu/unpack.h"
 #include "cc/exchange.h"
 #include "cc/fault.h"
 #include "cc/op.h"
@@ -67,6 +68,9 @@ using Unpack =
     std::function<std::optional<Fault>(const Config& config, const std::vector<Message>& messages)>;
 using Done = std::function<void(const std::optional<Fault>& fault)>;
 void Receive(const HostCall& call, const float* token, Unpack unpack, Done done);
+
+// UnpackExperts into `out` for Receive, which counts the rows that are dropped.
+Unpack UnpackInto(const HostCall& call, const ExpertsOut& out);
 
 }  // namespace jax_sm_free
 

@@ -4,8 +4,6 @@
 #include <future>
 #include <utility>
 
-#include "cc/cpu/unpack.h"
-
 namespace jax_sm_free::testing {
 
 Config ConfigFor(int32_t ep_size) {
@@ -86,10 +84,8 @@ std::optional<Fault> Layer::ReceiveDispatch() {
                        .weights = weights_.data(),
                        .dropped = dropped_.data(),
                        .layout = {rows_.data(), num_rows_from_.data()}};
-  return Received(Call(Op::kDispatchRecv), token_,
-                  [out](const Config& config, const auto& messages) {
-                    return UnpackExperts(config, messages, out);
-                  });
+  const HostCall call = Call(Op::kDispatchRecv);
+  return Received(call, token_, UnpackInto(call, out));
 }
 
 std::optional<Fault> Layer::SendCombine() {

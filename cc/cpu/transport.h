@@ -47,6 +47,10 @@ class Transport {
   // that is raised if the round is not complete within the timeout.
   virtual void Receive(Op op, const Exchange& exchange, int32_t dst, Receiver receiver) = 0;
 
+  // By rank of its group: the nanoseconds that receivers of `member` have waited for its messages.
+  // What they still wait for is not in it.
+  virtual std::vector<int64_t> WaitedNanoseconds(int32_t member) const = 0;
+
   // Ends `run` on all ranks with `fault`. A second fault of a run changes nothing.
   virtual void Fail(int64_t run, const Fault& fault) = 0;
 

@@ -12,6 +12,11 @@ namespace jax_sm_free::cuda {
 // How long after a message was posted its copy may take before the message is read in place.
 constexpr uint64_t kPatienceNanoseconds = 20'000'000;
 
+// Of a recv, for what it needs next of a source.
+__device__ inline void CountWait(const RankView& view, int32_t source, uint64_t nanoseconds) {
+  if (nanoseconds > 0) atomicAdd(&view.state->counters.waited_ns[source], nanoseconds);
+}
+
 // Waits until has_come(source). If it never has, the fault names all sources of which that is true.
 template <typename HasCome>
 __device__ bool Await(const RankView& view, Op op, int32_t source, const HasCome& has_come) {
@@ -27,7 +32,9 @@ __device__ bool Await(const RankView& view, Op op, int32_t source, const HasCome
             static_cast<int64_t>(last), sources};
   };
   const auto is_here = [&] { return has_come(source); };
-  if (WaitOrRaise(view, op, is_here, missing)) return true;
+  const Waited waited = WaitOrRaise(view, op, is_here, missing);
+  CountWait(view, source, waited.nanoseconds);
+  if (waited.has_come) return true;
   view.state->current.failed = kEmpty;
   return false;
 }
@@ -48,14 +55,17 @@ struct Messages {
 // Waits until the copy of a posted message is there, or leaves the message where it was packed.
 __device__ inline void AwaitCopy(const RankView& view, const uint64_t* signal, uint64_t value,
                                  int32_t source) {
-  const uint64_t end = Nanoseconds() + kPatienceNanoseconds;
+  const uint64_t start = Nanoseconds();
+  uint64_t now = start;
   while (LoadAcquire(signal) < value) {
-    if (Nanoseconds() > end) {
+    now = Nanoseconds();
+    if (Elapsed(start, now) > kPatienceNanoseconds) {
       atomicOr(&view.state->current.in_place, 1U << source);
-      return;
+      break;
     }
     __nanosleep(100);
   }
+  CountWait(view, source, Elapsed(start, now));
 }
 
 __device__ inline void AwaitMessages(const RankView& view, Op op, const Messages& messages) {

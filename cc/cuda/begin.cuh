@@ -61,7 +61,7 @@ __device__ inline void Begin(const RankView& view, const BeginArgs& args) {
       return {FaultCode::kAckTimeout, peer, static_cast<int64_t>(before),
               static_cast<int64_t>(LoadAcquire(ack))};
     };
-    if (!WaitOrRaise(view, args.op, has_read, numbers)) state->current.failed = kNothing;
+    if (!WaitOrRaise(view, args.op, has_read, numbers).has_come) state->current.failed = kNothing;
   }
   __syncthreads();
 }

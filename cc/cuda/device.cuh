@@ -90,21 +90,33 @@ __device__ inline bool IsStopped(const RankView& view) {
   return *const_cast<const volatile int32_t*>(&view.status->stopped) != 0;
 }
 
-// Waits until is_true(). False after the timeout, or soon after the host said stop: what is on its
-// way still arrives. At once if an earlier wait took that long. tell() is called once if it lasts.
-// Called by any number of threads of one block; blocks nothing but this block.
+// 0 if the clock was set back meanwhile.
+__device__ inline uint64_t Elapsed(uint64_t start, uint64_t now) {
+  return now > start ? now - start : 0;
+}
+
+// How a wait of one thread went.
+struct Waited {
+  bool has_come;         // what it was for
+  uint64_t nanoseconds;  // until the last look in vain; 0 without one
+};
+
+// Waits until is_true(). In vain after the timeout, or soon after the host said stop: what is on
+// its way still arrives. At once if an earlier wait took that long. tell() is called once if it
+// lasts. Called by any number of threads of one block; blocks nothing but this block.
 template <typename Condition, typename Tell>
-__device__ bool WaitUntil(const RankView& view, const Condition& is_true, const Tell& tell) {
+__device__ Waited WaitUntil(const RankView& view, const Condition& is_true, const Tell& tell) {
   constexpr uint64_t kStopNanoseconds = 500'000'000;
   constexpr uint32_t kLooksPerStop = 1024;  // the host's memory is far
-  if (view.state->faulted == kTimedOut) return is_true();
+  if (view.state->faulted == kTimedOut) return {is_true(), 0};
   const uint64_t start = Nanoseconds();
+  uint64_t now = start;
   uint64_t slow = start + static_cast<uint64_t>(kSlowWaitSeconds * 1e9);
   uint64_t end = start + static_cast<uint64_t>(view.config.timeout_s * 1e9);
   bool stopped = false;
   for (uint32_t looks = 1; !is_true(); ++looks) {
-    const uint64_t now = Nanoseconds();
-    if (now > end) return false;
+    now = Nanoseconds();  // here: the threads of a warp may go on together, when all are done
+    if (now > end) return {false, Elapsed(start, now)};
     if (now > slow) {
       tell();
       slow = end;
@@ -115,7 +127,7 @@ __device__ bool WaitUntil(const RankView& view, const Condition& is_true, const 
     }
     __nanosleep(100);
   }
-  return true;
+  return {true, Elapsed(start, now)};
 }
 
 struct FaultNumbers {
@@ -151,14 +163,15 @@ __device__ inline void Raise(const RankView& view, Op op, const FaultNumbers& fa
 // Waits as WaitUntil does. If it is in vain, that is a fault, numbers() or, where the host has
 // ended the wait, kStopped. While it goes on for long, the host tells numbers() on stderr.
 template <typename Condition, typename Numbers>
-__device__ bool WaitOrRaise(const RankView& view, Op op, const Condition& is_true,
-                            const Numbers& numbers) {
+__device__ Waited WaitOrRaise(const RankView& view, Op op, const Condition& is_true,
+                              const Numbers& numbers) {
   const auto tell = [&] { Write(view.status->slow_wait, view.state->current, op, numbers()); };
-  if (WaitUntil(view, is_true, tell)) return true;
+  const Waited waited = WaitUntil(view, is_true, tell);
+  if (waited.has_come) return waited;
   FaultNumbers fault = numbers();
   if (IsStopped(view)) fault.code = FaultCode::kStopped;
   Raise(view, op, fault);
-  return false;
+  return waited;
 }
 
 // True in all threads of the block that finishes last. Everything the other blocks wrote is
@@ -223,6 +236,11 @@ class Steps {
   DeviceState* state_;
   uint32_t* warps_done_;
 };
+
+// Adds the bytes of a message's rows.
+__device__ inline void CountRows(Counters::Counter& counter, const MessageHeader& header) {
+  atomicAdd(&counter, static_cast<Counters::Counter>(header.num_rows * header.row_bytes));
+}
 
 // Tells every source that its message in this slot has been read, and frees the slot. By one block.
 __device__ inline void Acknowledge(const RankView& view) {

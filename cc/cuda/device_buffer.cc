@@ -115,6 +115,7 @@ std::string DeviceBuffer::Allocate(int32_t device, const Place& place, std::byte
   const int64_t num_local = config.num_local_experts();
   const int64_t num_runs = config.ep_size * num_local;
   const int64_t max_rows = std::max(config.recv_capacity, config.max_recv_tokens());
+  Counters* counters = nullptr;  // as read
   std::string error;
   const auto take = [&](auto*& pointer, bool host, int64_t count) {
     using T = std::remove_reference_t<decltype(*pointer)>;
@@ -126,6 +127,7 @@ std::string DeviceBuffer::Allocate(int32_t device, const Place& place, std::byte
   take(view.mailbox, true, kMailboxEntries);
   take(view.status, true, 1);
   take(rank->copies_done, true, config.ep_size);
+  take(counters, true, 1);
   take(view.own_token, false, int64_t{config.num_slots} * config.max_tokens);
   take(view.row_of, false, int64_t{config.max_tokens} * config.ep_size);
   take(view.tile_counts, false, (MaxTiles(config) + 1) * NumKeys(config));
@@ -146,6 +148,7 @@ std::string DeviceBuffer::Allocate(int32_t device, const Place& place, std::byte
   if (const cudaError_t status = cudaDeviceSynchronize(); status != cudaSuccess) {
     return Describe("preparing memory", device, status);
   }
+  rank->counters = std::make_unique<CounterReader>(device, view, counters);
   ranks_[device] = std::move(rank);
   return "";
 }
@@ -235,7 +238,9 @@ void DeviceBuffer::Free() {
     (void)cudaDeviceSynchronize();
   }
   for (const auto& rank : ranks_) {
-    if (rank != nullptr) rank->mover.reset();
+    if (rank == nullptr) continue;
+    rank->mover.reset();
+    rank->counters.reset();
   }
   // A buffer that was dropped has not said so yet.
   if (neighbours_) neighbours_->group_end->TellClosed();

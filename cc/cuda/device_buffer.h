@@ -10,6 +10,7 @@
 #include <string>
 #include <vector>
 
+#include "cc/cuda/counter_reader.h"
 #include "cc/cuda/courier.h"
 #include "cc/cuda/crossbar.h"
 #include "cc/cuda/device_state.h"
@@ -32,6 +33,7 @@ struct DeviceRank {
   RankView view;
   uint64_t* copies_done = nullptr;  // [ep_size], the mover's
   std::unique_ptr<Mover> mover;
+  std::unique_ptr<CounterReader> counters;
 
   // The fault that this rank has met, if any. It stays.
   std::optional<Fault> SeenFault() const;
@@ -70,6 +72,7 @@ class DeviceBuffer : public Buffer {
   // The memory goes with the last call that still enqueues.
   void Close() override;
   int64_t MessageBytes(int32_t device) const override;
+  Result<RankStats> Stats(int32_t device) override { return RankOf(device)->counters->Read(); }
 
  private:
   using Buffer::Buffer;

@@ -258,6 +258,18 @@ struct alignas(32) ClaimCounter {
   uint32_t claimed;
 };
 
+// What RankStats has, of one rank. Its own kernels alone add to it, by atomics whose results nobody
+// waits for.
+struct Counters {
+  using Counter = unsigned long long;  // the type that atomicAdd takes
+
+  Counter exchanges[kNumKinds];
+  Counter rows_dropped;
+  Counter bytes_sent[kMaxRanks];
+  Counter bytes_received[kMaxRanks];
+  Counter waited_ns[kMaxRanks];
+};
+
 // In device memory, one for each rank.
 struct DeviceState {
   uint64_t sequence;                // of the last send
@@ -275,6 +287,7 @@ struct DeviceState {
   int32_t first_part[kMaxRanks];       // rows of the first part of the messages, by peer
   int32_t first_row[kMaxRanks + 1];
   int32_t all_here;  // all messages of the dispatch being received have come
+  Counters counters;
 };
 enum SlotPhase : int32_t { kFree, kSent, kReceiving };
 // What a rank's first fault leaves of it; rising.

@@ -88,7 +88,11 @@ __device__ void PlaceGroups(const RankView& view, const ExpertsOut& out, int64_t
     }
     next += prefix.total;
   }
-  if (threadIdx.x == 0) *out.dropped = static_cast<int32_t>(dropped);
+  if (threadIdx.x != 0) return;
+  *out.dropped = static_cast<int32_t>(dropped);
+  if (dropped > 0) {
+    atomicAdd(&view.state->counters.rows_dropped, static_cast<Counters::Counter>(dropped));
+  }
 }
 
 // Calls with(source, rows) for the rows that each source has for a local expert; none after a

@@ -11,9 +11,10 @@
 
 namespace jax_sm_free::cuda {
 
-// Writes the header of the message for `dst`. By one thread.
+// Writes the header of the message for `dst`, whose rows count as sent. By one thread.
 __device__ inline void WriteHeader(const RankView& view, int32_t dst, const MessageHeader& header) {
   *reinterpret_cast<MessageHeader*>(OutMessage(view, view.state->current.slot, dst)) = header;
+  CountRows(view.state->counters.bytes_sent[dst], header);
 }
 
 // Sends the notice of a message: its header, behind what else was written into it, by this block

@@ -82,6 +82,7 @@ __device__ void ReadNotice(const RankView& view, const WaitArgs& args, int32_t s
   }
   state->num_rows[source] = header.num_rows;
   state->first_part[source] = static_cast<int32_t>(header.first_part);
+  CountRows(state->counters.bytes_received[source], header);
 }
 
 // Waits beside the kernels before it, which find the routing again.
@@ -111,6 +112,9 @@ __global__ void WaitKernel(const RankView view, const WaitArgs args) {
   }
   __syncthreads();
   if (threadIdx.x != 0) return;
+  if (state->current.failed == kOk) {
+    atomicAdd(&state->counters.exchanges[static_cast<int>(args.kind)], 1ULL);
+  }
   int32_t next = 0;
   for (int32_t source = 0; source < view.config.ep_size; ++source) {
     state->first_row[source] = next;

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_sm_free import reference
 from jax_sm_free.buffer import Buffer
 from jax_sm_free.config import MAX_TOP_K, Config
+from jax_sm_free.doctor import waits
 from jax_sm_free.doctor.findings import Finding, ok, problem
 
 _AXIS = "ep"
@@ -75,13 +76,18 @@ def check_exchange(config: Config, num_bytes: int, timeout_s: float) -> Iterator
     with _open(Buffer, small, mesh) as buffer:
         run = _on_ranks(lambda *args: buffer.dispatch(*args).x[:1], mesh)
         inputs = _next_ranks(small, mesh)
+        jax.block_until_ready(run(*inputs))  # compiles
+        before, started = buffer.stats(), time.perf_counter()
         seconds = interval(lambda: jax.block_until_ready(run(*inputs)))
+        spent = time.perf_counter() - started
+        waited = waits.of_all_ranks(buffer.stats() - before, mesh)
         buffer.check()
         egress = num_others * tokens * small.dispatched_row_bytes / seconds
         yield ok(
             f"dispatch by transport {buffer.transport!r}: {egress / 1e9:.2f} GB/s leave each of "
             f"{ranks} ranks at once,\npacking included"
         )
+        yield from waits.who_stands_out(waited, spent)
 
 
 def _mesh() -> Mesh:
@@ -164,7 +170,7 @@ def _differing_ranks(got: Any, want: Any) -> set[int]:
 
 
 def interval(run: Callable[[], Any]) -> float:
-    """Seconds from the end of one run to that of the next, the median; the first compiles.
+    """Seconds from the end of one run to that of the next, the median of all but the first.
 
     Not how long a run takes: of a process that begins later than its peers, much of the exchange
     has happened by then.

@@ -20,6 +20,7 @@ class Group {
 
   const RankView& view(int32_t rank) const { return ranks_[rank]->view; }
   const FaultRecord& fault(int32_t rank) const { return ranks_[rank]->status[0].fault; }
+  const Counters& counters(int32_t rank) const { return ranks_[rank]->state[0].counters; }
 
   // Copies what was posted since the last call, as the movers do, when the kernels have ended.
   void Move();

@@ -18,7 +18,7 @@ Config MakeConfig(const Case& which) {
                 .max_tokens = which.num_tokens + 1,
                 .num_slots = 2,
                 .row_bytes = which.hidden * int64_t{sizeof(float)},
-                .timeout_s = 5,
+                .timeout_s = which.timeout_s,
                 .float8_wire = which.float8_wire};
   const int64_t worst = config.max_recv_tokens() * config.top_k;
   config.recv_capacity = which.recv_capacity >= 0 ? which.recv_capacity : worst;
@@ -155,6 +155,16 @@ void Ops::Dispatch() {
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) SendDispatch(rank);
   Move();
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) RecvDispatch(rank);
+}
+
+void Ops::DispatchWithout(int32_t silent) {
+  for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
+    if (rank != silent) SendDispatch(rank);
+  }
+  Move();
+  for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
+    if (rank != silent) RecvDispatch(rank);
+  }
 }
 
 Array<TokenArrays> Ops::DispatchByTokens() {

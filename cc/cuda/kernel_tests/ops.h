@@ -31,6 +31,7 @@ struct Case {
   int64_t recv_capacity = -1;  // -1: what the worst case takes
   bool held_up = false;        // the driver lets no copy through
   bool float8_wire = false;
+  double timeout_s = 5;
 };
 
 inline constexpr int32_t kLocalExperts = 3;
@@ -82,6 +83,8 @@ class Ops {
   // x of all ranks to their arrays, or to the result, by rank.
   void Dispatch();
   Array<TokenArrays> DispatchByTokens();
+  // A dispatch that one rank does not take part in.
+  void DispatchWithout(int32_t silent);
   // The recv alone.
   void RecvDispatch(int32_t rank);
 

@@ -1,0 +1,27 @@
+"""What ranks run in the tests of who waits for whom."""
+
+from __future__ import annotations
+
+import time
+
+import jax
+import layers
+import together
+
+import jax_sm_free as smf
+
+
+def wait_for_the_last(seconds: float) -> smf.BufferStats:
+    """What this process counts in a run in which the last one's send comes that much later."""
+    mesh = layers.mesh_of()
+    with layers.open_buffer(mesh) as buffer:
+        inputs, action = layers.make_inputs(mesh), layers.Action()
+        run = layers.on_ranks(mesh, layers.layer_of(buffer, action))
+        layers.run_well(run, mesh, inputs)
+        before = buffer.stats()
+        if jax.process_index() == jax.process_count() - 1:
+            action.place, action.do = "before_send", lambda: time.sleep(seconds)
+        layers.check(run(*inputs), inputs)
+        counted = buffer.stats() - before
+        together.meet(mesh)
+        return counted
