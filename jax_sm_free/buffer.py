@@ -168,8 +168,10 @@ class Buffer:
         values, *parts = x if isinstance(x, (tuple, list)) else (x,)
         checks.check_topk(op, self.config, values.shape[0], topk_idx, topk_weights)
         position = jax.lax.axis_index(self.mesh.axis_names)
-        position, values, topk_idx, topk_weights, *parts = vary_alike(
-            position, values, topk_idx, topk_weights, *parts
+        # What comes of equal operands differs by rank, but not by group.
+        rank = jax.lax.axis_index(self.axes)
+        _, values, topk_idx, topk_weights, *parts = vary_alike(
+            rank, values, topk_idx, topk_weights, *parts
         )
         if parts:
             values, *parts = autodiff.no_gradient(values, *parts)

@@ -256,14 +256,6 @@ def layer(buffer, x, topk_idx, weights):
     return buffer.combine(recv.x, recv.layout, weights=recv.weights)
 
 
-def test_vmap_is_refused():
-    buffer = support.apis(CONFIG)[0].buffer
-    program = jax.vmap(functools.partial(layer, buffer))
-    args = [shape(2, *a.shape, dtype=a.dtype) for a in (X, IDX, WEIGHTS)]
-    with pytest.raises(NotImplementedError, match=r"dispatch_send .*under jax.vmap"):
-        traced(program, *args)
-
-
 @pytest.mark.parametrize("overlap", [False, True])
 def test_second_derivatives_are_refused(overlap):
     """Forward over reverse, reverse over reverse: an error, no silent zero."""

@@ -337,6 +337,34 @@ def test_mesh_of_two_axes(names, axis, program):
     check_on_mesh(wide_mesh(names, shape), axis, ep_size, program)
 
 
+@needs_four
+def test_what_is_the_same_in_all_groups():
+    """It stays so in shard_map's types: neither inputs nor results are spread over the groups."""
+    mesh = wide_mesh(("dp", "ep"), (2, support.MAX_RANKS // 2))
+    config = make_config(mesh.shape["ep"], num_experts=2 * mesh.shape["ep"])
+    x, topk_idx, weights = (a.reshape(-1, a.shape[-1]) for a in make_inputs(config))
+
+    def gradients(api, x, weights):
+        mapped = jax.shard_map(
+            functools.partial(plain_layer, api),
+            mesh=mesh,
+            in_specs=(*3 * [P("ep")], P()),
+            out_specs=P("ep"),
+        )
+        loss = lambda x, w: loss_of(mapped(x, topk_idx, w, jnp.eye(7)))  # noqa: E731
+        return jax.value_and_grad(loss, (0, 1))(x, weights)
+
+    with support.open_buffer(config, mesh) as buffer:
+        apis = (
+            support.Api(buffer, smf),
+            support.Api(support.open_buffer(config, mesh, module=reference), reference),
+        )
+        got, want = (
+            support.whole(jax.jit(functools.partial(gradients, api))(x, weights)) for api in apis
+        )
+    support.assert_close(got, want, 1e-4)
+
+
 @pytest.mark.skipif(support.MAX_RANKS < 8, reason="needs eight devices")
 def test_two_expert_axes_beside_another():
     mesh = wide_mesh(("node", "dp", "gpu"), (2, 2, 2))
