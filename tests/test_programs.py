@@ -362,7 +362,7 @@ def test_what_is_the_same_in_all_groups():
         got, want = (
             support.whole(jax.jit(functools.partial(gradients, api))(x, weights)) for api in apis
         )
-    support.assert_close(got, want, 1e-4)
+        support.assert_close(got, want, 1e-4)
 
 
 @pytest.mark.skipif(support.MAX_RANKS < 8, reason="needs eight devices")

@@ -240,6 +240,8 @@ def test_around_a_shard_map(spmd_axis_name, check_vma):
             support.whole(jax.jit(functools.partial(gradients, over, api))(x, topk_idx, weights, y))
             for over in (vmap, in_a_loop)
         )
+        jax.block_until_ready(got)
+        jax.block_until_ready(want)
         buffer.check()
     # Equal values: the gradient of the loop adds zeros, which turns -0.0 into 0.0.
     jax.tree.map(np.testing.assert_array_equal, got, want)
