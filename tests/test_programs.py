@@ -284,6 +284,21 @@ def test_in_a_while_loop(inputs):
     support.assert_close(ours(counts, *inputs), theirs(counts, *inputs), 1e-3)
 
 
+# ----------------------------------------------------------------------------------------- no tokens
+
+
+def rows_of_experts(api, x, topk_idx, weights, matrix):
+    return api.buffer.dispatch(x, topk_idx, weights).x @ matrix
+
+
+@support.needs_empty_inputs
+def test_rows_that_are_received_of_no_tokens(inputs):
+    """They leave the shard_map. XLA compiles none that uses nothing but empty operands."""
+    no_tokens = [a[:, :0] for a in inputs[:3]]
+    got = support.check_same(CONFIG, rows_of_experts, *no_tokens, inputs[3])
+    assert not np.asarray(got).any()
+
+
 # ------------------------------------------------------------------------------------------- meshes
 
 needs_four = pytest.mark.skipif(support.MAX_RANKS < 4, reason="needs four devices")
