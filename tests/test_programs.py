@@ -284,7 +284,7 @@ def test_in_a_while_loop(inputs):
     support.assert_close(ours(counts, *inputs), theirs(counts, *inputs), 1e-3)
 
 
-# ----------------------------------------------------------------------------------------- no tokens
+# --------------------------------------------------------------------------------------- no tokens
 
 
 def rows_of_experts(api, x, topk_idx, weights, matrix):

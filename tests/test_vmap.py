@@ -215,8 +215,14 @@ def test_gradients_through(layer, check_vma):
 # ----------------------------------------------------------------------------- around the shard_map
 
 
+with_types = pytest.mark.skipif(
+    jax.__version__.startswith("0.9."), reason="JAX 0.9 refuses any product there"
+)
+
+
 @pytest.mark.parametrize(
-    ("spmd_axis_name", "check_vma"), [("stage", True), ("stage", False), (None, True)]
+    ("spmd_axis_name", "check_vma"),
+    [pytest.param("stage", True, marks=with_types), ("stage", False), (None, True)],
 )
 @pytest.mark.skipif(support.MAX_RANKS < 4, reason="needs four devices")
 def test_around_a_shard_map(spmd_axis_name, check_vma):
