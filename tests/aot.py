@@ -24,8 +24,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 _TARGETS = pathlib.Path(__file__).parent / "targets"
-# Numbers that newer versions of XLA print and the one of the oldest supported jaxlib refuses. None
-# of them is used for scheduling.
+# Numbers that newer versions of XLA print and that of jaxlib 0.10.2 and before refuses. None of them
+# is used for scheduling.
 _NEW_FIELDS = re.compile(
     r"^\s*(mem_clock_ghz|reserved_shared_memory_per_block|max_blocks_per_multiprocessor"
     r"|collective_memory_granularity):.*\n",

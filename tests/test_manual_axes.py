@@ -94,6 +94,9 @@ def test_larger_axes_that_are_left_out_are_named():
         )
 
 
+@pytest.mark.skipif(
+    jax.__version__.startswith("0.9."), reason="JAX 0.9 compiles no axis_index in such a shard_map"
+)
 def test_a_shard_map_of_its_own_over_the_other_axes():
     """What the error says: each rank along the other axis exchanges the same rows."""
 
