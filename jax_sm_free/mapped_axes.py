@@ -18,6 +18,7 @@ from jax.extend import core
 from jax.interpreters import batching
 
 from jax_sm_free.config import MAX_NUM_SLOTS
+from jax_sm_free.varying import vary_alike
 
 PLACE = "smf_place_"  # and a number, in the name of a call, for each axis of more places than one
 
@@ -56,12 +57,22 @@ def define(name: str, primitive: core.Primitive) -> None:
                 else jax.lax.index_in_dim(operand, place, dim, keepdims=False)
                 for operand, dim in zip(operands, dims, strict=True)
             ]
+            here = _varying_alike(here)
             with _named(place) if size > 1 else contextlib.nullcontext():
                 calls.append(primitive.bind(*here, num_slots=num_slots, mapped=mapped, **params))
         results = [jnp.stack(of_all) for of_all in zip(*calls, strict=True)]
         return results, [0] * len(results)
 
     batching.primitive_batchers[primitive] = call_each
+
+
+def _varying_alike(operands: Sequence[Any]) -> list[Any]:
+    """What is not mapped varies over fewer mesh axes than what is, with an `spmd_axis_name`.
+
+    The position in the mesh, the one operand that is a scalar, does not count: it varies over all.
+    """
+    cast = iter(vary_alike(*(operand for operand in operands if operand.ndim)))
+    return [next(cast) if operand.ndim else operand for operand in operands]
 
 
 def _check_slots(name: str, num_slots: int, mapped: tuple[int, ...]) -> None:

@@ -215,6 +215,23 @@ def test_gradients_through(layer, check_vma):
 # ----------------------------------------------------------------------------- around the shard_map
 
 
+def on_ep(fn, mesh, check_vma):
+    """Over the axis of ranks alone: the same on all ranks along the other axis."""
+    specs = {"in_specs": P("ep"), "out_specs": P("ep")}
+    return jax.shard_map(fn, mesh=mesh, check_vma=check_vma, **specs)
+
+
+def stacked(results):
+    return jax.tree.map(lambda leaf: leaf[None], results)
+
+
+def stages_of(num_stages=2):
+    """A mesh of stages and ranks, and a configuration for its ranks."""
+    devices = np.array(jax.devices()[: support.MAX_RANKS]).reshape(num_stages, -1)
+    config = make_config(devices.shape[1], num_experts=support.MAX_RANKS)
+    return jax.sharding.Mesh(devices, ("stage", "ep")), config
+
+
 with_types = pytest.mark.skipif(
     jax.__version__.startswith("0.9."), reason="JAX 0.9 refuses any product there"
 )
@@ -227,14 +244,12 @@ with_types = pytest.mark.skipif(
 @pytest.mark.skipif(support.MAX_RANKS < 4, reason="needs four devices")
 def test_around_a_shard_map(spmd_axis_name, check_vma):
     """Stages of a pipeline: of two, each rank has one with spmd_axis_name, and both without."""
-    config = make_config(support.MAX_RANKS // 2, num_experts=support.MAX_RANKS)
-    devices = np.array(jax.devices()[: support.MAX_RANKS]).reshape(2, -1)
-    mesh = jax.sharding.Mesh(devices, ("stage", "ep"))
+    mesh, config = stages_of()
     x, topk_idx, weights, y = (np.moveaxis(a, 1, 0) for a in inputs_of(config, 2))
 
     def gradients(over, api, x, topk_idx, weights, y):
         layer = functools.partial(overlapped, api)
-        mapped = unjitted_on_ep(layer, mesh, check_vma=check_vma)
+        mapped = on_ep(lambda *args: stacked(layer(*(a[0] for a in args))), mesh, check_vma)
         stages = over(mapped, 0, 0)
         out, pullback = jax.vjp(lambda x, w, y: stages(x, topk_idx, w, y), x, weights, y)
         return out, pullback(out)
@@ -253,13 +268,30 @@ def test_around_a_shard_map(spmd_axis_name, check_vma):
     jax.tree.map(np.testing.assert_array_equal, got, want)
 
 
-def unjitted_on_ep(fn, mesh, **kwargs):
-    """Over the axis of ranks alone: the same on all ranks along the other axis."""
+@with_types
+@pytest.mark.skipif(support.MAX_RANKS < 4, reason="needs four devices")
+def test_around_a_shard_map_of_what_is_the_same_at_all_places():
+    """Rows and experts are; the gradient to the experts is the sum over the stages."""
+    mesh, config = stages_of()
+    x, topk_idx, weights, _ = (np.moveaxis(a, 1, 0) for a in inputs_of(config, 2))
+    matrix = np.random.default_rng(2).normal(size=(mesh.shape["ep"], 7, 7)).astype(np.float32)
 
-    def per_rank(*args):
-        return jax.tree.map(lambda o: o[None], fn(*(a[0] for a in args)))
+    def gradients(over, api, weights, matrix):
+        layer = functools.partial(overlapped_layer, api)
+        mapped = on_ep(lambda *args: stacked(layer(*(a[0] for a in args))), mesh, check_vma=True)
+        stages = over(mapped, (None, None, 0, None), 0)
+        loss = lambda *args: loss_of(stages(x[0], topk_idx[0], *args))  # noqa: E731
+        return jax.value_and_grad(loss, (0, 1))(weights, matrix)
 
-    return jax.shard_map(per_rank, mesh=mesh, in_specs=P("ep"), out_specs=P("ep"), **kwargs)
+    vmap = functools.partial(jax.vmap, spmd_axis_name="stage")
+    with support.open_buffer(config, mesh) as buffer:
+        api = support.Api(buffer, smf)
+        got, want = (
+            support.whole(jax.jit(functools.partial(gradients, over, api))(weights, matrix))
+            for over in (vmap, in_a_loop)
+        )
+        support.assert_close(got, want, 1e-4)
+        buffer.check()
 
 
 # ----------------------------------------------------------------------------------------- how many
