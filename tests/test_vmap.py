@@ -192,6 +192,7 @@ def gradients_through(over, layer, api, x, topk_idx, weights, matrix):
     return jax.value_and_grad(loss, (0, 1, 2))(x, weights, matrix)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("layer", "check_vma"), [(LAYERS[0], False), *((layer, True) for layer in LAYERS[1:])]
 )
