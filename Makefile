@@ -59,7 +59,7 @@ help:
 	@echo "make clean            remove what make made"
 	@echo "CUDA=1                builds for GPUs too"
 	@echo "PYTHON=python3.12 chooses another interpreter (now $(PYTHON), $(VERSION))"
-	@echo "JAX=0.11.2            chooses another version of JAX"
+	@echo "JAX=0.9.2             chooses another version of JAX"
 
 # Set-up.
 

@@ -176,9 +176,11 @@ class Buffer:
         row_type = checks.check_rows(op, self.config, x)
         values, *parts = x if isinstance(x, (tuple, list)) else (x,)
         checks.check_topk(op, self.config, values.shape[0], topk_idx, topk_weights)
-        position = jax.lax.axis_index(self.mesh.axis_names)
-        position, values, topk_idx, topk_weights, *parts = vary_alike(
-            position, values, topk_idx, topk_weights, *parts
+        position = jax.lax.axis_index(checks.larger_axes(self.mesh) or self.axes)
+        # What comes of equal operands differs by rank, but not by group.
+        rank = jax.lax.axis_index(self.axes)
+        _, values, topk_idx, topk_weights, *parts = vary_alike(
+            rank, values, topk_idx, topk_weights, *parts
         )
         if parts:
             values, *parts = autodiff.no_gradient(values, *parts)
@@ -226,7 +228,9 @@ class Buffer:
         Args:
           y: [recv_capacity, hidden] of the buffer's dtype, rows as in `Received.x`; for a layout of
             `ReceivedTokens`, [ep_size * max_tokens, hidden].
-          layout: of the dispatch that these rows came with.
+          layout: of the dispatch that these rows came with. It may be another buffer's, over the
+            same axes of the same mesh and equal in all that routing depends on: in all sizes but
+            `hidden`, `dtype`, `wire_dtype`, `num_slots` and `timeout_s`.
           weights: f32 [rows of y]; None for a plain sum.
 
         Returns:

@@ -38,7 +38,10 @@ def check_array(op: str, name: str, array: Any, dtype: Any, shape: tuple[Any, ..
 
 
 def check_inside(op: str, mesh: Mesh, axes: tuple[str, ...]) -> None:
-    """Raises unless the caller runs in a shard_map over the buffer's mesh, manual in every axis."""
+    """Raises unless the caller runs in a shard_map over the buffer's mesh, manual in every axis.
+
+    Axes of one device do not matter: there is nothing to partition.
+    """
     here = jax.sharding.get_abstract_mesh()
     manual = {
         name
@@ -54,10 +57,15 @@ def check_inside(op: str, mesh: Mesh, axes: tuple[str, ...]) -> None:
     want, got = dict(mesh.shape), dict(here.shape)
     if list(want.items()) != list(got.items()):
         raise ValueError(f"{op}: expected the buffer's mesh {want}, got shard_map over {got}")
-    if manual != set(want):
+    left_out = [name for name in larger_axes(mesh) if name not in manual]
+    if left_out:
+        names = ", ".join(map(repr, left_out))
         raise ValueError(
-            f"{op}: expected shard_map to be manual in every axis of the mesh {list(want)}, got "
-            f"{sorted(manual)}"
+            f"{op}: expected shard_map to be manual in every axis of the mesh {want}, got one that "
+            f"leaves out {names}, over which XLA partitions no call with a side effect; leave "
+            "axis_names out and give each axis its place in in_specs and out_specs, or put this "
+            f"call into a shard_map of its own: jax.shard_map(f, axis_names={{{names}}}, "
+            "in_specs=jax.P(), out_specs=jax.P(), check_vma=False)"
         )
 
 
@@ -145,6 +153,11 @@ def check_mesh(mesh: Any, axis: Any) -> tuple[str, ...]:
             f"got {axis!r}"
         )
     return axes
+
+
+def larger_axes(mesh: Mesh) -> tuple[str, ...]:
+    """The axes of more than one device, in which shard_map has to be manual."""
+    return tuple(name for name, size in mesh.shape.items() if size > 1)
 
 
 def group_size(mesh: Mesh, axes: tuple[str, ...]) -> int:

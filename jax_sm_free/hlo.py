@@ -11,8 +11,8 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 
-# Opcodes whose result is their first operand.
-_SAME_VALUE = frozenset({"bitcast", "copy", "opt-barrier", "reshape"})
+# Opcodes whose result is their first operand, or a part of it.
+_SAME_VALUE = frozenset({"bitcast", "copy", "opt-barrier", "reshape", "slice"})
 
 _HEADER = re.compile(r"(ENTRY\s+)?%?([\w.\-]+)\s.*\{\s*$")
 _INSTRUCTION = re.compile(r"\s+(ROOT\s+)?%?([\w.\-]+) = (.*)$")
@@ -171,7 +171,7 @@ def origins(module: Module, place: Place, index: Index, is_origin: frozenset[Pla
     """The places of `is_origin` that a value can come from.
 
     Through tuples, copies, barriers, fusions and async wrappers, in and out of calls and branches,
-    and round loops.
+    and round loops. A slice, too, comes from all that was put together into what it is taken of.
     """
     found = set()
     seen = {(place, index)}
@@ -204,6 +204,8 @@ def _step_back(module: Module, place: Place, index: Index) -> Iterator[tuple[Pla
     elif instruction.opcode == "tuple":
         if index:
             yield operands[index[0]], index[1:]
+    elif instruction.opcode == "concatenate":
+        yield from ((part, index) for part in operands)
     elif instruction.opcode in _SAME_VALUE or instruction.opcode.endswith("-update"):
         yield operands[0], index
     elif instruction.opcode.endswith("-done"):

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from jax_sm_free import hlo
+from jax_sm_free.mapped_axes import PLACE
 
 Kind = Literal["send", "recv", "gemm"]
 
@@ -209,14 +210,23 @@ def _is_gemm(instruction: hlo.Instruction) -> bool:
 
 
 def _senders(module: hlo.Module, steps: dict[hlo.Place, Step]) -> dict[Step, frozenset[Step]]:
-    """For each recv the sends that its token, the first operand, can come from."""
+    """For each recv the sends that its token, the first operand, can come from.
+
+    The tokens of a mapped send travel as one array: a recv takes the one of its own place.
+    """
     sends = frozenset(place for place, step in steps.items() if step.kind == "send")
     senders = {}
     for place, step in steps.items():
         if step.kind == "recv":
             token = hlo.operand(place, module.at(place).operands[0])
-            senders[step] = frozenset(steps[s] for s in hlo.origins(module, token, (), sends))
+            found = (steps[send] for send in hlo.origins(module, token, (), sends))
+            senders[step] = frozenset(s for s in found if _mapped(s) == _mapped(step))
     return senders
+
+
+def _mapped(step: Step) -> list[str]:
+    """The place of a call on each axis that was mapped by `jax.vmap`."""
+    return re.findall(rf"\b{PLACE}(\d+)\b", step.op_name)
 
 
 def _frame(module: hlo.Module, place: hlo.Place) -> hlo.Place:

@@ -28,10 +28,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.extend import core
 from jax.extend.mlir.dialects import stablehlo
-from jax.interpreters import batching, mlir
+from jax.interpreters import mlir
 from jax.sharding import PartitionSpec
 
-from jax_sm_free import call_names
+from jax_sm_free import call_names, mapped_axes
 from jax_sm_free.config import Config
 
 TOKEN_SIZE = 8
@@ -72,17 +72,19 @@ def _result_aval(operand: Any, shape: tuple[int, ...], dtype: Any) -> Any:
 
 
 def _define(name: str, spans_processes: bool) -> core.Primitive:
-    """The primitive of one FFI target, bound with `results`: shapes and dtypes."""
+    """The primitive of one FFI target.
+
+    It is bound with the name of its `buffer`, with `results`, their shapes and dtypes, and with
+    what `mapped_axes` goes by.
+    """
     is_named = spans_processes and name.endswith("_send")
     primitive = core.Primitive(f"smf_{name}")
     primitive.multiple_results = True
 
-    def abstract_eval(*operands: Any, buffer: str, results: tuple[tuple[Any, Any], ...]) -> Any:
-        del buffer
+    def abstract_eval(*operands: Any, results: tuple[tuple[Any, Any], ...], **_: Any) -> Any:
         return [_result_aval(operands[0], shape, dtype) for shape, dtype in results]
 
-    def lower(ctx: Any, *operands: Any, buffer: str, results: Any) -> Any:
-        del results
+    def lower(ctx: Any, *operands: Any, buffer: str, **_: Any) -> Any:
         rule = jax.ffi.ffi_lowering(f"smf_{name}", has_side_effect=True)
         names = call_names.names_of(name, buffer, ctx) if is_named else {}
         return rule(ctx, *operands, buffer=buffer, **names)
@@ -92,18 +94,12 @@ def _define(name: str, spans_processes: bool) -> core.Primitive:
         results = lower(ctx, *held, **params)
         return [stablehlo.OptimizationBarrierOp([result]).result for result in results]
 
-    def refuse_vmap(*_: Any, **__: Any) -> Any:
-        raise NotImplementedError(
-            f"jax_sm_free: {name} expected to be called on whole ranks, got called under jax.vmap; "
-            "move the mapped axis into the token axis instead"
-        )
-
     primitive.def_abstract_eval(abstract_eval)
     primitive.def_impl(functools.partial(_run_eagerly, primitive))
     # Of equal calls in a module, one lowering would do, but for the names.
     mlir.register_lowering(primitive, lower, cacheable=not is_named)
     mlir.register_lowering(primitive, lower_for_gpus, platform="cuda", cacheable=not is_named)
-    batching.primitive_batchers[primitive] = refuse_vmap
+    mapped_axes.define(name, primitive)
     return primitive
 
 
@@ -128,7 +124,12 @@ _PRIMITIVES = {(name, spans): _define(name, spans) for name in OP_NAMES for span
 def _bind(name: str, target: Target, operands: Any, *results: tuple[Any, Any]) -> tuple[Array, ...]:
     hashable = tuple((tuple(shape), jnp.dtype(dtype)) for shape, dtype in results)
     primitive = _PRIMITIVES[name, target.spans_processes]
-    return tuple(primitive.bind(*operands, buffer=target.buffer, results=hashable))
+    num_slots = target.config.num_slots
+    return tuple(
+        primitive.bind(
+            *operands, buffer=target.buffer, results=hashable, num_slots=num_slots, mapped=()
+        )
+    )
 
 
 _TOKEN = ((TOKEN_SIZE,), jnp.float32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
 from jax import Array
 
@@ -21,7 +22,7 @@ def by_expert(target: Target, sent: Sent) -> Received:
         counts=counts,
         weights=weights,
         dropped=dropped,
-        layout=Layout(sent.topk_idx, rows, num_rows_from, "experts"),
+        layout=_layout(sent.topk_idx, rows, num_rows_from, "experts"),
         expert_capacity=target.config.expert_capacity,
     )
 
@@ -36,13 +37,19 @@ def by_token(target: Target, sent: Sent) -> ReceivedTokens:
         topk_weights=topk_weights,
         counts=counts,
         num_tokens=num_tokens,
-        layout=Layout(sent.topk_idx, rows, num_rows_from, "tokens"),
+        layout=_layout(sent.topk_idx, rows, num_rows_from, "tokens"),
     )
 
 
 def no_scales(values: Array, row_type: RowType) -> Array:
     """[T, 0], beside values [T, columns]."""
-    return values[:, :0].astype(row_type.scale_dtype)
+    return jax.lax.stop_gradient(values[:, :0]).astype(row_type.scale_dtype)
+
+
+def _layout(topk_idx: Array, rows: Array, num_rows_from: Array, output: str) -> Layout:
+    # JAX tracks the gradient of what a rule for gradients returns, integers too. With a mesh axis
+    # as `spmd_axis_name` it then gets the types of these wrong; an operation on integers ends it.
+    return Layout(topk_idx, rows | 0, num_rows_from | 0, output)
 
 
 def _own_rows(sent: Sent) -> tuple[Array, Array]:

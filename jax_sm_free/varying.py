@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jax import Array
 
@@ -12,10 +14,18 @@ def vary_alike(*arrays: Array) -> tuple[Array, ...]:
     Under shard_map's check_vma, values that are equal on all ranks have another type; the cast's
     transpose sums their gradients over the ranks, as it must be.
     """
-    varying = [jax.typeof(array).manual_axis_type.varying for array in arrays]
+    varying = [_axes_of(array) for array in arrays]
     every = frozenset[str]().union(*varying)
     cast = []
     for array, axes in zip(arrays, varying, strict=True):
         missing = tuple(sorted(every - axes))
         cast.append(jax.lax.pcast(array, missing, to="varying") if missing else array)
     return tuple(cast)
+
+
+def _axes_of(array: Array) -> frozenset[str]:
+    """The mesh axes that an array varies over, by its type."""
+    aval: Any = jax.typeof(array)
+    if hasattr(aval, "manual_axis_type"):
+        return aval.manual_axis_type.varying
+    return aval.vma  # before JAX 0.10

@@ -24,8 +24,8 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
 _TARGETS = pathlib.Path(__file__).parent / "targets"
-# Numbers that newer versions of XLA print and the one of the oldest supported jaxlib refuses. None
-# of them is used for scheduling.
+# Numbers that newer versions of XLA print, and that of jaxlib 0.10.2 and before refuses. None of
+# them is used for scheduling.
 _NEW_FIELDS = re.compile(
     r"^\s*(mem_clock_ghz|reserved_shared_memory_per_block|max_blocks_per_multiprocessor"
     r"|collective_memory_granularity):.*\n",
@@ -35,6 +35,8 @@ _NEW_FIELDS = re.compile(
 
 def require_gpu_compiler() -> None:
     """Skips the test where XLA's GPU compiler is not installed; in CI that is a failure."""
+    if jax.__version__.startswith("0.9."):
+        pytest.skip("JAX 0.9 reads no descriptions of GPUs that newer versions wrote")
     if importlib.util.find_spec("jax_plugins") and importlib.util.find_spec(
         "jax_plugins.xla_cuda13"
     ):

@@ -32,7 +32,7 @@ if ON_GPUS:
     # Sums of products are compared: no TF32, and no time for a choice among kernels.
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
     add_flag("xla_gpu_autotune_level", 0)
-elif importlib.metadata.version("jaxlib").startswith("0.10."):
+elif importlib.metadata.version("jaxlib").startswith(("0.9.", "0.10.")):
     # Most of the time of these tests is XLA's compiler's, of which this takes half away. What they
     # look at, which ops run in which order on what, is settled before code is generated. With
     # newer versions of JAX the same tests run at XLA's default optimization level.

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import support
-from support import P, make_config, make_inputs
+from support import make_config, make_inputs
 
 import jax_sm_free as smf
 
@@ -207,22 +207,6 @@ def test_a_shard_map_over_another_mesh_is_refused():
             traced(buffer.dispatch, X, IDX, WEIGHTS, mesh=mesh)
 
 
-@pytest.mark.skipif(support.MAX_RANKS < 4, reason="needs four devices")
-def test_a_shard_map_over_only_some_axes_is_refused():
-    mesh = jax.sharding.Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("dp", "ep"))
-    with support.open_buffer(make_config(2), mesh) as buffer:
-        run = jax.shard_map(
-            lambda *args: buffer.dispatch(*args).x,
-            mesh=mesh,
-            in_specs=P(),
-            out_specs=P("ep"),
-            axis_names={"ep"},
-            check_vma=False,
-        )
-        with pytest.raises(ValueError, match=r"manual in every axis of the mesh .*got \['ep'\]"):
-            jax.eval_shape(run, X, IDX, WEIGHTS)
-
-
 def rows_of(buffer, *args):
     return buffer.dispatch(*args).x
 
@@ -254,14 +238,6 @@ def test_a_shard_map_over_the_same_devices_in_another_order_is_a_fault():
 def layer(buffer, x, topk_idx, weights):
     recv = buffer.dispatch(x, topk_idx, weights)
     return buffer.combine(recv.x, recv.layout, weights=recv.weights)
-
-
-def test_vmap_is_refused():
-    buffer = support.apis(CONFIG)[0].buffer
-    program = jax.vmap(functools.partial(layer, buffer))
-    args = [shape(2, *a.shape, dtype=a.dtype) for a in (X, IDX, WEIGHTS)]
-    with pytest.raises(NotImplementedError, match=r"dispatch_send .*under jax.vmap"):
-        traced(program, *args)
 
 
 @pytest.mark.parametrize("overlap", [False, True])

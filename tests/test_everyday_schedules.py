@@ -63,7 +63,7 @@ COPYING = ("double_buffering", "unrolled_loops", "maxtext", "transformer_engine"
 
 
 def option_set(name: str) -> Any:
-    """What all versions of JAX are tested with, and what the oldest alone is."""
+    """What all versions of JAX are tested with, and what 0.10.2 alone is."""
     of_all = ("default", "maxtext")
     return pytest.param(name, marks=() if name in of_all else pytest.mark.long)
 

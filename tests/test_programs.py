@@ -284,6 +284,21 @@ def test_in_a_while_loop(inputs):
     support.assert_close(ours(counts, *inputs), theirs(counts, *inputs), 1e-3)
 
 
+# --------------------------------------------------------------------------------------- no tokens
+
+
+def rows_of_experts(api, x, topk_idx, weights, matrix):
+    return api.buffer.dispatch(x, topk_idx, weights).x @ matrix
+
+
+@support.needs_empty_inputs
+def test_rows_that_are_received_of_no_tokens(inputs):
+    """They leave the shard_map. XLA compiles none that uses nothing but empty operands."""
+    no_tokens = [a[:, :0] for a in inputs[:3]]
+    got = support.check_same(CONFIG, rows_of_experts, *no_tokens, inputs[3])
+    assert not np.asarray(got).any()
+
+
 # ------------------------------------------------------------------------------------------- meshes
 
 needs_four = pytest.mark.skipif(support.MAX_RANKS < 4, reason="needs four devices")
@@ -335,6 +350,34 @@ def test_mesh_of_two_axes(names, axis, program):
     shape = (2, support.MAX_RANKS // 2)
     ep_size = support.MAX_RANKS if isinstance(axis, tuple) else shape[names.index(axis)]
     check_on_mesh(wide_mesh(names, shape), axis, ep_size, program)
+
+
+@needs_four
+def test_what_is_the_same_in_all_groups():
+    """It stays so in shard_map's types: neither inputs nor results are spread over the groups."""
+    mesh = wide_mesh(("dp", "ep"), (2, support.MAX_RANKS // 2))
+    config = make_config(mesh.shape["ep"], num_experts=2 * mesh.shape["ep"])
+    x, topk_idx, weights = (a.reshape(-1, a.shape[-1]) for a in make_inputs(config))
+
+    def gradients(api, x, weights):
+        mapped = jax.shard_map(
+            functools.partial(plain_layer, api),
+            mesh=mesh,
+            in_specs=(*3 * [P("ep")], P()),
+            out_specs=P("ep"),
+        )
+        loss = lambda x, w: loss_of(mapped(x, topk_idx, w, jnp.eye(7)))  # noqa: E731
+        return jax.value_and_grad(loss, (0, 1))(x, weights)
+
+    with support.open_buffer(config, mesh) as buffer:
+        apis = (
+            support.Api(buffer, smf),
+            support.Api(support.open_buffer(config, mesh, module=reference), reference),
+        )
+        got, want = (
+            support.whole(jax.jit(functools.partial(gradients, api))(x, weights)) for api in apis
+        )
+        support.assert_close(got, want, 1e-4)
 
 
 @pytest.mark.skipif(support.MAX_RANKS < 8, reason="needs eight devices")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -92,6 +93,16 @@ def layer_of(buffer: smf.Buffer, action: Action) -> Callable[..., Any]:
         _, sent = support.after(at("between", between), sent)
         recv = buffer.dispatch_recv(sent)
         return buffer.combine(at("before_combine", recv.x), recv.layout, weights=recv.weights)
+
+    return layer
+
+
+def layer_without_actions(buffer: smf.Buffer) -> Callable[..., Any]:
+    """The same without callbacks."""
+
+    def layer(x: Any, topk_idx: Any, weights: Any) -> Any:
+        recv = buffer.dispatch(x, topk_idx, weights)
+        return buffer.combine(recv.x, recv.layout, weights=recv.weights)
 
     return layer
 
@@ -351,16 +362,32 @@ def run_shared() -> None:
     """Equal programs without callbacks, which JAX puts into its cache of compiled programs."""
     mesh = mesh_of()
     with open_buffer(mesh) as buffer:
-
-        def layer(x: Any, topk_idx: Any, weights: Any) -> Any:
-            recv = buffer.dispatch(x, topk_idx, weights)
-            return buffer.combine(recv.x, recv.layout, weights=recv.weights)
-
-        one = on_ranks(mesh, layer)
-        other = on_ranks(mesh, layer)
+        one = on_ranks(mesh, layer_without_actions(buffer))
+        other = on_ranks(mesh, layer_without_actions(buffer))
         for number in range(20):
             if number == 10:
                 jax.clear_caches()
             inputs = make_inputs(mesh, number)
             check((one if number % 3 else other)(*inputs), inputs)
+        buffer.check()
+
+
+def run_mapped(num_places: int) -> None:
+    """Several exchanges of one call, under jax.vmap, in flight at once and named apart."""
+    mesh = mesh_of()
+    with open_buffer(mesh, num_slots=num_places) as buffer:
+        layer = layer_without_actions(buffer)
+
+        def mapped(x: Any, topk_idx: Any, weights: Any) -> Any:
+            factors = jnp.arange(1.0, num_places + 1)
+            per_place = lambda factor: layer(factor * x, topk_idx, weights)  # noqa: E731
+            return jax.vmap(per_place)(factors).sum(0)
+
+        run = on_ranks(mesh, mapped)
+        calls = re.findall(r'call = "([^"]*_send [^"]*)"', run.lower(*make_inputs(mesh)).as_text())
+        assert len(set(calls)) == len(calls) == 2 * num_places, calls
+        for number in range(20):
+            x, topk_idx, weights = make_inputs(mesh, number)
+            want = x * float(sum(range(1, num_places + 1)))
+            check(run(x, topk_idx, weights), (want, topk_idx, weights))
         buffer.check()

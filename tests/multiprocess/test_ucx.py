@@ -23,6 +23,11 @@ def test_a_buffer_over_the_devices_of_each_process():
     launcher.run(layers.run_alone, num_processes=2, num_devices=2)
 
 
+@pytest.mark.parametrize(("num_processes", "num_devices"), [(2, 1), (2, 2)])
+def test_mapped_calls(num_processes, num_devices):
+    launcher.run(layers.run_mapped, 3, num_processes=num_processes, num_devices=num_devices)
+
+
 @pytest.mark.parametrize(("num_processes", "num_devices"), [(4, 1), (2, 2)])
 def test_groups(num_processes, num_devices):
     launcher.run(layers.run_in_groups, num_processes=num_processes, num_devices=num_devices)
