@@ -16,6 +16,8 @@ T, H, F, E, K = 128, 64, 128, 16, 2
 
 mesh = jax.make_mesh((8,), ("ep",), axis_types=(jax.sharding.AxisType.Auto,))
 sizes = {"hidden": H, "num_experts": E, "top_k": K, "max_tokens": T}
+# A rank has room for twice the rows of a balanced load. What does not fit is dropped.
+sizes["capacity_factor"] = 2.0
 buffer = smf.Buffer(mesh, "ep", **sizes, dtype=jnp.float32)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
-from jax_sm_free import autodiff, checks, identity, receiving, transports
+from jax_sm_free import autodiff, capacity, checks, identity, receiving, transports
 from jax_sm_free.config import Config
 from jax_sm_free.native import Native, register_cuda
 from jax_sm_free.primitives import RowType, Target
@@ -56,6 +56,7 @@ class Buffer:
         top_k: int,
         max_tokens: int,
         recv_capacity: int | None = None,
+        capacity_factor: float | None = None,
         num_slots: int = 2,
         expert_alignment: int = 1,
         expert_capacity: int | None = None,
@@ -77,7 +78,10 @@ class Buffer:
           num_experts: of the whole group; rank r owns the r-th block of num_experts / ep_size.
           top_k: experts that a token names, 1 to 32.
           max_tokens: tokens per rank and call, at most.
-          recv_capacity: expert rows a rank can receive; None for `Config.worst_case_capacity`.
+          recv_capacity: expert rows a rank can receive; None for `Config.worst_case_capacity`,
+            with a UserWarning where that is more than 4 times `Config.balanced_load`.
+          capacity_factor: instead of `recv_capacity`, the same over the balanced load, which is
+            max_tokens * top_k rows. `Config` says how it is rounded.
           num_slots: exchanges that may be in flight at once on a rank, 1 to 64.
           expert_alignment: groups are padded to a multiple of this many rows.
           expert_capacity: rows of every group, whatever it gets; None for as many as it needs.
@@ -110,6 +114,7 @@ class Buffer:
             top_k=top_k,
             max_tokens=max_tokens,
             recv_capacity=recv_capacity,
+            capacity_factor=capacity_factor,
             num_slots=num_slots,
             expert_alignment=expert_alignment,
             expert_capacity=expert_capacity,
@@ -117,6 +122,8 @@ class Buffer:
             wire_dtype=wire_dtype,
             timeout_s=timeout_s,
         )
+        if recv_capacity is None and expert_capacity is None and capacity_factor is None:
+            capacity.warn_of_default(self.config)
         if not isinstance(name, (str, NoneType)):
             raise TypeError(f"expected name to be a string or None, got {name!r}")
         self.transport = transports.choose(mesh, transport)

@@ -89,8 +89,8 @@ class Buffer:
     Args:
       mesh: the mesh of the `shard_map`. It may have further axes: each group works on its own.
       axis: name of the expert-parallel axis, or a tuple of names, slowest first.
-      hidden, num_experts, top_k, max_tokens, recv_capacity, num_slots, expert_alignment,
-        expert_capacity, dtype, wire_dtype, timeout_s: see `Config`.
+      hidden, num_experts, top_k, max_tokens, recv_capacity, capacity_factor, num_slots,
+        expert_alignment, expert_capacity, dtype, wire_dtype, timeout_s: see `Config`.
       transport: taken for the sake of equal signatures, unused.
 
     Raises:
@@ -107,6 +107,7 @@ class Buffer:
         top_k: int,
         max_tokens: int,
         recv_capacity: int | None = None,
+        capacity_factor: float | None = None,
         num_slots: int = 2,
         expert_alignment: int = 1,
         expert_capacity: int | None = None,
@@ -124,6 +125,7 @@ class Buffer:
             top_k=top_k,
             max_tokens=max_tokens,
             recv_capacity=recv_capacity,
+            capacity_factor=capacity_factor,
             num_slots=num_slots,
             expert_alignment=expert_alignment,
             expert_capacity=expert_capacity,
