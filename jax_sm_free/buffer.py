@@ -11,7 +11,7 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from jax_sm_free import autodiff, capacity, checks, identity, receiving, transports
 from jax_sm_free.config import Config
@@ -247,9 +247,8 @@ class Buffer:
         )
         weights = present[0] if present else None
         token = autodiff.combine_send(self._target, y, weights, rows, num_rows_from)
-        if weights is None:
-            weights = autodiff.no_weights(y)
-        own_rows = tuple(map(jax.lax.stop_gradient, (y, weights, rows, num_rows_from)))
+        own_rows = (y, rows, num_rows_from, *(() if weights is None else (weights,)))
+        own_rows = tuple(map(jax.lax.stop_gradient, own_rows))
         return Sent(token, topk_idx, own_rows, "combine", RowType(config.hidden, config.dtype))
 
     def combine_recv(self, sent: Sent) -> Array:
@@ -265,7 +264,19 @@ class Buffer:
         op = "combine_recv"
         self._check_usable(op)
         checks.check_sent(op, sent, "combine")
-        return autodiff.combine_recv(self._target, sent.token, sent.topk_idx, *sent.own_rows)
+        return receiving.sums(self._target, sent)
+
+    @property
+    def sent_specs(self) -> PartitionSpec:
+        """For a `Sent` in `out_specs` and `in_specs`, where it crosses from shard_map to shard_map.
+
+        A send in one shard_map, `overlap` outside, where arrays are global and compute is sharded
+        by XLA, the recv in another shard_map, in the same program. Each array of a `Sent` has a
+        part for every device of the mesh, whatever its axes are, one after the other in its first
+        dimension: so have those of a `Layout`. For dispatch and combine, with and without
+        `check_vma`, and with the axes of the mesh automatic or explicit.
+        """
+        return PartitionSpec(self.mesh.axis_names)
 
     # ------------------------------------------------------------------------------ whole ops
 

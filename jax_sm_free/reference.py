@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from jax_sm_free import checks
 from jax_sm_free.config import Config
@@ -117,6 +117,7 @@ class Buffer:
         timeout_s: float = 100.0,
     ) -> None:
         del transport
+        self._mesh_axes = mesh.axis_names
         self.axes = checks.check_mesh(mesh, axis)
         self.config = Config(
             ep_size=checks.group_size(mesh, self.axes),
@@ -233,6 +234,11 @@ class Buffer:
         place = jnp.where(was_sent, jnp.cumsum(was_sent, axis=1) - 1, -1)
         addends = jax.vmap(_take_rows)(returned, place)
         return _sum_in_order(addends.astype(jnp.float32)).astype(sent.rows.dtype)
+
+    @property
+    def sent_specs(self) -> PartitionSpec:
+        """For a sent value that crosses from one shard_map to another."""
+        return PartitionSpec(self._mesh_axes)
 
     def dispatch(
         self,
