@@ -3,7 +3,7 @@
 The public names; see `Buffer` for the ops and `overlap` for placing compute.
 """
 
-from jax_sm_free.autodiff import DISPATCHED
+from jax_sm_free.autodiff import DISPATCHED, DISPATCHED_ROWS
 from jax_sm_free.buffer import Buffer, FaultError
 from jax_sm_free.config import Config, MemoryEstimate, estimate_memory, get_rdma_size_hint
 from jax_sm_free.exporting import export_checks
@@ -19,6 +19,7 @@ from jax_sm_free.version import __version__
 
 __all__ = [
     "DISPATCHED",
+    "DISPATCHED_ROWS",
     "Buffer",
     "BufferStats",
     "Config",

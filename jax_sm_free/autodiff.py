@@ -34,10 +34,24 @@ from jax_sm_free.primitives import RowType, Target
 # The name of what a dispatch has received. `jax.checkpoint` saves it with a policy such as
 # jax.checkpoint_policies.save_only_these_names(smf.DISPATCHED), and does not dispatch again then.
 DISPATCHED = "smf_dispatched"
+# A second name of the rows among it, recv.x, for policies that offload these to the host's memory
+# and save the rest, which is small and wanted first, on the device:
+#   jax.checkpoint_policies.save_and_offload_only_these_names(
+#       names_which_can_be_saved=[smf.DISPATCHED],
+#       names_which_can_be_offloaded=[smf.DISPATCHED_ROWS],
+#       offload_src="device", offload_dst="pinned_host")
+DISPATCHED_ROWS = "smf_dispatched_rows"
 
 
 def _name(results: tuple[Array, ...]) -> tuple[Array, ...]:
-    return tuple(checkpoint_name(result, DISPATCHED) for result in results)
+    """Names what a dispatch has received: values and scales of the rows, and all that follows.
+
+    The rows' own name is the outer one. So a policy for DISPATCHED alone saves them, and one that
+    offloads DISPATCHED_ROWS does not save them, too.
+    """
+    values, scales, *rest = (checkpoint_name(result, DISPATCHED) for result in results)
+    rows = (checkpoint_name(part, DISPATCHED_ROWS) for part in (values, scales))
+    return *rows, *rest
 
 
 @jax.tree_util.register_dataclass

@@ -11,9 +11,9 @@ from typing import Any, Literal, overload
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
-from jax_sm_free import autodiff, checks, identity, receiving, stats, transports
+from jax_sm_free import autodiff, capacity, checks, identity, receiving, stats, transports
 from jax_sm_free.config import Config
 from jax_sm_free.native import Native, register_cuda
 from jax_sm_free.primitives import RowType, Target
@@ -62,6 +62,7 @@ class Buffer:
         top_k: int,
         max_tokens: int,
         recv_capacity: int | None = None,
+        capacity_factor: float | None = None,
         num_slots: int = 2,
         expert_alignment: int = 1,
         expert_capacity: int | None = None,
@@ -83,7 +84,10 @@ class Buffer:
           num_experts: of the whole group; rank r owns the r-th block of num_experts / ep_size.
           top_k: experts that a token names, 1 to 32.
           max_tokens: tokens per rank and call, at most.
-          recv_capacity: expert rows a rank can receive; None for `Config.worst_case_capacity`.
+          recv_capacity: expert rows a rank can receive; None for `Config.worst_case_capacity`,
+            with a UserWarning where that is more than 4 times `Config.balanced_load`.
+          capacity_factor: instead of `recv_capacity`, the same over the balanced load, which is
+            max_tokens * top_k rows. `Config` says how it is rounded.
           num_slots: exchanges that may be in flight at once on a rank, 1 to 64.
           expert_alignment: groups are padded to a multiple of this many rows.
           expert_capacity: rows of every group, whatever it gets; None for as many as it needs.
@@ -116,6 +120,7 @@ class Buffer:
             top_k=top_k,
             max_tokens=max_tokens,
             recv_capacity=recv_capacity,
+            capacity_factor=capacity_factor,
             num_slots=num_slots,
             expert_alignment=expert_alignment,
             expert_capacity=expert_capacity,
@@ -123,6 +128,8 @@ class Buffer:
             wire_dtype=wire_dtype,
             timeout_s=timeout_s,
         )
+        if recv_capacity is None and expert_capacity is None and capacity_factor is None:
+            capacity.warn_of_default(self.config)
         if not isinstance(name, (str, NoneType)):
             raise TypeError(f"expected name to be a string or None, got {name!r}")
         self.name = name
@@ -253,9 +260,8 @@ class Buffer:
         )
         weights = present[0] if present else None
         token = autodiff.combine_send(self._target, y, weights, rows, num_rows_from)
-        if weights is None:
-            weights = autodiff.no_weights(y)
-        own_rows = tuple(map(jax.lax.stop_gradient, (y, weights, rows, num_rows_from)))
+        own_rows = (y, rows, num_rows_from, *(() if weights is None else (weights,)))
+        own_rows = tuple(map(jax.lax.stop_gradient, own_rows))
         return Sent(token, topk_idx, own_rows, "combine", RowType(config.hidden, config.dtype))
 
     def combine_recv(self, sent: Sent) -> Array:
@@ -271,7 +277,19 @@ class Buffer:
         op = "combine_recv"
         self._check_usable(op)
         checks.check_sent(op, sent, "combine")
-        return autodiff.combine_recv(self._target, sent.token, sent.topk_idx, *sent.own_rows)
+        return receiving.sums(self._target, sent)
+
+    @property
+    def sent_specs(self) -> PartitionSpec:
+        """For a `Sent` in `out_specs` and `in_specs`, where it crosses from shard_map to shard_map.
+
+        A send in one shard_map, `overlap` outside, where arrays are global and compute is sharded
+        by XLA, the recv in another shard_map, in the same program. Each array of a `Sent` has a
+        part for every device of the mesh, whatever its axes are, one after the other in its first
+        dimension: so have those of a `Layout`. For dispatch and combine, with and without
+        `check_vma`, and with the axes of the mesh automatic or explicit.
+        """
+        return PartitionSpec(self.mesh.axis_names)
 
     # ------------------------------------------------------------------------------ whole ops
 

@@ -11,6 +11,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
+from jax_sm_free import capacity
+
 MAX_TOP_K = 32
 MAX_NUM_SLOTS = 64
 MAX_TIMEOUT_S = 1e6
@@ -94,7 +96,8 @@ class Config:
       num_experts: experts of the whole group; a multiple of `ep_size`.
       top_k: experts a token names, 1 to 32 (-1 in `topk_idx` for fewer).
       max_tokens: tokens per rank and call, at most.
-      recv_capacity: expert rows a rank can receive. None becomes `worst_case_capacity`.
+      recv_capacity: expert rows a rank can receive. None becomes `worst_case_capacity`, or what
+        `capacity_factor` says.
       num_slots: exchanges that may be in flight at once, 1 to 64.
       expert_alignment: every expert's group is padded to a multiple of this many rows.
       expert_capacity: rows of every expert's group, whatever it gets: what is more is dropped, what
@@ -103,6 +106,10 @@ class Config:
       dtype: bfloat16, float16 or float32; the dtype of rows that are summed.
       timeout_s: seconds a receive waits for its peers before it is a fault.
       wire_dtype: None, or float8_e4m3fn for rows that dispatch quantises (below).
+
+    `capacity_factor` is an argument alone. It sets `recv_capacity` to capacity_factor *
+    `balanced_load` rows, rounded up to whole rows and to `expert_alignment`, and never above
+    `worst_case_capacity`. The padding of groups takes place among these rows.
 
     With `wire_dtype=float8_e4m3fn` a dispatch sends each row of x as `hidden` values of one byte
     and ceil(hidden / 128) scales of four; recv.x is in `dtype` again. For each 128 columns of a row
@@ -121,7 +128,8 @@ class Config:
     quantisation as if it were the identity.
 
     Raises:
-      TypeError, ValueError: for a value out of range, naming it and the range.
+      TypeError, ValueError: for a value out of range, naming it and the range; for a
+        `capacity_factor` beside a `recv_capacity` or an `expert_capacity`.
     """
 
     ep_size: int
@@ -136,8 +144,9 @@ class Config:
     dtype: Any = jnp.bfloat16
     timeout_s: float = 100.0
     wire_dtype: Any = None
+    capacity_factor: dataclasses.InitVar[Any] = None
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, capacity_factor: Any) -> None:
         def put(name: str, value: Any) -> None:
             object.__setattr__(self, name, value)
 
@@ -156,18 +165,33 @@ class Config:
         put("dtype", _check_dtype(self.dtype))
         put("wire_dtype", _check_wire_dtype(self.wire_dtype))
         put("timeout_s", _check_timeout(self.timeout_s))
-        if self.expert_capacity is not None:
+        if capacity_factor is not None:
+            put("recv_capacity", self._rows_of_factor(capacity_factor))
+        elif self.expert_capacity is not None:
             put("expert_capacity", check_int("expert_capacity", self.expert_capacity, 1))
             self._check_fixed_groups(self.num_local_experts * self.expert_capacity)
             put("recv_capacity", self.num_local_experts * self.expert_capacity)
         elif self.recv_capacity is None:
             put("recv_capacity", self.worst_case_capacity)
         put("recv_capacity", check_int("recv_capacity", self.recv_capacity, 0))
-        if max(self.recv_capacity, self.worst_case_capacity) > np.iinfo(np.int32).max:
+        # Counts are of all that tokens name, each expert as often as they name it.
+        named = self.max_recv_tokens * self.top_k
+        if max(self.recv_capacity, self.worst_case_capacity, named) > np.iinfo(np.int32).max:
             raise ValueError(
                 f"expert rows per rank must fit int32, got {self.recv_capacity} "
-                f"(worst case {self.worst_case_capacity})"
+                f"(worst case {self.worst_case_capacity}; the group's tokens name {named})"
             )
+
+    def _rows_of_factor(self, capacity_factor: Any) -> int:
+        for name in ("recv_capacity", "expert_capacity"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"expected capacity_factor or {name}, got capacity_factor={capacity_factor} "
+                    f"and {name}={getattr(self, name)}"
+                )
+        return capacity.rows_of_factor(
+            capacity_factor, self.balanced_load, self.expert_alignment, self.worst_case_capacity
+        )
 
     def _check_fixed_groups(self, num_rows: int) -> None:
         if self.recv_capacity not in (None, num_rows):
@@ -186,12 +210,19 @@ class Config:
         return self.num_experts // self.ep_size
 
     @property
-    def worst_case_capacity(self) -> int:
-        """Expert rows a rank receives at most: every token of every rank names its experts only.
+    def balanced_load(self) -> int:
+        """Expert rows of a rank where all ranks have `max_tokens` and the router spreads evenly."""
+        return self.max_tokens * self.top_k
 
-        ep_size * max_tokens * top_k, and up to expert_alignment - 1 rows of padding for each group.
+    @property
+    def worst_case_capacity(self) -> int:
+        """Expert rows a rank receives at most from tokens that name no expert twice.
+
+        Every token of every rank then names as many of the rank's experts as it can: ep_size *
+        max_tokens * min(top_k, num_local_experts) rows, and up to expert_alignment - 1 rows of
+        padding for each group.
         """
-        rows = self.ep_size * self.max_tokens * self.top_k
+        rows = self.max_recv_tokens * min(self.top_k, self.num_local_experts)
         padding = min(self.num_local_experts, rows) * (self.expert_alignment - 1)
         return (rows + padding) // self.expert_alignment * self.expert_alignment
 

@@ -1,4 +1,4 @@
-"""The two forms in which a dispatch is received."""
+"""The forms in which a dispatch and a combine are received."""
 
 from __future__ import annotations
 
@@ -39,6 +39,14 @@ def by_token(target: Target, sent: Sent) -> ReceivedTokens:
         num_tokens=num_tokens,
         layout=_layout(sent.topk_idx, rows, num_rows_from, "tokens"),
     )
+
+
+def sums(target: Target, sent: Sent) -> Array:
+    # A shard_map that takes an empty array ends the process of JAX 0.11.2, so none is in a Sent.
+    y, rows, num_rows_from, *weights = sent.own_rows
+    weights = weights or [autodiff.no_weights(y)]
+    own_rows = (y, *weights, rows, num_rows_from)
+    return autodiff.combine_recv(target, sent.token, sent.topk_idx, *own_rows)
 
 
 def no_scales(values: Array, row_type: RowType) -> Array:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from jax_sm_free import checks
 from jax_sm_free.config import Config
@@ -89,8 +89,8 @@ class Buffer:
     Args:
       mesh: the mesh of the `shard_map`. It may have further axes: each group works on its own.
       axis: name of the expert-parallel axis, or a tuple of names, slowest first.
-      hidden, num_experts, top_k, max_tokens, recv_capacity, num_slots, expert_alignment,
-        expert_capacity, dtype, wire_dtype, timeout_s: see `Config`.
+      hidden, num_experts, top_k, max_tokens, recv_capacity, capacity_factor, num_slots,
+        expert_alignment, expert_capacity, dtype, wire_dtype, timeout_s: see `Config`.
       transport: taken for the sake of equal signatures, unused.
 
     Raises:
@@ -107,6 +107,7 @@ class Buffer:
         top_k: int,
         max_tokens: int,
         recv_capacity: int | None = None,
+        capacity_factor: float | None = None,
         num_slots: int = 2,
         expert_alignment: int = 1,
         expert_capacity: int | None = None,
@@ -116,6 +117,7 @@ class Buffer:
         timeout_s: float = 100.0,
     ) -> None:
         del transport
+        self._mesh_axes = mesh.axis_names
         self.axes = checks.check_mesh(mesh, axis)
         self.config = Config(
             ep_size=checks.group_size(mesh, self.axes),
@@ -124,6 +126,7 @@ class Buffer:
             top_k=top_k,
             max_tokens=max_tokens,
             recv_capacity=recv_capacity,
+            capacity_factor=capacity_factor,
             num_slots=num_slots,
             expert_alignment=expert_alignment,
             expert_capacity=expert_capacity,
@@ -231,6 +234,11 @@ class Buffer:
         place = jnp.where(was_sent, jnp.cumsum(was_sent, axis=1) - 1, -1)
         addends = jax.vmap(_take_rows)(returned, place)
         return _sum_in_order(addends.astype(jnp.float32)).astype(sent.rows.dtype)
+
+    @property
+    def sent_specs(self) -> PartitionSpec:
+        """For a sent value that crosses from one shard_map to another."""
+        return PartitionSpec(self._mesh_axes)
 
     def dispatch(
         self,

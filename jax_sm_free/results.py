@@ -45,7 +45,8 @@ class Received:
       counts: i32 [num_local_experts], rows that were sent to each expert: no padding, drops
         included.
       weights: f32 [recv_capacity], the row's weight; zero for padding.
-      dropped: i32 [], expert rows that `recv_capacity` had no place for.
+      dropped: i32 [], expert rows that `recv_capacity` had no place for; by default such of
+        tokens that name an expert twice.
       layout: for `combine_send`.
       expert_capacity: rows of every group, where the buffer has groups of one size; else None
         (static).

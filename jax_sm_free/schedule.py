@@ -83,7 +83,8 @@ class Sent:
       token: f32 [8], names the exchange.
       topk_idx: i32 [T, top_k], what this rank dispatched by.
       own_rows: what the recv takes this rank's own rows from: (x,) or (values, scales) of a
-        dispatch, () where the wire quantises; (y, weights, rows, num_rows_from) of a combine.
+        dispatch, () where the wire quantises; (y, rows, num_rows_from) of a combine, with weights
+        behind them if it has any.
       kind: "dispatch" or "combine" (static).
       row_type: of the rows that travel (static).
     """

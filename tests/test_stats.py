@@ -15,7 +15,7 @@ from support import make_config
 
 import jax_sm_free as smf
 
-CONFIG = make_config(num_experts=2 * support.SOME_RANKS)
+CONFIG = make_config(num_experts=2 * support.SOME_RANKS, recv_capacity=18 * support.SOME_RANKS)
 KINDS = ("dispatch", "combine", "dispatch_backward", "combine_backward")
 HELD_S = 0.5
 LATE = support.SOME_RANKS - 1

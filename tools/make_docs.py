@@ -64,6 +64,7 @@ def run_blocks(path: str) -> bool:
         os.environ,
         JAX_PLATFORMS="cpu",
         XLA_FLAGS="--xla_force_host_platform_device_count=8",
+        PYTHONWARNINGS="error:jax_sm_free",  # what users copy does not warn
     )
     with tempfile.TemporaryDirectory() as folder:
         # Tracebacks name the Markdown file and its lines.

@@ -17,7 +17,7 @@ from jax import Array
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """Sizes of the model; `capacity` is recv_capacity over the rows of a balanced load."""
+    """Sizes of the model; `capacity` is the capacity_factor of its buffer."""
 
     vocabulary: int = 256
     layers: int = 2
@@ -46,7 +46,7 @@ def make_backend(ops: Any, mesh: Any, config: ModelConfig, max_tokens: int) -> B
         num_experts=config.experts,
         top_k=config.top_k,
         max_tokens=max_tokens,
-        recv_capacity=int(config.capacity * max_tokens * config.top_k),
+        capacity_factor=config.capacity,
         dtype=jnp.float32,
     )
     return Backend(ops, buffer)

@@ -46,7 +46,8 @@ _HIDDEN = flags.DEFINE_integer("hidden", 7168, "Columns of a row.")
 _EXPERTS = flags.DEFINE_integer("num_experts", 256, "Experts of all ranks.")
 _TOP_K = flags.DEFINE_integer("top_k", 8, "Experts of a token.")
 _TOKENS = flags.DEFINE_integer("max_tokens", 4096, "Tokens of a rank and call.")
-_CAPACITY = flags.DEFINE_integer("recv_capacity", None, "Expert rows of a rank; none: the worst.")
+_CAPACITY = flags.DEFINE_integer("recv_capacity", None, "Expert rows of a rank; none: worst case.")
+_FACTOR = flags.DEFINE_float("capacity_factor", None, "The same over a balanced load's rows.")
 _SLOTS = flags.DEFINE_integer("num_slots", 2, "Exchanges in flight.")
 _ALIGNMENT = flags.DEFINE_integer("expert_alignment", 1, "Rows that groups are padded to.")
 _EXPERT_CAPACITY = flags.DEFINE_integer("expert_capacity", None, "Rows of each group.")
@@ -70,6 +71,7 @@ def _config() -> Config:
         top_k=_TOP_K.value,
         max_tokens=_TOKENS.value,
         recv_capacity=_CAPACITY.value,
+        capacity_factor=_FACTOR.value,
         num_slots=_SLOTS.value,
         expert_alignment=_ALIGNMENT.value,
         expert_capacity=_EXPERT_CAPACITY.value,

@@ -20,8 +20,8 @@ Config MakeConfig(const Case& which) {
                 .row_bytes = which.hidden * int64_t{sizeof(float)},
                 .timeout_s = which.timeout_s,
                 .float8_wire = which.float8_wire};
-  const int64_t worst = config.max_recv_tokens() * config.top_k;
-  config.recv_capacity = which.recv_capacity >= 0 ? which.recv_capacity : worst;
+  const int64_t named = config.max_recv_tokens() * config.top_k;  // an expert twice, too
+  config.recv_capacity = which.recv_capacity >= 0 ? which.recv_capacity : named;
   return config;
 }
 

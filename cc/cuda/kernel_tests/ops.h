@@ -28,7 +28,7 @@ struct Case {
   int32_t num_tokens;
   int32_t hidden;
   Routing routing = Routing::kAnywhere;
-  int64_t recv_capacity = -1;  // -1: what the worst case takes
+  int64_t recv_capacity = -1;  // -1: room for all that tokens can name
   bool held_up = false;        // the driver lets no copy through
   bool float8_wire = false;
   double timeout_s = 5;
