@@ -93,8 +93,12 @@ def _mlp(x: Array, up: Array, down: Array) -> Array:
     return jax.nn.gelu(x @ up) @ down
 
 
-def experts(grouped: Grouped, up: Array, down: Array, capacity: int) -> Array:
+def experts(
+    grouped: Grouped, up: Array, down: Array, capacity: int, weights: Array | None = None
+) -> Array:
     """All experts as one batch of `capacity` rows each, from groups that have the rows they need.
+
+    With weights, each row is multiplied by its weight, where an expert is narrow.
 
     Not `ragged_dot`: XLA:GPU makes of it a dense product over [rows, experts, hidden], 33 GB for
     the headline's sizes, beside which no exchange would count.
@@ -115,11 +119,18 @@ def experts(grouped: Grouped, up: Array, down: Array, capacity: int) -> Array:
     )
 
     batch = spread(grouped.x, row, batch_place[:, None])
-    y = _batch(grouped._replace(x=batch), up, down, capacity)
+    if weights is not None:
+        weights = spread(weights[:, None], row, batch_place[:, None])
+    y = _batch(grouped._replace(x=batch), up, down, capacity, weights)
     return spread(y, batch_place, row[:, None])
 
 
-def _batch(grouped: Grouped, up: Array, down: Array, capacity: int) -> Array:
+def _batch(
+    grouped: Grouped, up: Array, down: Array, capacity: int, weights: Array | None = None
+) -> Array:
     """The same from groups of `capacity` rows."""
     batch = grouped.x.reshape(up.shape[0], capacity, -1)
-    return (jax.nn.gelu(batch @ up) @ down).reshape(grouped.x.shape)
+    h = jax.nn.gelu(batch @ up)
+    if weights is not None:
+        h = (h * weights.reshape(up.shape[0], capacity, 1)).astype(h.dtype)
+    return (h @ down).reshape(grouped.x.shape)

@@ -6,8 +6,9 @@
 The block is that of examples/two_microbatches.py. All contestants step through the same tokens with
 the same routing, each expert's rows in a batch that holds the fullest. Prints a table: time of a
 step, forward, with gradients, and with gradients under jax.checkpoint. Times are medians of runs in
-turn. For ours, from a profile of one step: how long copies between GPUs took, which part of that
-was beside compute, how long our kernels stood still for them, and which part of the copies was
+turn. The other columns are of a profile of one step, milliseconds, means of the GPUs: how long
+GEMMs, other kernels of XLA, our kernels and kernels of collectives ran, and none; how long copies
+between GPUs took, how long our kernels stood still for them, and the part of the copies that was
 hidden, 1 - waited / copies.
 """
 
@@ -48,7 +49,7 @@ _SECONDS = flags.DEFINE_float("seconds", 2.0, "Time for each kind of step.")
 _PICTURE = flags.DEFINE_string("picture", None, "Where to draw ours with two microbatches.")
 _OUT = flags.DEFINE_string("out", "out/microbatches", "Where profiles go.")
 
-_COLUMNS = "copies us", "beside", "waited us", "hidden"
+_COLUMNS = "gemms", "other", "ours", "coll.", "idle", "copies", "waited", "hidden"
 Block = Callable[..., tuple[Array, Array]]
 # Without it, XLA may run a collective beside nothing.
 _OPTIONS = {"xla_gpu_enable_latency_hiding_scheduler": True}
@@ -135,8 +136,10 @@ def _collectives(setting: Setting, one: Any, load: Load) -> Callable[..., Array]
     def block(params: Any, x: Array, idx: Array) -> Array:
         x, h, idx, weights = _routed(setting, params, x, idx)
         shared, grouped = one.dispatch_beside(example.shared_expert, (params, h), h, idx, weights)
-        y = layer.experts(grouped, params["up"], params["down"], load.expert_capacity)
-        out = one.combine(y, grouped.handle, grouped.weights)
+        y = layer.experts(
+            grouped, params["up"], params["down"], load.expert_capacity, grouped.weights
+        )
+        out = one.combine(y, grouped.handle, jnp.ones_like(grouped.weights))
         return x + (shared + out).reshape(x.shape)
 
     return block
@@ -144,10 +147,8 @@ def _collectives(setting: Setting, one: Any, load: Load) -> Callable[..., Array]
 
 def _one(setting: Setting, buffer: smf.Buffer) -> Callable[..., Array]:
     def block(params: Any, x: Array, idx: Array) -> Array:
-        x, h, idx, weights = _routed(setting, params, x, idx)
-        experts = functools.partial(example.routed_experts, params)
-        shared = functools.partial(example.shared_expert, params)
-        return x + smf.moe(h, idx, weights, experts, buffer, shared=shared).reshape(x.shape)
+        before = functools.partial(_routed, setting)
+        return example.shared_beside_dispatch(buffer, before, params, x, idx)
 
     return block
 
@@ -228,20 +229,33 @@ def _options(name: str) -> dict[str, Any] | None:
     return _OPTIONS if name.startswith("XLA") and not on_cpu else None
 
 
-def _copies(parts: list[list[trace.Event]]) -> tuple[float, float, float]:
-    """Of a step, means of all GPUs.
+def _measure(run: Callable[[], Any], directory: pathlib.Path) -> list[float]:
+    """What GPUs did in a step, means of all of them: numbers for `_COLUMNS`."""
+    parts = list(trace.by_gpu(trace.record(run, directory)).values())
 
-    Returns:
-      Microseconds that copies between GPUs took; of these, the part beside compute; and
-      microseconds that our kernels stood still for them.
-    """
-    copies = [trace.union(trace.peer_copies(part)) for part in parts]
-    compute = [trace.union(e for e in part if e.kind in ("gemm", "other")) for part in parts]
-    waits = [[e for e in part if e.kind == "ours" and e.phase == "wait"] for part in parts]
-    lengths = statistics.mean(map(trace.length, copies))
-    beside = statistics.mean(map(trace.common, copies, compute))
-    waited = statistics.mean(sum(e.duration_us for e in part) for part in waits)
-    return lengths, beside / lengths, waited
+    def union(part: list[trace.Event], *kinds: str) -> list[trace.Interval]:
+        return trace.union(e for e in part if e.kind in kinds)
+
+    def mean_ms(measure: Callable[[list[trace.Event]], float]) -> float:
+        return 1e-3 * statistics.mean(map(measure, parts))
+
+    gemms, other, ours, collectives = (
+        mean_ms(lambda part, kind=kind: trace.length(union(part, kind)))
+        for kind in ("gemm", "other", "ours", "collective")
+    )
+    idle = mean_ms(
+        lambda part: (
+            max(e.end_us for e in part)
+            - min(e.start_us for e in part)
+            - trace.length(union(part, "gemm", "other", "ours", "collective"))
+        )
+    )
+    waited = mean_ms(
+        lambda part: sum(e.duration_us for e in part if e.kind == "ours" and e.phase == "wait")
+    )
+    copies = mean_ms(lambda part: trace.length(trace.union(trace.peer_copies(part))))
+    hidden = 1 - waited / copies if ours else float("nan")
+    return [gemms, other, ours, collectives, idle, copies, waited, hidden]
 
 
 def main(argv: list[str]) -> None:
@@ -263,17 +277,16 @@ def main(argv: list[str]) -> None:
         times = timing.race(runs, _SECONDS.value, 5, 100)
         medians = {name: 1e3 * statistics.median(seconds) for name, seconds in times.items()}
         best = min((ms for name, ms in medians.items() if name.startswith("XLA")), default=None)
-        columns = ("ms", 9), ("of XLA", 9), *((name, 10) for name in _COLUMNS)
+        columns = ("ms", 9), ("of XLA", 9), *((name, 8) for name in _COLUMNS)
         print(f"\n{kind:34}", *(f"{name:>{width}}" for name, width in columns), sep="", flush=True)
         for name, ms in medians.items():
             cells = f"{name:34}{ms:9.3f}{ms / best if best else float('nan'):9.2f}"
-            if name.startswith("ours") and not on_cpu:
+            if not on_cpu:
                 profile = pathlib.Path(_OUT.value, f"{kind} {name}".replace(" ", "_"))
-                parts = trace.by_gpu(trace.record(runs[name], profile))
-                copies, beside, waited = _copies(list(parts.values()))
-                cells += f"{copies:10.0f}{beside:10.2f}{waited:10.0f}{1 - waited / copies:9.2f}"
+                cells += "".join(f"{number:8.2f}" for number in _measure(runs[name], profile))
                 if _PICTURE.value and kind == "with gradients" and "interleaved" in name:
-                    drawing.draw_parts({0: parts[0]}, pathlib.Path(_PICTURE.value))
+                    part = trace.by_gpu(trace.read(profile))[0]
+                    drawing.draw_parts({0: part}, pathlib.Path(_PICTURE.value))
             print(cells, flush=True)
     for buffer in buffers:
         buffer.check()

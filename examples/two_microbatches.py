@@ -63,26 +63,33 @@ def shared_expert(params, h):
 
 
 def routed_experts(params, recv):
+    """Rows that are multiplied by their weights already, in the narrow part of the expert.
+
+    So combine has no weights, and the backward pass need not keep what experts return.
+    """
     h = jax.nn.gelu(smf.grouped_matmul(recv.x, params["up"], recv))
+    h = (h * recv.weights[:, None]).astype(h.dtype)
     return smf.grouped_matmul(h, params["down"], recv)
 
 
 # ------------------------------------------------------------------------------- the same, placed
 
 
-def one_microbatch(buffer, params, x):
-    """[batch, sequence, hidden] to the same: the shared expert runs beside the dispatch."""
-    x, h, idx, weights = attend_and_route(params, x, buffer.config.top_k)
-    experts = functools.partial(routed_experts, params)
-    out = smf.moe(h, idx, weights, experts, buffer, shared=functools.partial(shared_expert, params))
-    return x + out.reshape(x.shape)
+def shared_beside_dispatch(buffer, before, params, *x):
+    """[batch, sequence, hidden] to the same: the shared expert runs beside the dispatch.
+
+    `before` is `attend_and_route`, or a function like it, which `x` are arguments of.
+    """
+    x, h, *routing = before(params, *x)
+    sent = buffer.dispatch_send(h, *routing)
+    shared, sent = smf.overlap(sent, shared_expert, params, h)
+    recv = buffer.dispatch_recv(sent)
+    out = buffer.combine(routed_experts(params, recv), recv.layout)
+    return x + (out + shared).reshape(x.shape)
 
 
 def interleave(buffer, before, params, a, b):
-    """The same of two microbatches; one exchange of a kind is in flight at a time.
-
-    `before` is `attend_and_route`, or a function like it, which `a` and `b` are arguments of.
-    """
+    """The same of two microbatches; one exchange of a kind is in flight at a time."""
     a, h_a, *routing_a = before(params, *a)
     dispatch_a = buffer.dispatch_send(h_a, *routing_a)
     (b, h_b, *routing_b), dispatch_a = smf.overlap(dispatch_a, before, params, *b)
@@ -92,11 +99,11 @@ def interleave(buffer, before, params, a, b):
     y_a, dispatch_b = smf.overlap(dispatch_b, routed_experts, params, recv_a)
     recv_b = buffer.dispatch_recv(dispatch_b)
 
-    combine_a = buffer.combine_send(y_a, recv_a.layout, recv_a.weights)
+    combine_a = buffer.combine_send(y_a, recv_a.layout)
     y_b, combine_a = smf.overlap(combine_a, routed_experts, params, recv_b)
     out_a = buffer.combine_recv(combine_a)
 
-    combine_b = buffer.combine_send(y_b, recv_b.layout, recv_b.weights)
+    combine_b = buffer.combine_send(y_b, recv_b.layout)
     shared_a, combine_b = smf.overlap(combine_b, shared_expert, params, h_a)
     shared_b, combine_b = smf.overlap(combine_b, shared_expert, params, h_b)
     out_b = buffer.combine_recv(combine_b)
@@ -104,11 +111,6 @@ def interleave(buffer, before, params, a, b):
         a + (out_a + shared_a).reshape(a.shape),
         b + (out_b + shared_b).reshape(b.shape),
     )
-
-
-def two_microbatches(buffer, params, a, b):
-    before = functools.partial(attend_and_route, top_k=buffer.config.top_k)
-    return interleave(buffer, before, params, (a,), (b,))
 
 
 # ----------------------------------------------------------------------------------------- a step
@@ -165,10 +167,14 @@ def main():
     )
     a, b = jax.random.normal(jax.random.key(1), (2, ranks * batch, sequence, hidden), dtype)
 
-    def in_turn(params, a, b):
-        return [one_microbatch(buffer, params, x) for x in (a, b)]
+    before = functools.partial(attend_and_route, top_k=top_k)
 
-    at_once = functools.partial(two_microbatches, buffer)
+    def in_turn(params, a, b):
+        return [shared_beside_dispatch(buffer, before, params, x) for x in (a, b)]
+
+    def at_once(params, a, b):
+        return interleave(buffer, before, params, (a,), (b,))
+
     saved = jax.checkpoint_policies.save_only_these_names(smf.DISPATCHED)
     for name, block in (
         ("one after the other", in_turn),

@@ -26,6 +26,7 @@ def moe(
     *,
     shared: Shared | None = None,
     has_aux: bool = False,
+    apply_weights: bool = True,
 ) -> Any:
     """Dispatches tokens, runs the experts, combines their results. Collective.
 
@@ -52,6 +53,9 @@ def moe(
         runs while the dispatch travels. A pair (first, second) runs first(x) while the dispatch
         travels, and second(first(x)), which is added, while the combine travels. What they close
         over is placed with them, in the backward pass, too.
+      apply_weights: whether combine multiplies rows by their weights. With False `experts` has done
+        so itself, times `recv.weights`: before its last product, where rows are narrow, that costs
+        less, and the backward pass need not keep what `experts` returns.
       has_aux: whether `experts` returns (rows, aux), for example to report `recv.dropped`.
 
     Returns:
@@ -72,7 +76,7 @@ def moe(
     of_all, sent = _beside(sent, before, x)
     recv = buffer.dispatch_recv(sent)
     y, aux = experts(recv) if has_aux else (experts(recv), None)
-    sent = buffer.combine_send(y, recv.layout, recv.weights)
+    sent = buffer.combine_send(y, recv.layout, recv.weights if apply_weights else None)
     if after is not None:
         of_all, sent = _beside(sent, after, of_all)
     out = buffer.combine_recv(sent).reshape(x.shape)

@@ -136,6 +136,28 @@ def test_weights_and_indices_of_other_dtypes():
     support.assert_close(got[1][1], want[1][1], tolerance=2e-2)  # through a bfloat16 gradient
 
 
+def test_experts_may_apply_the_weights_themselves():
+    """The last product is linear: its rows may be multiplied before it."""
+
+    def layer(params, x):
+        weights, idx = route(params, x)
+
+        def experts(recv):
+            h = jax.lax.ragged_dot(recv.x, params["up"], recv.group_sizes)
+            h = jax.nn.silu(h + params["bias"][recv.expert]) * recv.weights[:, None]
+            return jax.lax.ragged_dot(h, params["down"], recv.group_sizes)
+
+        return smf.moe(x, idx, weights, experts, buffer(), apply_weights=False)
+
+    def as_always(params, x):
+        weights, idx = route(params, x)
+        return smf.moe(x, idx, weights, functools.partial(mlp, params), buffer())
+
+    args = make_params(), make_x(T)
+    got, want = (with_gradients(one)(*args) for one in (layer, as_always))
+    support.assert_close(got, want, tolerance=1e-4)  # the loss is a sum that cancels
+
+
 def test_experts_may_return_more():
     def layer(params, x):
         weights, idx = route(params, x)
