@@ -163,7 +163,7 @@ def _contestants(setting: Setting) -> tuple[dict[str, Block], list[smf.Buffer]]:
     of_half = make_ours(setting.half, setting.load_of_half).buffer
     of_whole = make_ours(setting.whole, setting.load_of_whole).buffer
     dense = {
-        "XLA's all-to-all, one microbatch": (_at_once, setting.whole, setting.load_of_whole),
+        "XLA's all-to-all, one": (_at_once, setting.whole, setting.load_of_whole),
         "XLA's all-to-all, two": (_in_turn, setting.half, setting.load_of_half),
     }
     blocks: dict[str, Block] = {
@@ -175,7 +175,7 @@ def _contestants(setting: Setting) -> tuple[dict[str, Block], list[smf.Buffer]]:
         blocks["XLA's ragged all-to-all, one"] = functools.partial(
             _at_once, _collectives(setting, ragged, setting.load_of_whole)
         )
-    blocks["ours, one microbatch"] = functools.partial(_at_once, _one(setting, of_whole))
+    blocks["ours, one"] = functools.partial(_at_once, _one(setting, of_whole))
     blocks["ours, two, one after the other"] = functools.partial(_in_turn, _one(setting, of_half))
     blocks["ours, two interleaved"] = functools.partial(_two, setting, of_half)
     return blocks, [of_half, of_whole]
@@ -284,7 +284,7 @@ def main(argv: list[str]) -> None:
             if not on_cpu:
                 profile = pathlib.Path(_OUT.value, f"{kind} {name}".replace(" ", "_"))
                 cells += "".join(f"{number:8.2f}" for number in _measure(runs[name], profile))
-                if _PICTURE.value and kind == "with gradients" and "interleaved" in name:
+                if _PICTURE.value and kind == "with gradients" and name.endswith("interleaved"):
                     part = trace.by_gpu(trace.read(profile))[0]
                     drawing.draw_parts({0: part}, pathlib.Path(_PICTURE.value))
             print(cells, flush=True)
