@@ -171,10 +171,16 @@ def check() -> None:
             ours = Program(OURS, dtype=dtype, **options).run()
             dense = Program(OWN, dtype=dtype, **options, **DENSE).run()
             _compare(checks, f"{dtype} {mesh}, dense", bound, ours, dense)
-    ring = Program(OWN, **RING, ragged_buffer_factor=3.9).run()
-    _compare(checks, "float32 expert=8, ring", 3e-6, Program(OURS).run(), ring)
+    check_ring(checks)
     check_remat(checks)
     checks.end()
+
+
+def check_ring(checks: comparing.Checks) -> None:
+    """The same against the ring, with a buffer of which it needs less; it has bfloat16 alone."""
+    ring = Program(OWN, dtype="bfloat16", **RING, ragged_buffer_factor=3.9).run()
+    ours = Program(OURS, dtype="bfloat16").run()
+    _compare(checks, "bfloat16 expert=8, ring", 3e-2, ours, ring)
 
 
 def _compare(checks: comparing.Checks, what: str, bound: float, got: Any, want: Any) -> None:
