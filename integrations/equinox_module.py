@@ -22,5 +22,5 @@ class Moe(eqx.Module):
             self.weights[name] = jax.device_put(array, spec)
 
     def __call__(self, x: Array) -> tuple[Array, Array]:
-        """x [batch, ..., hidden] -> the same shape, and how many rows found no room."""
+        """X [batch, ..., hidden] -> the same shape, and how many rows found no room."""
         return moe_layer(self.config, x, self.weights)

@@ -148,7 +148,9 @@ def _interleaved(columns: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return columns[..., ::2], columns[..., 1::2]
 
 
-def choose(family: Family, routing: Routing, logits: Array, correction: Array) -> tuple[Array, Array]:
+def choose(
+    family: Family, routing: Routing, logits: Array, correction: Array
+) -> tuple[Array, Array]:
     """Logits [T, experts], correction [experts] -> topk_idx i32, topk_weights f32 [T, top_k]."""
     scores = family.scores(logits.astype(jnp.float32))
     choice = jax.lax.stop_gradient(scores + correction)  # the weights are without the correction
@@ -167,7 +169,7 @@ def choose(family: Family, routing: Routing, logits: Array, correction: Array) -
 def layer(
     family: Family, routing: Routing, axis: str, x: Array, weights: dict[str, Array]
 ) -> Array:
-    """x [T, hidden] of one rank -> the same. Runs inside `jax.shard_map`.
+    """X [T, hidden] of one rank -> the same. Runs inside `jax.shard_map`.
 
     Args:
       family: of `FAMILIES`.

@@ -12,7 +12,7 @@ class Moe(linen.Module):
 
     @linen.compact
     def __call__(self, x: Array) -> Array:
-        """x [batch, ..., hidden] -> the same shape; sows `dropped` as an intermediate."""
+        """X [batch, ..., hidden] -> the same shape; sows `dropped` as an intermediate."""
         weights = {}
         for name, shape in self.config.shapes().items():
             stacked = () if name == "router" else (0,)

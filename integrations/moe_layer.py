@@ -38,7 +38,7 @@ class MoeConfig:
 
 
 def moe_layer(config: MoeConfig, x: Array, weights: dict[str, Array]) -> tuple[Array, Array]:
-    """x [batch, ..., hidden], its batch sharded over `axis`, through top_k of the experts.
+    """X [batch, ..., hidden], its batch sharded over `axis`, through top_k of the experts.
 
     An expert is (silu(x @ gate) * (x @ up)) @ down. Returns the same shape, and how many rows found
     no room, summed over the ranks.
@@ -66,4 +66,6 @@ def moe_layer(config: MoeConfig, x: Array, weights: dict[str, Array]) -> tuple[A
         return smf.moe(x, topk_idx, topk_weights, experts, buffer, has_aux=True)
 
     spec = P(config.axis)
-    return jax.shard_map(on_rank, in_specs=(spec, specs), out_specs=(spec, P()))(x, weights)
+    # The kernels that grouped_matmul has for GPUs do not say how their results vary.
+    mapped = jax.shard_map(on_rank, in_specs=(spec, specs), out_specs=(spec, P()), check_vma=False)
+    return mapped(x, weights)

@@ -18,7 +18,7 @@ class Moe(nnx.Module):
             setattr(self, name, nnx.Param(init(rngs.params(), shape), out_sharding=sharding))
 
     def __call__(self, x: Array) -> Array:
-        """x [batch, ..., hidden] -> the same shape."""
+        """X [batch, ..., hidden] -> the same shape."""
         weights = {name: getattr(self, name)[...] for name in self.config.shapes()}
         y, self.dropped[...] = moe_layer(self.config, x, weights)
         return y

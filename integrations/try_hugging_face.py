@@ -1,11 +1,12 @@
 """Layers of Hugging Face's transformers, in torch, against `hugging_face_layer`: check.
 
-A model of one layer with random weights is saved as `save_pretrained` saves it, and read from there;
-so are its gradients. Needs requirements/integrations/hugging_face.txt.
+A model of one layer with random weights is saved as `save_pretrained` saves it, and read from
+there; so are its gradients. Needs requirements/integrations/hugging_face.txt.
 """
 
 import functools
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from jax import Array, P
 from jax.sharding import AxisType
 from safetensors.numpy import load_file
 
-HIDDEN, WIDTH, EXPERTS, TOKENS = 32, 16, 16, 64
+HIDDEN, WIDTH, EXPERTS, TOKENS = 32, 24, 16, 64
 COMMON = {
     "vocab_size": 64,
     "hidden_size": HIDDEN,
@@ -89,7 +90,7 @@ MODELS: dict[str, tuple[str, dict[str, Any], ours.Routing]] = {
 
 def build(name: str) -> tuple[Any, Any]:
     """A model of one layer with random weights, and its mixture-of-experts block."""
-    prefix, options, routing = MODELS[name]
+    prefix, options, _ = MODELS[name]
     config_class = "Llama4TextConfig" if name == "llama4" else f"{prefix}Config"
     common = dict(COMMON)
     if name in ("longcat_flash", "deepseek_v3", "glm4_moe"):
@@ -159,9 +160,9 @@ def check() -> None:
             return (y * cotangent).sum(), y
 
         with jax.set_mesh(mesh):
-            (_, got), (got_dx, got_dw) = jax.jit(
-                jax.value_and_grad(loss, (0, 1), has_aux=True)
-            )(x, jax.tree.map(jnp.asarray, weights))
+            (_, got), (got_dx, got_dw) = jax.jit(jax.value_and_grad(loss, (0, 1), has_aux=True))(
+                x, jax.tree.map(jnp.asarray, weights)
+            )
         errors = {f"d{key}": comparing.error(got_dw[key], want[key]) for key in want}
         errors.pop("dcorrection", None)  # a buffer, without a gradient
         checks.near(
@@ -171,10 +172,10 @@ def check() -> None:
 
 
 def names() -> None:
-    """Prints what is saved of each block."""
+    """Prints what is saved of each block, of the experts the first."""
     for name in MODELS:
         for key, array in sorted(saved(build(name)[0]).items()):
-            if ours.FAMILIES[name].block in key and ".1" not in key:
+            if f".{ours.FAMILIES[name].block}." in key and not re.search(r"experts\.[1-9]", key):
                 print(name, key, array.shape)
 
 

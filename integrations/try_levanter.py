@@ -99,7 +99,8 @@ def check() -> None:
                 ring = with_gradients(layer("ring", float(expert)))(args)
                 grads, (y, counts) = with_gradients(layer(OURS, float(expert)))(args)
             names = ("dx", "dweights", "dw13", "dw2")
-            errors = {n: comparing.error(a, b) for n, a, b in zip(names, grads, ring[0])}
+            pairs = zip(names, grads, ring[0], strict=True)
+            errors = {name: comparing.error(got, want) for name, got, want in pairs}
             checks.near(what, bound, out=comparing.error(y, ring[1][0]), **errors)
             checks.equal(what + " dropped, skipped", *(_counts(c) for c in (counts, ring[1][1])))
     check_capacity(checks)
@@ -117,7 +118,8 @@ def check_capacity(checks: comparing.Checks) -> None:
         args = arguments(mesh)
         for factor in (1.25, 1.0):
             ring, ours = (
-                _counts(with_gradients(layer(name, factor))(args)[1][1])[0] for name in ("ring", OURS)
+                _counts(with_gradients(layer(name, factor))(args)[1][1])[0]
+                for name in ("ring", OURS)
             )
             print(f"capacity factor {factor}: ring drops {ring} rows of 2048, jax_sm_free {ours}")
             checks.equal(f"capacity factor {factor}: no more dropped", ours <= ring, True)

@@ -17,8 +17,8 @@ os.environ.setdefault("DECOUPLE_GCLOUD", "TRUE")
 
 import jax
 import jax.numpy as jnp
-import maxtext_exchange
 import maxtext.configs
+import maxtext_exchange
 from flax import linen, nnx
 from jax import Array
 from maxtext.configs import pyconfig
@@ -236,8 +236,10 @@ def time() -> None:
 
 def train() -> None:
     """Four steps of MaxText's own trainer on synthetic data; prints its log."""
+    from absl import logging
     from maxtext.trainers.pre_train import train as trainer
 
+    logging.set_verbosity(logging.INFO)
     options = SIZES | {
         "base_output_directory": tempfile.mkdtemp(),
         "dataset_type": "synthetic",

@@ -4,6 +4,8 @@ Needs requirements/integrations/modules.txt.
 """
 
 import copy
+import functools
+import inspect
 import pickle
 from typing import Any
 
@@ -13,12 +15,15 @@ import equinox_module
 import jax
 import jax.numpy as jnp
 import linen_module
+import nano_moe_port
 import nnx_module
 import optax
 from flax import linen, nnx
 from jax import Array, P
 from jax.sharding import AxisType, Mesh, NamedSharding
 from moe_layer import MoeConfig
+from nano_moe.config import NanoMoEConfig
+from nano_moe.layers import MoELayer
 
 import jax_sm_free as smf
 
@@ -59,10 +64,13 @@ def check() -> None:
     mesh, x = inputs(AxisType.Auto)  # `linen.with_partitioning` takes no explicit axes
     with jax.set_mesh(mesh):
         check_linen(checks, x)
+    check_nano_moe(checks)
     checks.end()
 
 
-def compare(checks: comparing.Checks, what: str, x: Array, weights: Any, y: Any, grads: Any) -> None:
+def compare(
+    checks: comparing.Checks, what: str, x: Array, weights: Any, y: Any, grads: Any
+) -> None:
     """A result and its gradients against those of the dense layer."""
     x, weights, y, grads = jax.device_get((x, weights, y, grads))
     with jax.set_mesh(jax.make_mesh((1,), ("one",))):
@@ -85,7 +93,11 @@ def check_nnx(checks: comparing.Checks, x: Array) -> None:
     weights = nnx.to_pure_dict(nnx.state(module, nnx.Param))
     compare(checks, "flax.nnx", x, weights, y, nnx.to_pure_dict(grads))
     checks.equal("flax.nnx, dropped", int(module.dropped[...]), 0)
-    checks.equal("flax.nnx, an expert's weights are on its rank", module.up[...].sharding.spec[0], CONFIG.axis)
+    checks.equal(
+        "flax.nnx, an expert's weights are on its rank",
+        module.up[...].sharding.spec[0],
+        CONFIG.axis,
+    )
 
     optimizer = nnx.Optimizer(module, optax.adam(1e-2), wrt=nnx.Param)
 
@@ -97,7 +109,9 @@ def check_nnx(checks: comparing.Checks, x: Array) -> None:
 
     losses = [float(step(module, optimizer)) for _ in range(5)]
     checks.near("flax.nnx, first loss", 1e-6, loss=abs(losses[0] - float(loss)))
-    checks.equal("flax.nnx, losses of five steps fall", losses == sorted(losses, reverse=True), True)
+    checks.equal(
+        "flax.nnx, losses of five steps fall", losses == sorted(losses, reverse=True), True
+    )
 
     graph, state = nnx.split(module)
     again = nnx.merge(graph, state)(x)
@@ -157,6 +171,44 @@ def check_equinox(checks: comparing.Checks, x: Array) -> None:
     grads = eqx.filter_jit(eqx.filter_grad(lambda m: loss_of(m(x)[0])))(module)
     compare(checks, "Equinox", x, module.weights, y, grads.weights)
     checks.equal("Equinox, dropped", int(dropped), 0)
+
+
+def check_nano_moe(checks: comparing.Checks) -> None:
+    """The port of nano-moe-jax gives what its own layer gives, on four ranks."""
+    config = NanoMoEConfig(dropout_rate=0.0)
+    x = jax.random.normal(jax.random.key(1), (8, 16, config.d_model))
+    own = MoELayer(config)
+    params = own.init(jax.random.key(0), x)["params"]
+    experts = [params[f"expert_{i}"] for i in range(config.n_experts)]
+    ported = {"Router_0": params["Router_0"]}
+    for i in (1, 2):
+        dense = [expert[f"Dense_{i - 1}"] for expert in experts]
+        ported[f"w{i}"] = jnp.stack([one["kernel"] for one in dense])
+        ported[f"b{i}"] = jnp.stack([one["bias"] for one in dense])
+
+    def loss(layer: linen.Module, params: Any, x: Array) -> Any:
+        y, balance = layer.apply({"params": params}, x)
+        return loss_of(y) + balance, y
+
+    def run(layer: linen.Module, params: Any) -> Any:
+        program = jax.value_and_grad(functools.partial(loss, layer), (0, 1), has_aux=True)
+        return jax.device_get(jax.jit(program)(params, x))
+
+    (want_loss, want), (_, want_dx) = run(own, params)
+    mesh = jax.make_mesh((4,), ("ep",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        (got_loss, got), (_, got_dx) = run(nano_moe_port.MoELayer(config), ported)
+    checks.near(
+        "nano-moe-jax",
+        1e-5,
+        out=comparing.error(got, want),
+        loss=comparing.error(got_loss, want_loss),
+        dx=comparing.error(got_dx, want_dx),
+    )
+    source = inspect.getsource(nano_moe_port.MoELayer)
+    ours = source.split("# --- the port\n")[1].split("# --- from here")[0]
+    lines = sum(1 for line in ours.splitlines() if line.strip())
+    checks.equal("nano-moe-jax, lines of the port, at most 15", lines <= 15, True)
 
 
 if __name__ == "__main__":
