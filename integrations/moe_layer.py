@@ -15,14 +15,15 @@ import jax_sm_free as smf
 class MoeConfig:
     """Sizes of a layer; `axis` is the axis of the mesh whose ranks share tokens and experts.
 
-    `capacity_factor` is a rank's room for rows over its share of them; None for the worst case.
+    `capacity_factor` is a rank's room for rows over its share of them; as many as there are ranks
+    is enough for any routing.
     """
 
     hidden: int
     width: int
     num_experts: int
     top_k: int
-    capacity_factor: float | None = 2.0
+    capacity_factor: float = 2.0
     axis: str = "expert"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:

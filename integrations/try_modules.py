@@ -27,7 +27,7 @@ from nano_moe.layers import MoELayer
 
 import jax_sm_free as smf
 
-CONFIG = MoeConfig(hidden=32, width=48, num_experts=16, top_k=2, capacity_factor=None)
+CONFIG = MoeConfig(hidden=32, width=48, num_experts=16, top_k=2, capacity_factor=8.0)
 
 
 def dense(x: Array, weights: dict[str, Array]) -> Array:
