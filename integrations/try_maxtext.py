@@ -77,7 +77,13 @@ def configure(**options: Any) -> Any:
 class Program:
     """A layer with random weights, under its mesh and its axis rules."""
 
-    def __init__(self, method: Callable[..., Any], policy: Any = None, **options: Any) -> None:
+    def __init__(
+        self,
+        method: Callable[..., Any],
+        policy: Any = None,
+        forced: bool = False,
+        **options: Any,
+    ) -> None:
         self.method = method
         self.config = config = configure(**options)
         self.mesh = maxtext_utils.get_mesh_from_config(config)
@@ -94,14 +100,19 @@ class Program:
                 weight_dtype=config.weight_dtype,
                 dtype=config.dtype,
             )
-        for bias in (layer.wi_0_bias, layer.wi_1_bias, layer.wo_bias):
+        for bias in (layer.wi_0_bias, layer.wi_1_bias, layer.wo_bias, layer.gate.bias):
             if bias is not None:
                 bias[...] = jax.random.normal(jax.random.key(2), bias.shape, bias.dtype)
         graph, self.params, rest = nnx.split(layer, nnx.Param, ...)
+        shape = self.mesh.size, config.max_target_length
+        routes = None
+        if forced:  # some of them to no expert
+            wide = (*shape, config.num_experts_per_tok)
+            routes = jax.random.randint(jax.random.key(3), wide, -1, config.num_experts)
 
         def apply(params: Any, x: Array) -> Any:
-            y, loss, _ = nnx.merge(graph, params, rest)(x)
-            return y, loss
+            y, loss, update = nnx.merge(graph, params, rest)(x, forced_routed_experts=routes)
+            return y, (loss, update)
 
         if policy is not None:
             apply = jax.checkpoint(apply, policy=policy)
@@ -109,13 +120,14 @@ class Program:
         def loss(params: Any, x: Array, cotangent: Array) -> Any:
             y, balance = apply(params, x)
             by_cotangent = y.astype(jnp.float32) * cotangent.astype(jnp.float32)
-            return by_cotangent.sum() + (0 if balance is None else balance), (y, balance)
+            return by_cotangent.sum() + (0 if balance[0] is None else balance[0]), (y, balance)
 
         self.forward = jax.jit(apply)
         self.gradients = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
-        shape = self.mesh.size, config.max_target_length, config.emb_dim
         keys = jax.random.split(jax.random.key(1))
-        self.x, self.cotangent = (jax.random.normal(k, shape, config.dtype) for k in keys)
+        self.x, self.cotangent = (
+            jax.random.normal(key, (*shape, config.emb_dim), config.dtype) for key in keys
+        )
 
     def _around(self) -> contextlib.ExitStack:
         stack = contextlib.ExitStack()
@@ -125,7 +137,7 @@ class Program:
         return stack
 
     def run(self, *, gradients: bool = True) -> Any:
-        """((gradients of the weights, of x), (y, loss of balance)), or the latter alone."""
+        """((gradients of the weights, of x), (y, what balances)), or the latter alone."""
         with self._around():
             if gradients:
                 return self.gradients(self.params, self.x, self.cotangent)
@@ -162,6 +174,20 @@ MESHES: dict[str, dict[str, Any]] = {
     },
 }
 
+ROUTERS: dict[str, dict[str, Any]] = {
+    "forced routing": {"forced": True},
+    "DeepSeek-V3's router": {
+        "model_name": "deepseek3-tiny",
+        "decoder_block": "deepseek",
+        "override_model_config": True,
+        "routed_bias_update_rate": 0.001,
+        "n_routing_groups": 4,
+        "topk_routing_group": 2,
+        # MaxText's dense path takes it of the scores with the bias, its others, and ours, without.
+        "load_balance_loss_weight": 0.0,
+    },
+}
+
 
 def check() -> None:
     """The result and all gradients are those of MaxText's dense path and of its ring."""
@@ -171,6 +197,9 @@ def check() -> None:
             ours = Program(OURS, dtype=dtype, **options).run()
             dense = Program(OWN, dtype=dtype, **options, **DENSE).run()
             _compare(checks, f"{dtype} {mesh}, dense", bound, ours, dense)
+    for router, options in ROUTERS.items():
+        ours, dense = (Program(m, **options, **o).run() for m, o in ((OURS, {}), (OWN, DENSE)))
+        _compare(checks, f"float32 {router}, dense", 3e-6, ours, dense)
     check_ring(checks)
     check_remat(checks)
     checks.end()
