@@ -123,7 +123,7 @@ class Holding(nnx.Module):
 
     def __init__(self) -> None:
         sizes = {"hidden": CONFIG.hidden, "num_experts": 16, "top_k": 2, "max_tokens": 16}
-        self.buffer = smf.buffer_for(CONFIG.axis, **sizes, num_slots=3, dtype=jnp.float32)
+        self.buffer = smf.buffer_for(CONFIG.axis, **sizes, capacity_factor=8.0, dtype=jnp.float32)
         self.scale = nnx.Param(jnp.ones(()))
 
     def __call__(self, x: Array) -> Array:
