@@ -36,7 +36,7 @@ BAZEL_TEST := bazel test $(BAZEL_FLAGS) --test_tag_filters=-python --build_tests
 export JAX_PLATFORMS ?= cpu
 
 .PHONY: help debian setup build demo bench bench-processes bench-gpu bench-gpu-processes bench-kernels \
-  test test-gpu kernel-programs sanitize-gpu test-cc test-python test-sanitizers test-wheel \
+  test test-integrations test-gpu kernel-programs sanitize-gpu test-cc test-python test-sanitizers test-wheel \
   lint lint-py lint-cc docs wheel clean
 .DELETE_ON_ERROR:
 
@@ -48,6 +48,7 @@ help:
 	@echo "make sanitize-gpu     every kernel under compute-sanitizer (with CUDA=1)"
 	@echo "make test-sanitizers  C++ tests under address, thread and undefined-behaviour sanitizers"
 	@echo "make test-wheel       a wheel built for GPUs runs on a machine without CUDA"
+	@echo "make test-integrations  levanter, MaxText, flax, Equinox and Hugging Face's layers (downloads much)"
 	@echo "make bench            benchmarks on this machine's CPU"
 	@echo "make bench-processes  benchmarks of two processes on this machine's CPU (as root)"
 	@echo "make bench-gpu        benchmarks on this machine's GPUs (with CUDA=1)"
@@ -132,6 +133,22 @@ test-cc: setup
 # time tests wait, so that three workers keep two cores busy.
 test-python: build
 	$(VENV_PYTHON) -m pytest -n 3 --dist worksteal $(PYTEST_FLAGS)
+
+# Other projects' layers against ours, each in an environment of its own; downloads some gigabytes.
+test-integrations:
+	$(MAKE) PYTHON=$(shell tools/find_python.sh 3.11) integration-hugging_face
+	$(MAKE) PYTHON=$(shell tools/find_python.sh 3.12) \
+	  integration-levanter integration-maxtext integration-modules
+
+integration-%: build .venv/integrations/%/ready
+	.venv/integrations/$*/bin/python integrations/try_$*.py check
+
+.PRECIOUS: .venv/integrations/%/ready
+.venv/integrations/%/ready: requirements/integrations/%.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/python -m pip install -qq --disable-pip-version-check -r $<
+	pwd > "$$($(@D)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/jax_sm_free.pth"
+	@touch $@
 
 test-gpu: build kernel-programs
 	$(KERNELS_TEST)
