@@ -12,22 +12,22 @@ WorkerPool& WorkerPool::Get() {
 }
 
 void WorkerPool::Run(std::function<void()> task) {
-  const std::lock_guard lock(mutex_);
+  std::unique_lock lock(mutex_);
   tasks_.push_back(std::move(task));
-  CallThreads();
+  CallThreads(std::move(lock));
 }
 
-// As many as there are tasks, with those that are on their way.
-void WorkerPool::CallThreads() {
+// As many as there are tasks, with those that are on their way. They come when the lock is no
+// longer held, which they want first of all.
+void WorkerPool::CallThreads(std::unique_lock<std::mutex> lock) {
   const int64_t wanted = std::min(static_cast<int64_t>(tasks_.size()), most_coming_);
-  for (; num_coming_ < wanted; ++num_coming_) {
-    if (num_called_ < num_idle_) {
-      ++num_called_;
-      is_called_.notify_one();
-    } else {
-      std::thread([this] { Work(); }).detach();
-    }
-  }
+  const int64_t num_new = std::max<int64_t>(wanted - num_coming_, 0);
+  const int64_t num_called = std::min(num_new, num_idle_ - num_called_);
+  num_coming_ += num_new;
+  num_called_ += num_called;
+  lock.unlock();
+  for (int64_t i = 0; i < num_called; ++i) is_called_.notify_one();
+  for (int64_t i = num_called; i < num_new; ++i) std::thread([this] { Work(); }).detach();
 }
 
 void WorkerPool::Work() {
@@ -37,11 +37,10 @@ void WorkerPool::Work() {
     while (!tasks_.empty()) {
       std::function<void()> task = std::move(tasks_.front());
       tasks_.pop_front();
-      CallThreads();
-      lock.unlock();
+      CallThreads(std::move(lock));
       task();
       task = nullptr;  // what it holds is given back before the thread takes another
-      lock.lock();
+      lock = std::unique_lock(mutex_);
     }
     ++num_idle_;
     is_called_.wait(lock, [this] { return num_called_ > 0; });

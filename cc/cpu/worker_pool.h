@@ -34,7 +34,7 @@ class WorkerPool {
 
  private:
   void Work();
-  void CallThreads();
+  void CallThreads(std::unique_lock<std::mutex> lock);
 
   const int64_t most_coming_;
   std::mutex mutex_;
