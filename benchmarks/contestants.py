@@ -18,6 +18,7 @@ from benchmarks.pure_jax import Grouped, PureJax
 from benchmarks.ragged import Ragged
 
 AXIS = "ep"
+SPLIT = P(AXIS)  # over the ranks, by the first axis
 EXPERT_HIDDEN = 64
 
 
@@ -97,11 +98,13 @@ def put(inputs: Inputs, case: Case, mesh: Mesh) -> tuple[Array, Array, Array]:
 
 
 def on_ranks(
-    fn: Callable[..., Any], mesh: Mesh, options: dict[str, Any] | None = None
+    fn: Callable[..., Any],
+    mesh: Mesh,
+    options: dict[str, Any] | None = None,
+    in_specs: Any = SPLIT,
 ) -> Callable[..., Any]:
-    """`fn` per rank, jitted; all arrays are split over the ranks by their first axis."""
-    specs = P(AXIS)
-    mapped = jax.shard_map(fn, mesh=mesh, in_specs=specs, out_specs=specs, check_vma=False)
+    """`fn` per rank, jitted; arrays are split by their first axis but for what `in_specs` says."""
+    mapped = jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=SPLIT, check_vma=False)
     return jax.jit(mapped, compiler_options=options)
 
 

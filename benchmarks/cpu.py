@@ -18,8 +18,10 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 import jax
 import numpy as np
 from absl import app, flags, logging
+from jax import P
+from jax.sharding import NamedSharding
 
-from benchmarks import contestants, report, timing
+from benchmarks import contestants, dense, report, timing
 from benchmarks.cases import Case, make_inputs, measure_load
 from benchmarks.memcpy import Memcpy, bytes_moved
 from benchmarks.report import Row
@@ -37,9 +39,14 @@ EXCHANGES = (
     Case(1024, 1024, 8, "float32"),
 )
 LAYER = Case(256, 256, 8, "float32")
+# Layers so small that what an exchange costs without rows is most of it.
+TINY = tuple(
+    Case(tokens, 32, 8, "float32", num_experts=16, top_k=4, slack=2.0) for tokens in (16, 32, 64)
+)
 
 # Ours over the other, at most, for dispatch and for combine of the headline case.
 TARGETS = {"pure": 0.5, "memcpy": 3.0}
+TINY_TARGET = 1.5
 
 
 def _race(runners: dict) -> dict:
@@ -120,6 +127,44 @@ def run_layer(case: Case) -> Iterator[Row]:
         yield race.run("layer fwd+bwd", fns, dict.fromkeys(fns, args))
 
 
+def run_tiny_layer(case: Case) -> Iterator[Row]:
+    """The same beside layers that give all tokens to all experts; see `dense`."""
+    with Race(case) as race:
+        axis, split = contestants.AXIS, contestants.SPLIT
+        params = contestants.make_mlp(case, race.mesh)
+        everywhere = jax.device_put(params, NamedSharding(race.mesh, P()))
+        fns = race.compile(contestants.layer_and_back)
+        fns["gathered"] = contestants.on_ranks(dense.gathered_and_back(case, axis), race.mesh)
+        fns["replicated"] = contestants.on_ranks(
+            dense.replicated_and_back(case, axis), race.mesh, in_specs=(split,) * 3 + (P(),) * 2
+        )
+        args = dict.fromkeys(fns, (*race.args, *params))
+        args["replicated"] = (*race.args, *everywhere)
+        _check_grads(*(fn(*args[who]) for who, fn in fns.items()))
+        yield race.run("tiny layer fwd+bwd", fns, args)
+
+
+def _check_grads(want, *others) -> None:
+    for got in others:
+        for one, other in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(one, other, rtol=1e-3, atol=1e-3)
+
+
+def _tiny(rows: list[Row]) -> list[str]:
+    """Ours beside the faster of the dense layers."""
+    lines = []
+    for row in rows:
+        if row.case not in TINY:
+            continue
+        who = min(("gathered", "replicated"), key=row.ms)
+        met = "met" if row.ratio(who) <= TINY_TARGET else "MISSED"
+        lines.append(
+            f"{row.operation}, {row.case}: {row.ratio(who):.2f} of all experts on all tokens "
+            f"({who}: {row.ms(who):.2f} ms), target {TINY_TARGET:.1f}: {met}"
+        )
+    return lines
+
+
 def _headline(rows: list[Row]) -> list[str]:
     return [
         f"{row.operation}, {row.case}: {row.ratio(who):.2f} of {who}, target {most:.1f}: "
@@ -147,12 +192,14 @@ def main(argv) -> None:
 
     cases = (HEADLINE,) if _QUICK.value else EXCHANGES
     for row in itertools.chain(
-        *(run_exchange(case, case == HEADLINE) for case in cases), run_layer(LAYER)
+        *(run_exchange(case, case == HEADLINE) for case in cases),
+        run_layer(LAYER),
+        *map(run_tiny_layer, TINY),
     ):
         print(report.line(row), flush=True)
         rows.append(row)
 
-    summary = _headline(rows)
+    summary = _headline(rows) + _tiny(rows)
     if not _QUICK.value:
         summary += report.linearity([row for row in rows if row.case in TOKENS])
     print("", *summary, sep="\n")

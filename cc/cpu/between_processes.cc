@@ -117,6 +117,18 @@ void BetweenProcesses::Finish(const ExchangeKey& key, int32_t member) {
   Tell({place_.buffer, FinishedNote{.group = group, .num_ranks = num_new, .key = key}});
 }
 
+std::optional<Fault> BetweenProcesses::SendAll(const ExchangeKey& key, int32_t member,
+                                               const Pack& pack) {
+  const int32_t rank = RankOf(member);
+  for (int32_t i = 0; i < config_.ep_size; ++i) {
+    // Starting behind the own rank spreads the senders over the receivers.
+    const int32_t dst = (rank + 1 + i) % config_.ep_size;
+    if (auto fault = Send(key, member, member - rank + dst, pack(dst))) return fault;
+  }
+  Finish(key, member);
+  return std::nullopt;
+}
+
 void BetweenProcesses::Receive(Op op, const Exchange& exchange, int32_t dst, Receiver receiver) {
   inboxes_->Receive(op, exchange, dst, std::move(receiver));
 }

@@ -55,6 +55,7 @@ class BetweenProcesses : public Transport, public std::enable_shared_from_this<B
   std::optional<Fault> Send(const ExchangeKey& key, int32_t src, int32_t dst,
                             Message message) override;
   void Finish(const ExchangeKey& key, int32_t member) override;
+  std::optional<Fault> SendAll(const ExchangeKey& key, int32_t member, const Pack& pack) override;
   void Receive(Op op, const Exchange& exchange, int32_t dst, Receiver receiver) override;
   std::vector<int64_t> WaitedNanoseconds(int32_t member) const override {
     return inboxes_->WaitedNanoseconds(member);

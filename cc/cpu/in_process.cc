@@ -105,19 +105,52 @@ std::optional<Fault> InProcess::Send(const ExchangeKey& key, int32_t src, int32_
   {
     const std::lock_guard lock(mutex_);
     if (std::optional<Fault> fault = FaultOfRun(key.run)) return fault;
-    Round& round = FindRound(key, GroupOf(dst));
-    Inbox& inbox = round.inboxes[RankOf(dst)];
-    const int32_t source = RankOf(src);
-    if (inbox.arrived[source]) return SentTwice(source);
-    inbox.messages[source] = std::move(message);
-    inbox.arrived[source] = true;
-    ++inbox.num_arrived;
-    if (!inbox.receiver) return std::nullopt;
-    CountWait(inbox, dst, source, Watchdog::Clock::now());
-    if (!IsFull(inbox)) return std::nullopt;
-    Watchdog::Get().Cancel(inbox.timer);
-    if (MustWaitForGroups(round, key, dst)) return std::nullopt;
-    TakeFullInboxes(key, GroupOf(dst), deliveries);
+    if (auto fault = Put(key, src, dst, std::move(message))) return fault;
+    TakeIfFull(key, dst, deliveries);
+  }
+  Deliver(std::move(deliveries));
+  return std::nullopt;
+}
+
+// Into the inbox of `dst`.
+std::optional<Fault> InProcess::Put(const ExchangeKey& key, int32_t src, int32_t dst,
+                                    Message message) {
+  Inbox& inbox = FindRound(key, GroupOf(dst)).inboxes[RankOf(dst)];
+  const int32_t source = RankOf(src);
+  if (inbox.arrived[source]) return SentTwice(source);
+  inbox.messages[source] = std::move(message);
+  inbox.arrived[source] = true;
+  ++inbox.num_arrived;
+  if (inbox.receiver) CountWait(inbox, dst, source, Watchdog::Clock::now());
+  return std::nullopt;
+}
+
+// Of a rank that receives already.
+void InProcess::TakeIfFull(const ExchangeKey& key, int32_t member,
+                           std::vector<Delivery>& deliveries) {
+  Inbox* inbox = FindReceiver(key, member);
+  if (inbox == nullptr || !IsFull(*inbox)) return;
+  Watchdog::Get().Cancel(inbox->timer);
+  const int32_t group = GroupOf(member);
+  if (MustWaitForGroups(rounds_[group][key], key, member)) return;
+  TakeFullInboxes(key, group, deliveries);
+}
+
+std::optional<Fault> InProcess::SendAll(const ExchangeKey& key, int32_t member, const Pack& pack) {
+  std::vector<Message> messages;
+  messages.reserve(ep_size_);
+  for (int32_t dst = 0; dst < ep_size_; ++dst) messages.push_back(pack(dst));
+  std::vector<Delivery> deliveries;
+  {
+    const std::lock_guard lock(mutex_);  // once for all: every rank of the process wants it
+    if (std::optional<Fault> fault = FaultOfRun(key.run)) return fault;
+    const int32_t first = member - RankOf(member);
+    for (int32_t dst = 0; dst < ep_size_; ++dst) {
+      if (auto fault = Put(key, member, first + dst, std::move(messages[dst]))) return fault;
+    }
+    // First whether all are through: then nobody has to wait for groups.
+    CountFinished(key, GroupOf(member), 1, deliveries);
+    for (int32_t dst = 0; dst < ep_size_; ++dst) TakeIfFull(key, first + dst, deliveries);
   }
   Deliver(std::move(deliveries));
   return std::nullopt;
@@ -131,13 +164,18 @@ void InProcess::AddFinished(const ExchangeKey& key, int32_t group, int32_t num) 
   std::vector<Delivery> deliveries;
   {
     const std::lock_guard lock(mutex_);
-    if (!sees_all_ranks_ || FaultOfRun(key.run) || !all_groups_.Add(key, group, num)) return;
-    // In one go: no rank has the messages of an exchange in which another one fails.
-    for (int32_t each = 0; each < static_cast<int32_t>(rounds_.size()); ++each) {
-      TakeFullInboxes(key, each, deliveries);
-    }
+    if (!FaultOfRun(key.run)) CountFinished(key, group, num, deliveries);
   }
   Deliver(std::move(deliveries));
+}
+
+void InProcess::CountFinished(const ExchangeKey& key, int32_t group, int32_t num,
+                              std::vector<Delivery>& deliveries) {
+  if (!sees_all_ranks_ || !all_groups_.Add(key, group, num)) return;
+  // In one go: no rank has the messages of an exchange in which another one fails.
+  for (int32_t each = 0; each < static_cast<int32_t>(rounds_.size()); ++each) {
+    TakeFullInboxes(key, each, deliveries);
+  }
 }
 
 // Of ranks that receive already; others need not wait when they come.

@@ -41,6 +41,7 @@ class InProcess : public Transport, public std::enable_shared_from_this<InProces
   std::optional<Fault> Send(const ExchangeKey& key, int32_t src, int32_t dst,
                             Message message) override;
   void Finish(const ExchangeKey& key, int32_t member) override;
+  std::optional<Fault> SendAll(const ExchangeKey& key, int32_t member, const Pack& pack) override;
   void Receive(Op op, const Exchange& exchange, int32_t dst, Receiver receiver) override;
   std::vector<int64_t> WaitedNanoseconds(int32_t member) const override;
   void Fail(int64_t run, const Fault& fault) override;
@@ -82,6 +83,10 @@ class InProcess : public Transport, public std::enable_shared_from_this<InProces
   int32_t RankOf(int32_t member) const { return member % ep_size_; }
 
   std::optional<Fault> FaultOfRun(int64_t run) const;
+  std::optional<Fault> Put(const ExchangeKey& key, int32_t src, int32_t dst, Message message);
+  void TakeIfFull(const ExchangeKey& key, int32_t member, std::vector<Delivery>& deliveries);
+  void CountFinished(const ExchangeKey& key, int32_t group, int32_t num,
+                     std::vector<Delivery>& deliveries);
   Round& FindRound(const ExchangeKey& key, int32_t group);
   Inbox* FindReceiver(const ExchangeKey& key, int32_t member);
   bool IsFull(const Inbox& inbox) const { return inbox.num_arrived == ep_size_; }

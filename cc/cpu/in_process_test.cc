@@ -54,11 +54,22 @@ class Group {
             ep_size, std::vector<int32_t>(num_groups, ep_size), timeout_s,
             [this](int64_t run, const Fault&) { failed_runs_.push_back(run); })) {}
 
-  std::optional<Fault> Send(const ExchangeKey& key, int32_t src, int32_t dst) {
+  Message MessageOf(const ExchangeKey& key, int32_t src, int32_t dst) {
     const Note note{key, src, dst};
     Message message(pool_.Take(), config_, kHeader);
     std::memcpy(message.row(0), &note, sizeof(note));
-    return transport_->Send(key, src, dst, std::move(message));
+    return message;
+  }
+
+  std::optional<Fault> Send(const ExchangeKey& key, int32_t src, int32_t dst) {
+    return transport_->Send(key, src, dst, MessageOf(key, src, dst));
+  }
+
+  // Everything that `src` has to send.
+  std::optional<Fault> SendToAll(const ExchangeKey& key, int32_t src) {
+    const int32_t first = src / ep_size_ * ep_size_;
+    return transport_->SendAll(key, src,
+                               [&](int32_t rank) { return MessageOf(key, src, first + rank); });
   }
 
   // The only send of `src` in an exchange.
@@ -219,7 +230,37 @@ TEST(InProcessTest, NoRankIsThroughBeforeAllHaveSentAll) {
   ExpectNotes(arrival.get(), kKey, 0);
 }
 
+TEST(InProcessTest, WhoSendsAllAtOnceIsFinished) {
+  Group group(3);
+  auto early = group.Receive(kKey, 0);
+  for (const int32_t src : {2, 0}) EXPECT_FALSE(group.SendToAll(kKey, src).has_value());
+  EXPECT_FALSE(IsReady(early));
+  EXPECT_FALSE(group.SendToAll(kKey, 1).has_value());
+  ExpectNotes(early.get(), kKey, 0);
+  for (const int32_t dst : {1, 2}) ExpectNotes(group.Receive(kKey, dst).get(), kKey, dst);
+}
+
+TEST(InProcessTest, SendingAllTwiceIsAFaultThatLeavesTheOthersTheirs) {
+  Group group(2);
+  EXPECT_FALSE(group.SendToAll(kKey, 0).has_value());
+  const std::optional<Fault> fault = group.SendToAll(kKey, 0);
+  ASSERT_TRUE(fault.has_value());
+  EXPECT_FALSE(group.SendToAll(kKey, 1).has_value());
+  ExpectNotes(group.Receive(kKey, 1).get(), kKey, 1);
+}
+
 // ------------------------------------------------------------------------------ several groups
+
+TEST(InProcessTest, ARankThatSendsAllAtOnceIsThroughWhenAllGroupsHaveSent) {
+  Group group(2, kNever, 2);
+  auto first = group.Receive(kKey, 0);
+  auto second = group.Receive(kKey, 3);
+  for (const int32_t src : {0, 1, 2}) EXPECT_FALSE(group.SendToAll(kKey, src).has_value());
+  EXPECT_FALSE(IsReady(first));
+  EXPECT_FALSE(group.SendToAll(kKey, 3).has_value());
+  ExpectNotes(first.get(), kKey, 0);
+  ExpectNotes(second.get(), kKey, 3, 2);
+}
 
 TEST(InProcessTest, ARankIsThroughWhenAllGroupsHaveSent) {
   Group group(2, kNever, 2);
@@ -363,6 +404,9 @@ TEST(InProcessTest, WhoComesLateToAFailedRunGetsItsFault) {
   const std::optional<Fault> late_sender = group.Send(kKey, 0, 1);
   ASSERT_TRUE(late_sender.has_value());
   EXPECT_EQ(late_sender->seen, "a failure");
+  const std::optional<Fault> late_sender_of_all = group.SendToAll(kKey, 0);
+  ASSERT_TRUE(late_sender_of_all.has_value());
+  EXPECT_EQ(late_sender_of_all->seen, "a failure");
   EXPECT_EQ(SeenBy(group.Receive(kSameRun, 1).get()), "a failure");
 }
 

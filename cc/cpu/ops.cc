@@ -18,8 +18,8 @@ Fault Fail(const HostCall& call, int64_t run, Fault fault) {
 
 // Opens an exchange, sends one message to each rank, and writes the token. `pack(dst)` makes the
 // message for rank dst.
-template <typename Pack>
-std::optional<Fault> SendAll(const HostCall& call, int64_t call_site, Pack pack, float* token) {
+std::optional<Fault> SendAll(const HostCall& call, int64_t call_site, const Transport::Pack& pack,
+                             float* token) {
   HostRank& rank = *call.rank;
   const Result<Exchange> begun = rank.ledger.Begin(call.op, call.run, call_site);
   if (const Fault* fault = FaultOf(begun)) {
@@ -28,18 +28,12 @@ std::optional<Fault> SendAll(const HostCall& call, int64_t call_site, Pack pack,
   }
   const auto& exchange = std::get<Exchange>(begun);
   if (auto fault = rank.transport->Begin(call.op, exchange, rank.member, call.site)) return fault;
-  for (int32_t i = 0; i < call.config().ep_size; ++i) {
-    // Starting behind the own rank spreads the senders over the receivers.
-    const int32_t dst = (rank.rank + 1 + i) % call.config().ep_size;
-    const int32_t dst_member = rank.member - rank.rank + dst;
+  const auto counted = [&](int32_t dst) {
     Message message = pack(dst);
     rank.counters.CountSent(dst, message);
-    if (auto fault =
-            rank.transport->Send(exchange.key, rank.member, dst_member, std::move(message))) {
-      return fault;
-    }
-  }
-  rank.transport->Finish(exchange.key, rank.member);
+    return message;
+  };
+  if (auto fault = rank.transport->SendAll(exchange.key, rank.member, counted)) return fault;
   rank.ledger.WriteToken(exchange, token);
   return std::nullopt;
 }

@@ -12,6 +12,7 @@ namespace jax_sm_free {
 Result<Route> Route::Make(const Config& config, const TopK& topk) {
   Route route;
   route.tokens_.resize(config.ep_size);
+  for (std::vector<int32_t>& tokens : route.tokens_) tokens.reserve(topk.num_tokens);
   const int32_t num_local = config.num_local_experts();
   for (int64_t t = 0; t < topk.num_tokens; ++t) {
     for (int32_t k = 0; k < config.top_k; ++k) {

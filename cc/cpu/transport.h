@@ -27,6 +27,8 @@ class Transport {
  public:
   using Arrival = Result<std::vector<Message>>;  // messages by source rank
   using Receiver = std::function<void(Arrival)>;
+  // Makes the message for a rank of the group.
+  using Pack = std::function<Message(int32_t rank)>;
 
   virtual ~Transport() = default;
 
@@ -41,6 +43,10 @@ class Transport {
 
   // After the last of them.
   virtual void Finish(const ExchangeKey& key, int32_t member) = 0;
+
+  // All of a member's sends in an exchange, each of what `pack` makes for the rank, and Finish.
+  virtual std::optional<Fault> SendAll(const ExchangeKey& key, int32_t member,
+                                       const Pack& pack) = 0;
 
   // Calls `receiver` once, when the round is complete for `dst` or its run has failed: on this
   // thread if that is so already, else on the worker pool. `op` and `exchange` are for the fault

@@ -36,6 +36,9 @@ class Watchdog {
   std::condition_variable changed_;
   std::map<Timer, std::function<void()>> timers_;
   int64_t next_id_ = 0;
+  // When the thread looks at the timers next. Most timers are cancelled long before they expire: a
+  // thread that sleeps until an earlier one, though cancelled, need not be woken for the next.
+  Clock::time_point next_look_ = Clock::time_point::min();
 };
 
 }  // namespace jax_sm_free

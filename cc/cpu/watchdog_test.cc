@@ -71,6 +71,14 @@ TEST(WatchdogTest, CancelLeavesOtherTimersAlone) {
   expired.get_future().wait();
 }
 
+TEST(WatchdogTest, ATimerBehindACancelledOneExpires) {
+  std::promise<Clock::time_point> expired;
+  const Clock::time_point start = Clock::now();
+  Watchdog::Get().Cancel(Watchdog::Get().Start(milliseconds(10), [] {}));
+  Watchdog::Get().Start(milliseconds(20), [&expired] { expired.set_value(Clock::now()); });
+  EXPECT_GE(expired.get_future().get() - start, milliseconds(20));
+}
+
 TEST(WatchdogTest, CancelAfterExpiryIsHarmless) {
   std::promise<void> expired;
   const Watchdog::Timer timer =

@@ -35,6 +35,22 @@ TEST(WorkerPoolTest, TasksThatWaitForEachOtherAllRun) {
   all_done.wait();
 }
 
+TEST(WorkerPoolTest, TasksThatWaitForEachOtherAllRunWhereOneThreadComesAtATime) {
+  constexpr int kTasks = 40;
+  static auto* pool = new WorkerPool(1);
+  for (int round = 0; round < 3; ++round) {  // with new threads, and then with idle ones
+    std::latch all_run(kTasks);
+    std::latch all_done(kTasks);
+    for (int i = 0; i < kTasks; ++i) {
+      pool->Run([&] {
+        all_run.arrive_and_wait();
+        all_done.count_down();
+      });
+    }
+    all_done.wait();
+  }
+}
+
 TEST(WorkerPoolTest, BlockedTasksDoNotStarveLaterOnes) {
   std::promise<void> release;
   const std::shared_future<void> released = release.get_future().share();
