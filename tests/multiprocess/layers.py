@@ -40,6 +40,8 @@ def open_buffer(mesh: jax.sharding.Mesh, **sizes: Any) -> smf.Buffer:
         "num_experts": mesh.size,
         "top_k": TOP_K,
         "max_tokens": TOKENS,
+        # Also where all tokens name one expert twice.
+        "recv_capacity": mesh.shape["ep"] * TOKENS * TOP_K,
         "dtype": jnp.float32,
         "timeout_s": LONG_S,
     }
