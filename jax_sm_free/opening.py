@@ -51,13 +51,13 @@ def buffer_for(
     if mesh is None or isinstance(mesh, AbstractMesh):
         mesh = _mesh_in_force(mesh)
     axes = checks.check_mesh(mesh, axis)
-    others = {key: sizes.pop(key) for key in ("name", "transport") if key in sizes}
+    name, transport = sizes.pop("name", None), sizes.pop("transport", "auto")
     config = Config(ep_size=checks.group_size(mesh, axes), **sizes)
-    key = mesh, axes, config, *sorted(others.items())
+    key = mesh, axes, config, name, transport
     with _lock:
         buffer = _buffers.get(key)
         if buffer is None or buffer.is_closed:
-            buffer = _buffers[key] = Buffer(mesh, axes, **sizes, **others)
+            buffer = _buffers[key] = Buffer(mesh, axes, **sizes, name=name, transport=transport)
         return buffer
 
 

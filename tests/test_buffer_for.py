@@ -55,6 +55,7 @@ def test_a_layer_finds_its_buffer_while_it_is_traced():
         buffer = smf.buffer_for("ep", **SIZES)
     buffer.check()
     assert buffer is smf.buffer_for(("ep",), mesh(), **SIZES | {"dtype": "float32", "num_slots": 2})
+    assert buffer is smf.buffer_for("ep", mesh(), **SIZES, name=None, transport="auto")
     assert buffer is not smf.buffer_for("ep", mesh(), **SIZES, name="another")
     assert buffer is not smf.buffer_for("ep", mesh(), **SIZES, num_slots=3)
     assert buffer is not smf.buffer_for("other", mesh("other"), **SIZES)
