@@ -37,6 +37,9 @@ def buffer_for(
     opens another. Layers that call it with equal arguments share one buffer, and with it
     `num_slots`: the exchanges that may be in flight at once.
 
+    Without `mesh` a function is for one mesh: JAX traces it once for all meshes of `jax.set_mesh`
+    that have the same shape. On the devices of another one it ends in a fault (docs/sharp_bits.md).
+
     Args:
       axis: as for `Buffer`.
       mesh: the devices; None for the mesh in force, of `jax.set_mesh(mesh)` or `with mesh:`. An
