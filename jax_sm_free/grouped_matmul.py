@@ -81,7 +81,10 @@ def grouped_matmul(
 
 def _check(rows: Any, weights: Any, recv: Any) -> None:
     if not isinstance(recv, Received):
-        raise TypeError(f"grouped_matmul: expected recv of a dispatch, got {type(recv).__name__}")
+        raise TypeError(
+            "grouped_matmul: expected recv to be a Received, of a dispatch with output='experts', "
+            f"got {type(recv).__name__}"
+        )
     num_rows, num_experts = recv.weights.shape[0], recv.group_sizes.shape[0]
     for name, array in (("rows", rows), ("weights", weights)):
         if not hasattr(array, "dtype") or not jnp.issubdtype(array.dtype, jnp.floating):

@@ -184,7 +184,7 @@ def test_arguments_are_checked():
     recv = received([4, 4, 4], 12)
     multiply = smf.grouped_matmul
     for args, error, words in (
-        ((rows, weights, None), TypeError, "recv of a dispatch, got NoneType"),
+        ((rows, weights, None), TypeError, "recv to be a Received, .* got NoneType"),
         ((rows[1:], weights, recv), ValueError, r"rows \[12, A\], got float32\[11, 5\]"),
         ((rows, weights[1:], recv), ValueError, r"weights \[3, 5, B\], got float32\[2, 5, 7\]"),
         ((rows, weights[:, 1:], recv), ValueError, r"weights \[3, 5, B\], got float32\[3, 4, 7\]"),
