@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import Array
-from jax.custom_batching import sequential_vmap
 
 from jax_sm_free.varying import vary_alike
 
@@ -26,7 +25,8 @@ BLOCKS = (128, 16)
 
 
 def _wide(*dtypes: Any) -> Any:
-    return jnp.promote_types(jnp.float32, jnp.result_type(*dtypes))
+    """float32, or float64 where one of these floats is: JAX promotes none of 8 bits itself."""
+    return max(jnp.dtype(jnp.float32), *dtypes, key=lambda dtype: dtype.itemsize)
 
 
 def _as_bits(array: Array) -> Array:
@@ -101,22 +101,16 @@ def _times_matrices(rows: Array, weights: Array, group_sizes: Array, *, contract
     return _from_bits(out, dtype)
 
 
-# Under vmap one call behind the other: batched loops would run to the longest one's end.
-
-
-@sequential_vmap
 def product(rows: Array, weights: Array, group_sizes: Array) -> Array:
     """From rows [M, A] and weights [E, A, B]: [M, B] in the dtype of rows."""
     return _times_matrices(rows, weights, group_sizes, contract=0)
 
 
-@sequential_vmap
 def rows_grad(grads: Array, weights: Array, group_sizes: Array) -> Array:
     """From grads [M, B] and weights [E, A, B]: [M, A] in the dtype of grads."""
     return _times_matrices(grads, weights, group_sizes, contract=1)
 
 
-@sequential_vmap
 def weights_grad(rows: Array, grads: Array, weights: Array, group_sizes: Array) -> Array:
     """From rows [M, A] and grads [M, B]: [E, A, B] in the dtype of weights."""
     num_rows, wide = rows.shape[0], _wide(rows.dtype, grads.dtype)

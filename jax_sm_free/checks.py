@@ -65,7 +65,8 @@ def check_inside(op: str, mesh: Mesh, axes: tuple[str, ...]) -> None:
             f"leaves out {names}, over which XLA partitions no call with a side effect; leave "
             "axis_names out and give each axis its place in in_specs and out_specs, or put this "
             f"call into a shard_map of its own: jax.shard_map(f, axis_names={{{names}}}, "
-            "in_specs=jax.P(), out_specs=jax.P(), check_vma=False)"
+            "in_specs=jax.P(), out_specs=jax.P(), check_vma=False), with check_vma=False in the "
+            "shard_map around it, too, for gradients"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.custom_batching import sequential_vmap
 
 from jax_sm_free import blocked_matmul, mosaic_matmul, ragged_matmul
 from jax_sm_free.checks import describe
@@ -32,7 +33,8 @@ def grouped_matmul(
     """Multiplies each expert's rows by the expert's matrix. Not collective.
 
     Row i of the result is rows[i] @ weights[recv.expert[i]], summed in float32; a row past the last
-    group is zero. Gradients flow to rows and weights.
+    group is zero. Gradients of first order flow to rows and weights. `jax.vmap` runs one product
+    behind the other, but for "batched".
 
     | implementation | what it is | where |
     | --- | --- | --- |
@@ -79,7 +81,10 @@ def grouped_matmul(
 
 def _check(rows: Any, weights: Any, recv: Any) -> None:
     if not isinstance(recv, Received):
-        raise TypeError(f"grouped_matmul: expected recv of a dispatch, got {type(recv).__name__}")
+        raise TypeError(
+            "grouped_matmul: expected recv to be a Received, of a dispatch with output='experts', "
+            f"got {type(recv).__name__}"
+        )
     num_rows, num_experts = recv.weights.shape[0], recv.group_sizes.shape[0]
     for name, array in (("rows", rows), ("weights", weights)):
         if not hasattr(array, "dtype") or not jnp.issubdtype(array.dtype, jnp.floating):
@@ -120,11 +125,21 @@ def _for_gpus(rows: Array, weights: Array) -> str:
 
 
 def _by_platform(step: str, names: tuple[str, str], *operands: Array) -> Any:
-    """Runs a function of one module on CPU, and that of another elsewhere."""
+    """Runs a function of one module on CPU, and that of another elsewhere.
+
+    Under `jax.vmap` one call runs behind the other: the batched loops of "blocked" would run to the
+    longest one's end, and `jax.lax.ragged_dot` has no rule for rows mapped beside weights that are
+    not.
+    """
     on_cpu, elsewhere = (getattr(_MODULES[name], step) for name in names)
-    if on_cpu is elsewhere:
-        return on_cpu(*operands)
-    return jax.lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere)
+
+    @sequential_vmap
+    def run(*operands: Array) -> Array:
+        if on_cpu is elsewhere:
+            return on_cpu(*operands)
+        return jax.lax.platform_dependent(*operands, cpu=on_cpu, default=elsewhere)
+
+    return run(*operands)
 
 
 def multiply(names: tuple[str, str], rows: Array, weights: Array, group_sizes: Array) -> Array:

@@ -44,7 +44,8 @@ def moe(
     Args:
       x: [..., hidden] of the buffer's dtype; all leading dimensions together are at most
         `max_tokens` tokens.
-      topk_idx: of an integer dtype, [..., top_k], in [-1, num_experts); -1 selects none.
+      topk_idx: of an integer dtype, [..., top_k], in [-1, num_experts); -1 selects none. Of what
+        is outside, a fault names -2 or num_experts where the dtype is not int32.
       topk_weights: of a float dtype, [..., top_k]; they travel and multiply as float32.
       experts: a function of a `Received`, which returns [recv_capacity, hidden] of the buffer's
         dtype, rows as in `Received.x`. `Received.expert` has each row's expert.
@@ -60,33 +61,75 @@ def moe(
 
     Returns:
       [..., hidden]: for each token the sum of weight * row over its experts, plus what `shared`
-      returns; with `has_aux` a pair of that and the `aux` of `experts`.
+      returns. Its dtype is the buffer's, or with `shared` what JAX promotes that and the dtype of
+      its result to. With `has_aux` a pair of that and the `aux` of `experts`.
 
     Raises:
       TypeError, ValueError: at trace time, for a dtype or a shape other than these.
     """
     _check(x, topk_idx, topk_weights, buffer)
-    before, after = shared if isinstance(shared, tuple) else (shared, None)
+    before, after = _halves(shared)
     hidden, top_k = buffer.config.hidden, buffer.config.top_k
     sent = buffer.dispatch_send(
         x.reshape(-1, hidden),
-        topk_idx.reshape(-1, top_k).astype(jnp.int32),
+        _as_int32(topk_idx.reshape(-1, top_k), buffer.config.num_experts),
         topk_weights.reshape(-1, top_k).astype(jnp.float32),
     )
     of_all, sent = _beside(sent, before, x)
     recv = buffer.dispatch_recv(sent)
-    y, aux = experts(recv) if has_aux else (experts(recv), None)
+    y, aux = _rows_and_aux(experts(recv), has_aux, buffer.config)
     sent = buffer.combine_send(y, recv.layout, recv.weights if apply_weights else None)
     if after is not None:
         of_all, sent = _beside(sent, after, of_all)
     out = buffer.combine_recv(sent).reshape(x.shape)
     if shared is not None:
-        if jnp.shape(of_all) != x.shape:
+        if getattr(of_all, "shape", None) != x.shape:
             raise ValueError(
                 f"moe: expected shared to return {list(x.shape)}, got {describe(of_all)}"
             )
         out = out + of_all
     return (out, aux) if has_aux else out
+
+
+def _halves(shared: Any) -> tuple[Any, Any]:
+    """What runs beside the dispatch, and what beside the combine; None where there is nothing."""
+    if shared is None or callable(shared):
+        return shared, None
+    if isinstance(shared, tuple) and len(shared) == 2 and all(map(callable, shared)):
+        return shared
+    got = f"a tuple of {len(shared)}" if isinstance(shared, tuple) else type(shared).__name__
+    raise TypeError(
+        f"moe: expected shared to be a function, a pair of two functions or None, got {got}"
+    )
+
+
+def _as_int32(topk_idx: Array, num_experts: int) -> Array:
+    """The same indices as int32. One that int32 cannot hold is out of range, and stays so."""
+    if topk_idx.dtype != jnp.int32:
+        info = jnp.iinfo(topk_idx.dtype)
+        topk_idx = topk_idx.clip(max(info.min, -2), min(info.max, num_experts))
+    return topk_idx.astype(jnp.int32)
+
+
+def _rows_and_aux(returned: Any, has_aux: bool, config: Config) -> tuple[Array, Any]:
+    """What `experts` has returned, checked: the rows, and `aux` or None."""
+    y, aux = returned, None
+    if has_aux:
+        if not isinstance(returned, (tuple, list)) or len(returned) != 2:
+            got = f"{len(returned)} of them" if isinstance(returned, (tuple, list)) else None
+            raise TypeError(
+                "moe: expected experts to return a pair (rows, aux), as has_aux says, got "
+                f"{got or describe(returned)}"
+            )
+        y, aux = returned
+    shape = config.recv_capacity, config.hidden
+    if getattr(y, "shape", None) != shape or y.dtype != config.dtype:
+        error = ValueError if getattr(y, "dtype", None) == config.dtype else TypeError
+        raise error(
+            f"moe: expected experts to return rows {config.dtype.name}{list(shape)}, got "
+            f"{describe(y)}"
+        )
+    return y, aux
 
 
 def _beside(sent: Sent, fn: Callable[[Any], Any] | None, arg: Any) -> tuple[Any, Sent]:

@@ -37,6 +37,9 @@ def buffer_for(
     opens another. Layers that call it with equal arguments share one buffer, and with it
     `num_slots`: the exchanges that may be in flight at once.
 
+    Without `mesh` a function is for one mesh: JAX traces it once for all meshes of `jax.set_mesh`
+    that have the same shape. On the devices of another one it ends in a fault (docs/sharp_bits.md).
+
     Args:
       axis: as for `Buffer`.
       mesh: the devices; None for the mesh in force, of `jax.set_mesh(mesh)` or `with mesh:`. An
@@ -51,13 +54,13 @@ def buffer_for(
     if mesh is None or isinstance(mesh, AbstractMesh):
         mesh = _mesh_in_force(mesh)
     axes = checks.check_mesh(mesh, axis)
-    others = {key: sizes.pop(key) for key in ("name", "transport") if key in sizes}
+    name, transport = sizes.pop("name", None), sizes.pop("transport", "auto")
     config = Config(ep_size=checks.group_size(mesh, axes), **sizes)
-    key = mesh, axes, config, *sorted(others.items())
+    key = mesh, axes, config, name, transport
     with _lock:
         buffer = _buffers.get(key)
         if buffer is None or buffer.is_closed:
-            buffer = _buffers[key] = Buffer(mesh, axes, **sizes, **others)
+            buffer = _buffers[key] = Buffer(mesh, axes, **sizes, name=name, transport=transport)
         return buffer
 
 

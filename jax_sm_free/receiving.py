@@ -18,10 +18,10 @@ def by_expert(target: Target, sent: Sent) -> Received:
     )
     return Received(
         x=(values, scales) if sent.row_type.has_scales else values,
-        group_sizes=group_sizes,
-        counts=counts,
+        group_sizes=_plain(group_sizes),
+        counts=_plain(counts),
         weights=weights,
-        dropped=dropped,
+        dropped=_plain(dropped),
         layout=_layout(sent.topk_idx, rows, num_rows_from, "experts"),
         expert_capacity=target.config.expert_capacity,
     )
@@ -33,10 +33,10 @@ def by_token(target: Target, sent: Sent) -> ReceivedTokens:
     )
     return ReceivedTokens(
         x=(values, scales) if sent.row_type.has_scales else values,
-        topk_idx=topk_idx,
+        topk_idx=_plain(topk_idx),
         topk_weights=topk_weights,
-        counts=counts,
-        num_tokens=num_tokens,
+        counts=_plain(counts),
+        num_tokens=_plain(num_tokens),
         layout=_layout(sent.topk_idx, rows, num_rows_from, "tokens"),
     )
 
@@ -55,9 +55,16 @@ def no_scales(values: Array, row_type: RowType) -> Array:
 
 
 def _layout(topk_idx: Array, rows: Array, num_rows_from: Array, output: str) -> Layout:
-    # JAX tracks the gradient of what a rule for gradients returns, integers too. With a mesh axis
-    # as `spmd_axis_name` it then gets the types of these wrong; an operation on integers ends it.
-    return Layout(topk_idx, rows | 0, num_rows_from | 0, output)
+    return Layout(topk_idx, _plain(rows), _plain(num_rows_from), output)
+
+
+def _plain(integers: Array) -> Array:
+    """The same integers, whose gradient JAX does not track.
+
+    It tracks that of all that a rule for gradients returns, integers too. With a mesh axis as
+    `spmd_axis_name` it then gets the types of these wrong; an operation on integers ends it.
+    """
+    return integers | 0
 
 
 def _own_rows(sent: Sent) -> tuple[Array, Array]:

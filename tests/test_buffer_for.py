@@ -46,6 +46,23 @@ def inputs(ranks=support.SOME_RANKS):
     return x, idx, np.ones((5 * ranks, 2), np.float32)
 
 
+@pytest.mark.cpu_only
+@pytest.mark.skipif(support.MAX_RANKS < 2, reason="needs two devices")
+def test_a_traced_function_is_for_one_mesh_of_a_shape():
+    """JAX does not trace it again for other devices: a fault there, and no wrong numbers."""
+    sizes = SIZES | {"timeout_s": 5.0, "name": "one mesh of a shape"}
+
+    def of_rank(x, idx, weights):
+        return smf.moe(x, idx, weights, lambda recv: recv.x, smf.buffer_for("ep", **sizes))
+
+    run, args = on_ranks(of_rank), inputs(1)
+    first, second = (mesh(devices=[device]) for device in jax.devices()[:2])
+    with jax.set_mesh(first):
+        np.testing.assert_array_equal(run(*args), 2 * args[0])
+    with jax.set_mesh(second):
+        assert "expected a device of the mesh of buffer" in support.error_of(run, *args)
+
+
 def test_a_layer_finds_its_buffer_while_it_is_traced():
     x, *routing = inputs()
     with jax.set_mesh(mesh()):
@@ -55,6 +72,7 @@ def test_a_layer_finds_its_buffer_while_it_is_traced():
         buffer = smf.buffer_for("ep", **SIZES)
     buffer.check()
     assert buffer is smf.buffer_for(("ep",), mesh(), **SIZES | {"dtype": "float32", "num_slots": 2})
+    assert buffer is smf.buffer_for("ep", mesh(), **SIZES, name=None, transport="auto")
     assert buffer is not smf.buffer_for("ep", mesh(), **SIZES, name="another")
     assert buffer is not smf.buffer_for("ep", mesh(), **SIZES, num_slots=3)
     assert buffer is not smf.buffer_for("other", mesh("other"), **SIZES)

@@ -81,6 +81,37 @@ def test_groups_of_one_size_are_a_batch(implementation):
     assert "platform_index" not in text
 
 
+@pytest.mark.filterwarnings("ignore:grouped_matmul:UserWarning")
+@pytest.mark.parametrize("mapped", [(0, None, 0), (None, 0, 0), (0, 0, 0), (1, 2, 1)])
+@pytest.mark.parametrize("implementation", ["auto", "ragged_dot"])
+def test_vmap_is_a_loop(implementation, mapped):
+    sizes = [3, 0, 5]
+    places = [make(10, 3, jnp.float32, (5, 7)), make(10, 3, jnp.float32, (5, 7))]
+    places[1] = tuple(-2 * array for array in places[1])
+    args = [
+        places[0][i] if axis is None else jnp.stack([place[i] for place in places], axis)
+        for i, axis in enumerate(mapped)
+    ]
+    run = functools.partial(with_gradients, recv=received(sizes, 10), implementation=implementation)
+    got = jax.jit(jax.vmap(run, mapped))(*args)
+    for number, place in enumerate(places):
+        one = [places[0][i] if mapped[i] is None else place[i] for i in range(3)]
+        support.assert_close([array[number] for array in got], list(expected(*one, sizes)))
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2, jnp.float16])
+def test_rows_of_other_float_dtypes(dtype):
+    """Of small whole numbers, which all these hold exactly."""
+    rng = np.random.default_rng(0)
+    arrays = [rng.integers(-1, 2, shape) for shape in ((7, 2), (2, 2, 3), (7, 3))]
+    args = [jnp.asarray(array, dtype) for array in arrays]
+    got = with_gradients(*args, received([3, 2], 7), "auto")
+    for array, want in zip(got, expected(*args, [3, 2]), strict=True):
+        assert array.dtype == dtype
+        np.testing.assert_array_equal(np.asarray(array, np.float32), want)
+
+
 @pytest.mark.cpu_only
 def test_one_experts_weights_stay_with_its_rows():
     """What is not finite in one expert's weights or rows reaches no other expert, on CPU."""
@@ -153,7 +184,7 @@ def test_arguments_are_checked():
     recv = received([4, 4, 4], 12)
     multiply = smf.grouped_matmul
     for args, error, words in (
-        ((rows, weights, None), TypeError, "recv of a dispatch, got NoneType"),
+        ((rows, weights, None), TypeError, "recv to be a Received, .* got NoneType"),
         ((rows[1:], weights, recv), ValueError, r"rows \[12, A\], got float32\[11, 5\]"),
         ((rows, weights[1:], recv), ValueError, r"weights \[3, 5, B\], got float32\[2, 5, 7\]"),
         ((rows, weights[:, 1:], recv), ValueError, r"weights \[3, 5, B\], got float32\[3, 4, 7\]"),

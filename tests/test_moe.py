@@ -158,6 +158,30 @@ def test_experts_may_apply_the_weights_themselves():
     support.assert_close(got, want, tolerance=1e-4)  # the loss is a sum that cancels
 
 
+WIDE = (jnp.int64, 2**32), (jnp.int64, -(2**32)), (jnp.uint32, 2**31), (jnp.uint32, 2**32 - 1)
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize(("dtype", "number"), WIDE)
+def test_an_index_beyond_int32_is_a_fault(dtype, number):
+    """Cast to int32, these would name expert 0, or none, in silence."""
+    mesh, spec = support.mesh_of(1), P("ep")
+    sizes = {"hidden": H, "num_experts": 2, "top_k": 1, "max_tokens": 3, "dtype": jnp.float32}
+    with jax.enable_x64(True), smf.Buffer(mesh, "ep", **sizes) as one:
+        experts = jax.shard_map(
+            lambda *args: smf.moe(*args, lambda recv: 3 * recv.x, one),
+            mesh=mesh,
+            in_specs=spec,
+            out_specs=spec,
+        )
+        x, weights = jnp.ones((3, H), jnp.float32), jnp.ones((3, 1), jnp.float32)
+        idx = jnp.array([[0], [1], [0]], dtype)
+        np.testing.assert_array_equal(jax.jit(experts)(x, idx, weights), 3 * x)
+        seen = 2 if number > 0 else -2
+        error = support.error_of(jax.jit(experts), x, idx.at[1, 0].set(number), weights)
+        assert f"expected topk_idx in [-1, 2), seen {seen} at token 1" in error
+
+
 def test_experts_may_return_more():
     def layer(params, x):
         weights, idx = route(params, x)
@@ -191,9 +215,10 @@ def test_what_shared_closes_over_is_held_beside_the_exchange(in_two):
 
 
 def test_arguments_are_checked():
-    def run(x, idx, weights, of=None, shared=None):
+    def run(x, idx, weights, of=None, shared=None, experts=lambda r: r.x, has_aux=False):
         def layer(x, idx, weights):
-            return smf.moe(x, idx, weights, lambda r: r.x, of or buffer(), shared=shared)
+            of_all = of or buffer()
+            return smf.moe(x, idx, weights, experts, of_all, shared=shared, has_aux=has_aux)
 
         spec = P("ep")
         jax.eval_shape(
@@ -221,6 +246,35 @@ def test_arguments_are_checked():
     ):
         with pytest.raises(error, match=words):
             run(*args)
+    nothing, pair = (
+        r"shared to return \[6, 8\], got NoneType",
+        "a pair of two functions or None, got ",
+    )
+    for shared, error, words in (
+        (lambda x: None, ValueError, nothing),
+        (lambda x: (x, x), ValueError, r"shared to return \[6, 8\], got tuple"),
+        ((jnp.sin, lambda x: None), ValueError, nothing),
+        ([jnp.sin, jnp.sin], TypeError, pair + "list"),
+        ((jnp.sin, jnp.sin, jnp.sin), TypeError, pair + "a tuple of 3"),
+        ((jnp.sin, None), TypeError, pair + "a tuple of 2"),
+    ):
+        with pytest.raises(error, match=words):
+            run(x, idx, weights, shared=shared)
+    of_pair = r"experts to return a pair \(rows, aux\), as has_aux says, got "
+    rows = (
+        rf"moe: expected experts to return rows float32\[{buffer().config.recv_capacity}, 8\], got "
+    )
+    for experts, has_aux, error, words in (
+        (lambda r: None, False, TypeError, rows + "NoneType"),
+        (lambda r: (r.x, 1), False, TypeError, rows + "tuple"),
+        (lambda r: r.x.astype(jnp.bfloat16), False, TypeError, rows + "bfloat16"),
+        (lambda r: r.x[1:], False, ValueError, rows + "float32"),
+        (lambda r: (r.x[1:], 1), True, ValueError, rows + "float32"),
+        (lambda r: r.x, True, TypeError, of_pair + "float32"),
+        (lambda r: (r.x, 1, 2), True, TypeError, of_pair + "3 of them"),
+    ):
+        with pytest.raises(error, match=words):
+            run(x, idx, weights, experts=experts, has_aux=has_aux)
     with pytest.raises(TypeError, match="x to be an array, got list"):
         smf.moe([1.0], idx, weights, lambda r: r.x, buffer())
 

@@ -295,6 +295,37 @@ def test_around_a_shard_map_of_what_is_the_same_at_all_places():
         buffer.check()
 
 
+@with_types
+@pytest.mark.skipif(support.MAX_RANKS < 4, reason="needs four devices")
+@pytest.mark.filterwarnings("ignore:grouped_matmul:UserWarning")
+def test_around_a_shard_map_with_grouped_products():
+    """Stages with experts of their own: group_sizes go through the products' rule for gradients."""
+    mesh, config = stages_of()
+    x, topk_idx, weights, _ = (np.moveaxis(a, 1, 0) for a in inputs_of(config, 2))
+    shape = (2, config.num_experts, config.hidden, config.hidden)
+    matrices = np.random.default_rng(2).normal(size=shape).astype(np.float32)
+
+    def gradients(over, buffer, x, weights, matrices):
+        def layer(x, topk_idx, weights, matrices):
+            def experts(recv):
+                return jnp.sin(smf.grouped_matmul(recv.x, matrices, recv))
+
+            return smf.moe(x[0], topk_idx[0], weights[0], experts, buffer)[None]
+
+        stages = over(on_ep(layer, mesh, check_vma=True), 0, 0)
+        loss = lambda x, *rest: loss_of(stages(x, topk_idx, *rest))  # noqa: E731
+        return jax.value_and_grad(loss, (0, 1, 2))(x, weights, matrices)
+
+    vmap = functools.partial(jax.vmap, spmd_axis_name="stage")
+    with support.open_buffer(config, mesh) as buffer:
+        got, want = (
+            support.whole(jax.jit(functools.partial(gradients, over, buffer))(x, weights, matrices))
+            for over in (vmap, in_a_loop)
+        )
+        support.assert_close(got, want, 1e-4)
+        buffer.check()
+
+
 # ----------------------------------------------------------------------------------------- how many
 
 
