@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import copyreg
 import dataclasses
+import inspect
 import threading
 from collections.abc import Hashable
+from types import NoneType
 from typing import Any
 
 import jax
@@ -53,6 +55,7 @@ def buffer_for(
     """
     if mesh is None or isinstance(mesh, AbstractMesh):
         mesh = _mesh_in_force(mesh)
+    _check_names(sizes)
     axes = checks.check_mesh(mesh, axis)
     name, transport = sizes.pop("name", None), sizes.pop("transport", "auto")
     config = Config(ep_size=checks.group_size(mesh, axes), **sizes)
@@ -64,6 +67,22 @@ def buffer_for(
         return buffer
 
 
+def _check_names(sizes: dict[str, Any]) -> None:
+    """Raises unless `Buffer` takes these arguments, and has all that it needs."""
+    parameters = list(inspect.signature(Buffer).parameters.values())[2:]  # behind mesh and axis
+    unknown = sizes.keys() - {parameter.name for parameter in parameters}
+    needed = {p.name for p in parameters if p.default is inspect.Parameter.empty}
+    for problem, names in (("also", unknown), ("none of", needed - sizes.keys())):
+        if names:
+            expected = ", ".join(sorted(needed)) + " and what else Buffer takes"
+            raise TypeError(
+                f"buffer_for: expected {expected}, got {problem} {', '.join(sorted(names))}"
+            )
+    for name in ("name", "transport"):
+        if not isinstance(sizes.get(name, ""), (str, NoneType)):
+            raise TypeError(f"buffer_for: expected {name} to be a string, got {sizes[name]!r}")
+
+
 def _mesh_in_force(expected: AbstractMesh | None) -> Mesh:
     around = expected or jax.sharding.get_abstract_mesh()
     shape = dict(around.shape)
@@ -71,8 +90,8 @@ def _mesh_in_force(expected: AbstractMesh | None) -> Mesh:
         if mesh is not None and not mesh.empty:
             if shape and dict(mesh.shape) != shape:
                 raise ValueError(
-                    f"buffer_for: expected a mesh with devices of the shape {shape}, which the "
-                    f"code around has, got {dict(mesh.shape)} in force; pass mesh="
+                    f"buffer_for: expected a mesh with devices of the shape {shape}, as the "
+                    f"AbstractMesh has, got {dict(mesh.shape)} in force; pass mesh="
                 )
             return mesh
     seen = f"an AbstractMesh {shape} alone, which has no devices" if shape else "none"

@@ -102,8 +102,12 @@ def test_the_mesh_is_checked():
         smf.buffer_for("ep", abstract, **SIZES)
     with pytest.raises(ValueError, match=r"axes of the mesh \['ep'\], each once, got 'model'"):
         smf.buffer_for("model", mesh(), **SIZES)
-    with pytest.raises(TypeError, match="colour"):
+    with pytest.raises(TypeError, match=r"buffer_for: expected hidden, .*, got also colour"):
         smf.buffer_for("ep", mesh(), **SIZES, colour="red")
+    with pytest.raises(TypeError, match=r"buffer_for: .*, got none of max_tokens, top_k"):
+        smf.buffer_for("ep", mesh(), hidden=8, num_experts=16)
+    with pytest.raises(TypeError, match=r"buffer_for: expected name to be a string, got \[1\]"):
+        smf.buffer_for("ep", mesh(), **SIZES, name=[1])
 
 
 @needs_two_ranks
