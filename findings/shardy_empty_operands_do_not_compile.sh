@@ -6,8 +6,8 @@
 # with "'func.call' op expected at least one operand of @xla.sdy.manual_computation_body.1 to be
 # produced by a xla.sdy.GlobalToLocalShape CustomCallOp". No side effect is needed: a sum of each does.
 # Empty arrays become constants, and the body is left without an operand. It compiles where there is
-# one operand alone. It also compiles with a further operand that is not empty, if the body uses it
-# (0.11.2 ends the process there, so that it is not tried); one that is not used does not help.
+# one operand alone. With 0.10.2 and 0.12.0 it also compiles with a further operand that is not empty,
+# if the body uses it; one that is not used does not help.
 #
 # Needs PyPI and Python 3.11 and 3.12. It fails if what was seen has changed.
 set -euo pipefail

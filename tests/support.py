@@ -35,7 +35,7 @@ ON_CPU = jax.default_backend() == "cpu"
 # Whether a buffer is of use after a fault.
 BUFFERS_GO_ON = ON_CPU
 
-# shard_map(lambda x, empty: x + empty.sum()) ends the process of JAX 0.11.2 while it compiles.
+# JAX 0.11.2 ends the process while it compiles some programs with such inputs.
 needs_empty_inputs = pytest.mark.skipif(
     jax.__version__ == "0.11.2", reason="JAX 0.11.2 crashes on empty inputs of shard_map"
 )

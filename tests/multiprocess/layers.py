@@ -393,3 +393,18 @@ def run_mapped(num_places: int) -> None:
             want = x * float(sum(range(1, num_places + 1)))
             check(run(x, topk_idx, weights), (want, topk_idx, weights))
         buffer.check()
+
+
+def run_found_while_traced() -> None:
+    """Layers that open their buffer while all processes trace the same program."""
+    mesh = mesh_of()
+    sizes = {"hidden": HIDDEN, "top_k": TOP_K, "max_tokens": TOKENS, "dtype": jnp.float32}
+    sizes |= {"num_experts": mesh.size, "recv_capacity": mesh.size * TOKENS * TOP_K}
+
+    def layer(x: Any, topk_idx: Any, weights: Any) -> Any:
+        return layer_without_actions(smf.buffer_for("ep", **sizes))(x, topk_idx, weights)
+
+    inputs = make_inputs(mesh)
+    with jax.set_mesh(mesh):
+        check(on_ranks(mesh, layer)(*inputs), inputs)
+        smf.buffer_for("ep", **sizes).check()

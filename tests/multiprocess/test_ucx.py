@@ -28,6 +28,10 @@ def test_mapped_calls(num_processes, num_devices):
     launcher.run(layers.run_mapped, 3, num_processes=num_processes, num_devices=num_devices)
 
 
+def test_a_layer_opens_its_buffer_while_it_is_traced():
+    launcher.run(layers.run_found_while_traced, num_processes=2, num_devices=2)
+
+
 @pytest.mark.parametrize(("num_processes", "num_devices"), [(4, 1), (2, 2)])
 def test_groups(num_processes, num_devices):
     launcher.run(layers.run_in_groups, num_processes=num_processes, num_devices=num_devices)
