@@ -264,7 +264,7 @@ def time() -> None:
 
 
 def train() -> None:
-    """Four steps of MaxText's own trainer on synthetic data; prints its log."""
+    """Four steps of MaxText's own trainer, and four with a pipeline; prints their logs."""
     from absl import logging
     from maxtext.trainers.pre_train import train as trainer
 
@@ -281,11 +281,20 @@ def train() -> None:
         "monitor_goodput": False,
         "sharding_tolerance": 1.0,
     }
+    # Stages are mapped: each has its layers under jax.vmap(spmd_axis_name="stage").
+    pipeline = {
+        "ici_pipeline_parallelism": 2,
+        "ici_expert_parallelism": 4,
+        "base_num_decoder_layers": 4,
+        "num_layers_per_pipeline_stage": 2,
+        "num_pipeline_microbatches": 4,
+    }
     moe.RoutedMoE.sparse_matmul = OURS
-    for name, more in {"jax_sm_free": {}, "MaxText's dense path": DENSE}.items():
-        print(f"-- {name}", flush=True)
-        told = [f"{key}={value}" for key, value in (options | more).items()]
-        trainer.main(["train", BASE, *told])
+    for shape, layout in {"experts alone": {}, "a pipeline": pipeline}.items():
+        for name, more in {"jax_sm_free": {}, "MaxText's dense path": DENSE}.items():
+            print(f"-- {shape}, {name}", flush=True)
+            told = [f"{key}={value}" for key, value in (options | layout | more).items()]
+            trainer.main(["train", BASE, *told])
 
 
 if __name__ == "__main__":
