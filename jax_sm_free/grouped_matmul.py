@@ -45,7 +45,8 @@ def grouped_matmul(
 
     "auto" is "batched" for a buffer with an `expert_capacity`. Else it is "blocked" on CPU, where
     one expert's NaN stays among its own rows; on GPUs "mosaic" where that can be, or "ragged_dot",
-    with a warning that says why. docs/experts.md has what each costs.
+    with a warning that says why. A process without GPUs, which compiles for GPUs that are not
+    there, compiles "ragged_dot", and does not warn. docs/experts.md has what each costs.
 
     Args:
       rows: [recv_capacity, A] of a float dtype, grouped as `recv.x`.

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from jax_sm_free.varying import axes_of
+
 _KERNELS = "jax.experimental.pallas.ops.gpu"
 _DTYPES = ("bfloat16", "float16")
 _CAPABILITY = "9.0"
@@ -49,7 +51,7 @@ def why_not(rows: Any, weights: Any) -> str | None:
         )
     if rows.shape[0] % _ROWS_MULTIPLE:
         return f"they need rows in multiples of {_ROWS_MULTIPLE}, and these are {rows.shape[0]}"
-    if jax.typeof(rows).manual_axis_type.varying:
+    if axes_of(rows) | axes_of(weights):
         return "they need jax.shard_map(..., check_vma=False)"
     return None
 

@@ -14,7 +14,7 @@ def vary_alike(*arrays: Array) -> tuple[Array, ...]:
     Under shard_map's check_vma, values that are equal on all ranks have another type; the cast's
     transpose sums their gradients over the ranks, as it must be.
     """
-    varying = [_axes_of(array) for array in arrays]
+    varying = [axes_of(array) for array in arrays]
     every = frozenset[str]().union(*varying)
     cast = []
     for array, axes in zip(arrays, varying, strict=True):
@@ -23,7 +23,7 @@ def vary_alike(*arrays: Array) -> tuple[Array, ...]:
     return tuple(cast)
 
 
-def _axes_of(array: Array) -> frozenset[str]:
+def axes_of(array: Array) -> frozenset[str]:
     """The mesh axes that an array varies over, by its type."""
     aval: Any = jax.typeof(array)
     if hasattr(aval, "manual_axis_type"):

@@ -179,6 +179,21 @@ def test_in_a_layer_with_weights_of_float32(expert_capacity, check_vma):
     support.assert_close(got, want, 3e-2)
 
 
+def test_what_is_received_knows_its_groups_of_one_size():
+    for capacity in ({"expert_capacity": 5}, {}):
+        config = support.make_config(num_experts=2 * RANKS, **capacity)
+        seen = []
+
+        def program(api, *inputs, seen=seen):
+            recv = api.buffer.dispatch(*inputs)
+            seen.append(recv.expert_capacity)
+            return recv.x
+
+        for run in support.runners(config, program):
+            run(*support.make_inputs(config))
+        assert seen == [config.expert_capacity] * 2
+
+
 def test_arguments_are_checked():
     rows, weights, _ = make(12, 3, jnp.float32, (5, 7))
     recv = received([4, 4, 4], 12)
