@@ -34,7 +34,7 @@ def rows_of_factor(capacity_factor: Any, balanced: int, alignment: int, most: in
         raise TypeError(f"capacity_factor must be a number above 0, got {capacity_factor!r}")
     if not (math.isfinite(capacity_factor) and capacity_factor > 0):
         raise ValueError(f"capacity_factor must be a finite number above 0, got {capacity_factor}")
-    # By its decimal digits: as floats, 1.1 * 10 is more than 11.
+    # By its decimal digits: as floats, 1.1 * 50 is more than 55.
     rows = math.ceil(fractions.Fraction(str(capacity_factor)) * balanced)
     return min(-(-rows // alignment) * alignment, most)
 

@@ -48,7 +48,8 @@ def test_the_default_is_the_worst_case_of_distinct_experts(
     [
         (1, {}, 10),
         (1.25, {}, 13),
-        (1.1, {}, 11),  # not the 12 of math.ceil(1.1 * 10)
+        (1.1, {}, 11),
+        (1.1, {"max_tokens": 25}, 55),  # not the 56 of math.ceil(1.1 * 50)
         (np.float32(1.1), {}, 11),
         (1e-9, {}, 1),
         (1.25, {"expert_alignment": 8}, 16),
@@ -58,7 +59,7 @@ def test_the_default_is_the_worst_case_of_distinct_experts(
 )
 def test_a_factor_of_the_balanced_load(factor: Any, sizes: dict[str, int], rows: int) -> None:
     got = config(**sizes, capacity_factor=factor)
-    assert got.balanced_load == 10
+    assert got.balanced_load == 2 * sizes.get("max_tokens", 5)
     assert got.recv_capacity == rows
     assert got == config(**sizes, recv_capacity=rows)
     assert smf.estimate_memory(got) == smf.estimate_memory(config(**sizes, recv_capacity=rows))

@@ -55,9 +55,12 @@ def test_interleaving_changes_no_number():
         support.assert_close(got, want, tolerance=1e-4)
 
 
-@pytest.mark.parametrize("block", [interleaved, with_remat])
+@pytest.mark.parametrize("block", [interleaved, with_remat, in_turn])
 def test_every_exchange_has_gemms_beside_it(block):
-    """For described H200s: four exchanges forward, four backward, none of them bare."""
+    """For described H200s: four exchanges forward, four backward, none of them bare.
+
+    One microbatch after the other has bare ones.
+    """
     mesh = aot.mesh()
     hidden, width = 256, 256  # wide enough that XLA makes GEMMs of the products
     sizes = SIZES | {"hidden": hidden, "max_tokens": 128, "num_experts": 16}
@@ -83,4 +86,4 @@ def test_every_exchange_has_gemms_beside_it(block):
     assert [pair.send.op for pair in schedule.pairs].count("dispatch_send") == 2
     assert len(schedule.pairs) == 8
     bare = [str(pair.send) for pair in schedule.pairs if not pair.gemms]
-    assert not bare, schedule
+    assert bool(bare) == (block is in_turn), schedule
