@@ -64,12 +64,21 @@ def assert_goes(number):
         time.sleep(0.01)
 
 
+@pytest.fixture
+def _quick_collections():
+    """Leaves out of collections what other tests left: looking at it can take seconds."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.cpu_only
+@pytest.mark.usefixtures("_quick_collections")
 def test_results_that_are_pending_outlive_the_buffer():
     """Collecting the buffer, and the program, ends nothing that was started."""
     number, run = open_and_compile()
     jax.block_until_ready(run(*inputs()))
-    gc.collect()  # what other tests have left would take its time below
     start = time.monotonic()
     out = run(*inputs(PAUSE_S))
     started = time.monotonic()
