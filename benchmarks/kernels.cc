@@ -8,7 +8,7 @@
 // ranks and rounds. An empty kernel takes what the first row says. The floor of a phase is its
 // bytes at the rate of a copy, which is measured in the same run.
 
-#include "cc/cuda/kernels.h"
+#include "cc/cuda/kernels/kernels.h"
 
 #include <cuda_runtime_api.h>
 
@@ -29,7 +29,7 @@
 #include <vector>
 
 #include "cc/config.h"
-#include "cc/cuda/device_buffer.h"
+#include "cc/cuda/host/device_buffer.h"
 #include "cc/op.h"
 #include "cc/operands.h"
 #include "cc/token.h"

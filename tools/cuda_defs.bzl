@@ -54,7 +54,7 @@ def smf_cuda_library(name, deps = [], **kwargs):
     )
 
 def smf_kernels_on_host(name, kernels, sources, deps):
-    """.cu files of cc/cuda compiled for the host, by the headers of cc/cuda/emulation."""
+    """.cu files of cc/cuda/kernels compiled for the host, by the headers of cc/cuda/emulation."""
     wrappers = []
     for kernel in kernels:
         wrapper = kernel[:-len(".cu")] + "_on_host.cc"
@@ -62,7 +62,7 @@ def smf_kernels_on_host(name, kernels, sources, deps):
         native.genrule(
             name = wrapper[:-len(".cc")],
             outs = [wrapper],
-            cmd = "echo '#include \"cc/cuda/%s\"' > $@" % kernel,
+            cmd = "echo '#include \"cc/cuda/kernels/%s\"' > $@" % kernel,
         )
     native.cc_library(
         name = name,

@@ -9,8 +9,8 @@ find cc xla_ffi benchmarks -name '*.cc' -o -name '*.h' -o -name '*.cu' -o -name 
 # Sources for GPUs need the headers of a CUDA toolkit, which a machine may lack.
 mapfile -t sources < <(find cc xla_ffi -name '*.cc' -not -path '*cuda*' | sort)
 sources+=(
-  xla_ffi/cuda_stub.cc cc/cuda/crossbar_test.cc
-  cc/cuda/{shared_memory,status_fault,symmetric_heap}{,_test}.cc
+  xla_ffi/cuda_stub.cc cc/cuda/host/crossbar_test.cc
+  cc/cuda/host/status_fault{,_test}.cc cc/cuda/processes/{shared_memory,symmetric_heap}{,_test}.cc
 )
 
 flags=(

@@ -10,8 +10,8 @@
 #include <memory>
 #include <string_view>
 
-#include "cc/cuda/device_buffer.h"
-#include "cc/cuda/kernels.h"
+#include "cc/cuda/host/device_buffer.h"
+#include "cc/cuda/kernels/kernels.h"
 #include "cc/op.h"
 #include "xla/ffi/api/ffi.h"
 #include "xla_ffi/decode.h"

@@ -8,8 +8,8 @@
 #include <utility>
 #include <vector>
 
-#include "cc/cuda/device_buffer.h"
-#include "cc/cuda/nvshmem_buffer.h"
+#include "cc/cuda/host/device_buffer.h"
+#include "cc/cuda/processes/nvshmem_buffer.h"
 #include "xla_ffi/cuda_handlers.h"
 #include "xla_ffi/module.h"
 

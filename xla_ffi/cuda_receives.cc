@@ -8,7 +8,7 @@
 #include <string_view>
 #include <vector>
 
-#include "cc/cuda/kernels.h"
+#include "cc/cuda/kernels/kernels.h"
 #include "cc/op.h"
 #include "xla/ffi/api/ffi.h"
 #include "xla_ffi/cuda_call.h"

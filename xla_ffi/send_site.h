@@ -7,7 +7,7 @@
 #include <memory>
 #include <string>
 
-#include "cc/call_site.h"
+#include "cc/cpu/call_site.h"
 #include "xla/ffi/api/c_api.h"
 #include "xla/ffi/api/ffi.h"
 

@@ -10,7 +10,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "cc/exchange.h"
+#include "cc/cpu/exchange.h"
 
 namespace jax_sm_free {
 

@@ -19,7 +19,7 @@
 #include "cc/cpu/message.h"
 #include "cc/cpu/transport.h"
 #include "cc/cpu/watchdog.h"
-#include "cc/exchange.h"
+#include "cc/cpu/exchange.h"
 #include "cc/fault.h"
 
 namespace jax_sm_free {

@@ -13,9 +13,9 @@
 #include <utility>
 #include <vector>
 
-#include "cc/call_site.h"
+#include "cc/cpu/call_site.h"
 #include "cc/cpu/start_numbers.h"
-#include "cc/exchange.h"
+#include "cc/cpu/exchange.h"
 #include "cc/fault.h"
 
 namespace jax_sm_free {

@@ -12,13 +12,13 @@
 #include <optional>
 #include <vector>
 
-#include "cc/call_site.h"
+#include "cc/cpu/call_site.h"
 #include "cc/cpu/host_buffer.h"
 #include "cc/cpu/message.h"
 #include "cc/cpu/pack.h"
 #include "cc/cpu/reduce.h"
 #include "cc/cpu/unpack.h"
-#include "cc/exchange.h"
+#include "cc/cpu/exchange.h"
 #include "cc/fault.h"
 #include "cc/op.h"
 

@@ -15,9 +15,9 @@
 #include <utility>
 #include <vector>
 
-#include "cc/call_site.h"
+#include "cc/cpu/call_site.h"
 #include "cc/cpu/message.h"
-#include "cc/exchange.h"
+#include "cc/cpu/exchange.h"
 #include "gtest/gtest.h"
 
 namespace jax_sm_free {

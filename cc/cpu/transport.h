@@ -9,9 +9,9 @@
 #include <optional>
 #include <vector>
 
-#include "cc/call_site.h"
+#include "cc/cpu/call_site.h"
 #include "cc/cpu/message.h"
-#include "cc/exchange.h"
+#include "cc/cpu/exchange.h"
 #include "cc/fault.h"
 #include "cc/op.h"
 

@@ -10,8 +10,8 @@
 #include <variant>
 #include <vector>
 
-#include "cc/call_site.h"
-#include "cc/exchange.h"
+#include "cc/cpu/call_site.h"
+#include "cc/cpu/exchange.h"
 #include "cc/fault.h"
 
 namespace jax_sm_free {

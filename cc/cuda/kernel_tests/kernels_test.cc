@@ -1,6 +1,6 @@
 // What the kernels compute, against loops over all choices of all tokens.
 
-#include "cc/cuda/kernels.h"
+#include "cc/cuda/kernels/kernels.h"
 
 #include <algorithm>
 #include <cmath>

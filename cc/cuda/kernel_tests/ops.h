@@ -14,7 +14,7 @@
 #include "cc/config.h"
 #include "cc/cuda/kernel_tests/group.h"
 #include "cc/cuda/kernel_tests/memory.h"
-#include "cc/cuda/kernels.h"
+#include "cc/cuda/kernels/kernels.h"
 #include "cc/op.h"
 #include "cc/operands.h"
 

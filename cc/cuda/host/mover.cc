@@ -1,0 +1,258 @@
+#include "cc/cuda/host/mover.h"
+
+#include <algorithm>
+#include <array>
+#include <atomic>
+#include <bit>
+#include <optional>
+#include <utility>
+
+#include "cc/cuda/host/driver.h"
+#include "cc/cuda/host/status_fault.h"
+#include "cc/fault_texts.h"
+
+namespace jax_sm_free::cuda {
+namespace {
+
+// How long the thread looks for orders without sleeping after there was a sign of any. A step of a
+// program is shorter than this, and a sleep would add its length to an exchange.
+constexpr auto kSpinTime = std::chrono::milliseconds(20);
+constexpr auto kSleepTime = std::chrono::milliseconds(1);
+
+// How long before the end of a copy the next one is enqueued.
+constexpr std::chrono::microseconds kLead{6};
+
+// A copy's own time, however small.
+constexpr std::chrono::microseconds kStartUp{3};
+
+// Numbers of orders wrap: from here on, one is of the round before.
+constexpr uint32_t kFarAhead = uint32_t{1} << 31;
+
+constexpr int64_t kMeasuredBytes = int64_t{64} << 20;
+
+}  // namespace
+
+Mover::Mover(int device, const RankView& view, std::shared_ptr<Crossbar> crossbar,
+             std::shared_ptr<Courier> courier, std::shared_ptr<GroupEnd> group_end, uint64_t* done)
+    : device_(device),
+      view_(view),
+      crossbar_(std::move(crossbar)),
+      courier_(std::move(courier)),
+      group_end_(std::move(group_end)),
+      done_(done),
+      streams_(view.config.ep_size),
+      seconds_per_byte_(view.config.ep_size) {
+  if (const cudaError_t status = Prepare(); status != cudaSuccess) Fail(status);
+  Wake();
+  thread_ = std::thread([this] { Run(); });
+}
+
+Mover::~Mover() {
+  stop_ = true;
+  Wake();
+  thread_.join();
+}
+
+void Mover::Wake() {
+  if (view_.config.ep_size == 1) return;
+  last_active_ = Clock::now().time_since_epoch().count();
+  woken_.notify_one();
+}
+
+std::optional<Fault> Mover::CopyFault() {
+  const std::lock_guard lock(mutex_);
+  return copy_fault_;
+}
+
+bool Mover::TakeOrder() {
+  MailboxEntry& entry = view_.mailbox[num_orders_ % kMailboxEntries];
+  std::array<uint32_t, MailboxEntry::kWords> words;
+  for (size_t i = 0; i < words.size(); ++i) {
+    const uint64_t word = std::atomic_ref(entry.words[i]).load(std::memory_order_acquire);
+    const auto ahead = static_cast<uint32_t>(word >> 32) - static_cast<uint32_t>(num_orders_ + 1);
+    if (ahead != 0) {
+      // The mailbox went round while the driver held this thread up; what it lost was read in
+      // place.
+      if (ahead < kFarAhead) num_orders_ += ahead;
+      return false;
+    }
+    words[i] = static_cast<uint32_t>(word);
+  }
+  ++num_orders_;
+  if (!failed_) Accept(std::bit_cast<CopyOrder>(words));
+  return true;
+}
+
+void Mover::Accept(const CopyOrder& order) {
+  if (IsForCourier(order.dst)) {
+    courier_->Send(view_, order);
+  } else {
+    waiting_.push_back(order);
+  }
+}
+
+bool Mover::IsDone(const Copy& copy) const {
+  return copy.dst < 0 ||
+         std::atomic_ref(done_[copy.dst]).load(std::memory_order_acquire) >= copy.number;
+}
+
+void Mover::ReleaseLink() {
+  if (on_its_way_.dst >= 0) crossbar_->Release(on_its_way_.dst, on_its_way_.ticket);
+}
+
+bool Mover::FinishCopy() {
+  Copy& copy = on_its_way_;
+  if (copy.dst < 0) return false;
+  const Clock::time_point now = Clock::now();
+  // While the copy before still runs, this one cannot have begun.
+  if (!IsDone(before_)) copy.end = std::max(copy.end, now + copy.length);
+  if (now + kLead < copy.end && !IsDone(copy)) return false;
+  ReleaseLink();
+  before_ = std::exchange(copy, {});
+  return true;
+}
+
+bool Mover::StartCopy() {
+  if (on_its_way_.dst >= 0) return false;
+  if (waiting_.empty()) return false;
+  const Crossbar::Ticket ticket = crossbar_->TryTake(waiting_.front().dst);
+  if (ticket == 0) return false;
+  const CopyOrder order = waiting_.front();
+  waiting_.pop_front();
+  const auto seconds = std::chrono::duration<double>(seconds_per_byte_[order.dst] *
+                                                     static_cast<double>(order.end - order.begin));
+  on_its_way_.dst = order.dst;
+  on_its_way_.ticket = ticket;
+  on_its_way_.number = before_.number + 1;
+  on_its_way_.length = std::chrono::duration_cast<Clock::duration>(seconds);
+  for (const Piece& piece : PiecesOf(view_, order)) {
+    if (piece.bytes > 0) on_its_way_.length += kStartUp;
+  }
+  on_its_way_.end = Clock::now() + on_its_way_.length;
+  const cudaError_t status = Issue(order, on_its_way_.number);
+  if (status != cudaSuccess) Fail(status);
+  return true;
+}
+
+cudaError_t Mover::Issue(const CopyOrder& order, uint64_t number) {
+  const Config& config = view_.config;
+  const RegionLayout& regions = view_.regions;
+  const int64_t in = int64_t{order.slot} * config.ep_size + view_.rank;
+  std::byte* target = view_.base[order.dst] + regions.recv + in * regions.message_bytes;
+  cudaStream_t stream = streams_[order.dst];
+  for (const Piece& piece : PiecesOf(view_, order)) {
+    if (piece.bytes == 0) continue;
+    const cudaError_t copied =
+        cudaMemcpyAsync(target + piece.begin, view_.base[view_.rank] + piece.source, piece.bytes,
+                        cudaMemcpyDeviceToDevice, stream);
+    if (copied != cudaSuccess) return copied;
+  }
+  auto* signal = reinterpret_cast<uint64_t*>(view_.base[order.dst] + regions.signals) + in;
+  return WriteBehind(stream, {{{signal, order.signal}, {done_ + order.dst, number}}});
+}
+
+// Nothing more is copied: peers read what is posted in place, until a call or a check raises this.
+void Mover::Fail(cudaError_t status) {
+  failed_ = true;
+  waiting_.clear();
+  ReleaseLink();
+  on_its_way_ = {};
+  const std::lock_guard lock(mutex_);
+  if (copy_fault_) return;
+  copy_fault_ = Fault{.op = "copy",
+                      .rank = view_.rank,
+                      .expected = "success",
+                      .seen = cudaGetErrorString(status),
+                      .exchange = {}};
+  jax_sm_free::TellFault(*copy_fault_);
+}
+
+cudaError_t Mover::MeasureLink(int32_t dst) {
+  const RegionLayout& regions = view_.regions;
+  const int64_t bytes = std::min(regions.total - regions.recv, kMeasuredBytes);
+  cudaStream_t stream = streams_[dst];
+  cudaEvent_t start = nullptr;
+  cudaEvent_t stop = nullptr;
+  float milliseconds = 0;
+  Crossbar::Ticket ticket = 0;
+  while ((ticket = crossbar_->TryTake(dst)) == 0) std::this_thread::yield();
+  (void)cudaEventCreate(&start);
+  (void)cudaEventCreate(&stop);
+  for (int i = 0; i < 2; ++i) {  // the first one warms up
+    (void)cudaEventRecord(start, stream);
+    (void)cudaMemcpyAsync(view_.base[dst] + regions.recv, view_.base[view_.rank] + regions.recv,
+                          bytes, cudaMemcpyDeviceToDevice, stream);
+    (void)cudaEventRecord(stop, stream);
+    (void)cudaEventSynchronize(stop);
+  }
+  crossbar_->Release(dst, ticket);
+  (void)cudaEventElapsedTime(&milliseconds, start, stop);
+  (void)cudaEventDestroy(start);
+  (void)cudaEventDestroy(stop);
+  seconds_per_byte_[dst] = milliseconds * 1e-3 / static_cast<double>(bytes);
+  return cudaGetLastError();
+}
+
+cudaError_t Mover::Prepare() {
+  cudaError_t status = cudaSetDevice(device_);
+  for (int32_t dst = 0; dst < view_.config.ep_size && status == cudaSuccess; ++dst) {
+    if (dst == view_.rank || IsForCourier(dst)) continue;
+    status = cudaStreamCreateWithFlags(&streams_[dst], cudaStreamNonBlocking);
+    if (status == cudaSuccess) status = MeasureLink(dst);
+  }
+  return status;
+}
+
+// Who waits for whom on this GPU, if a kernel has said so.
+void Mover::TellSlowWait() {
+  FaultRecord& record = view_.status->slow_wait;
+  const std::optional<Fault> fault = FaultIn(record, view_, kSlowWaitSeconds);
+  if (!fault) return;
+  jax_sm_free::TellSlowWait(*fault);
+  record.code = 0;
+  std::atomic_ref(record.claimed).store(0, std::memory_order_release);
+}
+
+// The fault that this rank has met. What follows from another's is that one's to tell.
+void Mover::TellFault() {
+  if (has_seen_fault_) return;
+  FaultRecord& record = view_.status->fault;
+  const std::optional<Fault> fault = FaultIn(record, view_, view_.config.timeout_s);
+  has_seen_fault_ = fault.has_value();
+  if (!fault || IsEcho(record)) return;
+  jax_sm_free::TellFault(*fault);
+  if (group_end_ != nullptr) group_end_->TellFault(fault->Describe());
+}
+
+void Mover::HearOfEnd() {
+  if (group_end_ == nullptr || !group_end_->HasCome()) return;
+  std::atomic_ref(view_.status->stopped).store(1, std::memory_order_release);
+}
+
+void Mover::Run() {
+  (void)cudaSetDevice(device_);
+  while (!stop_) {
+    TellSlowWait();
+    TellFault();
+    HearOfEnd();
+    bool active = TakeOrder();
+    active |= FinishCopy();
+    active |= StartCopy();
+    if (courier_ != nullptr) active |= courier_->Forward(view_);
+    if (active) last_active_ = Clock::now().time_since_epoch().count();
+    const bool busy = on_its_way_.dst >= 0 || !waiting_.empty();
+    if (busy || Clock::now().time_since_epoch() - Clock::duration(last_active_) < kSpinTime) {
+      continue;
+    }
+    std::unique_lock lock(mutex_);
+    woken_.wait_for(lock, kSleepTime);
+  }
+  ReleaseLink();
+  for (cudaStream_t stream : streams_) {
+    if (stream == nullptr) continue;
+    (void)cudaStreamSynchronize(stream);
+    (void)cudaStreamDestroy(stream);
+  }
+}
+
+}  // namespace jax_sm_free::cuda

@@ -1,0 +1,263 @@
+// The same sums with rows on their way to shared memory ahead of their turn, by the bulk copies of
+// Hopper's SMs: no register holds what is in flight, so that a few warps keep memory busy.
+
+#ifndef JAX_SM_FREE_CC_CUDA_KERNELS_BULK_SUM_CUH_
+#define JAX_SM_FREE_CC_CUDA_KERNELS_BULK_SUM_CUH_
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "cc/cuda/kernels/claims.cuh"
+#include "cc/cuda/kernels/device.cuh"
+#include "cc/cuda/kernels/launch.h"
+#include "cc/cuda/kernels/sums.cuh"
+
+namespace jax_sm_free::cuda {
+
+// Of a segment: few large pieces, because what one costs in instructions does not depend on its
+// size.
+inline constexpr int kBulkPerLane = 4;
+inline constexpr int32_t kBulkWords = kBulkPerLane * kWarpSize;
+
+// As DirectSum, for blocks of one warp and rows of whole 16-byte words. What the terms of a sum are
+// is found when their rows are sent for, and left beside them for when they are added.
+template <typename T, bool kWeighted, typename TermsOf>
+class BulkSum {
+ public:
+  __device__ BulkSum(const Matrix& matrix, int64_t num_rows, const Warps& warps, DeviceState* state,
+                     const TermsOf& terms_of)
+      : segments_(matrix.row_bytes(), kWords),
+        num_rows_(static_cast<int32_t>(num_rows)),
+        terms_of_(terms_of),
+        claims_(state, segments_, num_rows, warps) {
+    __shared__ __align__(128) uint4 words[kStages][kWords];
+    __shared__ __align__(8) uint64_t barriers[kStages];
+    __shared__ Note notes[kStages];
+    words_ = words;
+    barriers_ = barriers;
+    notes_ = notes;
+    if (threadIdx.x == 0) {
+      for (int stage = 0; stage < kStages; ++stage) {
+        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(Barrier(stage)) : "memory");
+      }
+      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    }
+    __syncwarp();
+    Load();
+  }
+
+  // As there, once before each Sum: it waits for the first stage of that.
+  __device__ Claim Next() {
+    if (num_loaded_ == 0) return {num_rows_, 0};
+    Await(add_stage_);
+    return notes_[add_stage_].claim;
+  }
+
+  __device__ void Sum(const Claim& claim, std::byte* out) {
+    const int32_t begin = segments_.begin(claim.segment);
+    const int32_t size = segments_.end(claim.segment) - begin;
+    Pieces sums = {};
+    if constexpr (HasNested<TermsOf>) {
+      sums = SumOfTerms<true>(sums, size);
+      Await(add_stage_);
+    }
+    sums = SumOfTerms<kWeighted>(sums, size);
+#pragma unroll
+    for (int u = 0; u < kPerLane; ++u) {
+      const int32_t i = u * kWarpSize + threadIdx.x;
+      if (i < size) reinterpret_cast<V*>(out)[begin + i] = sums.of[u];
+    }
+  }
+
+ private:
+  static constexpr int kStages = 4;  // as many as shared memory has room for
+  static constexpr int kPerLane = kBulkPerLane;
+  static constexpr int32_t kWords = kBulkWords;
+  static constexpr int kWidth = sizeof(uint4) / sizeof(T);
+  static constexpr int32_t kWordBytes = sizeof(uint4);
+  using V = Vector<T, kWidth>;
+  struct Pieces {
+    V of[kPerLane];
+  };
+  // What a stage is for: a row of a sum; one for a sum without any, too.
+  enum What : uint32_t { kRow = 1, kNestedFirst = 2, kNestedLast = 4, kEnds = 8, kPoisoned = 16 };
+  struct alignas(16) Note {
+    Claim claim;
+    float weight;
+    uint32_t what;
+  };
+
+  // Of this lane's words of the segment, of `size` words; `nested` is what the nested term is. Its
+  // first stage has been awaited.
+  template <bool kWeigh>
+  __device__ Pieces SumOfTerms(const Pieces& nested, int32_t size) {
+    const int lane = threadIdx.x;
+    float total[kPerLane][kWidth] = {};
+    uint32_t what = 0;
+    while (true) {
+      what = notes_[add_stage_].what;
+      const float weight = kWeigh ? notes_[add_stage_].weight : 1.0F;
+      if (HasNested<TermsOf> && (what & kNestedFirst) != 0) {
+#pragma unroll
+        for (int u = 0; u < kPerLane; ++u) Add<false>(total[u], nested.of[u], 1);
+      }
+      if ((what & kRow) != 0) {
+        const uint4* words = words_[add_stage_];
+#pragma unroll
+        for (int u = 0; u < kPerLane; ++u) {
+          const int32_t i = u * kWarpSize + lane;
+          // Whole words, which the compiler would else load element by element, in four-fold
+          // conflict.
+          if (i < size) Add<kWeigh>(total[u], std::bit_cast<V>(words[i]), weight);
+        }
+      }
+      if (HasNested<TermsOf> && (what & kNestedLast) != 0) {
+#pragma unroll
+        for (int u = 0; u < kPerLane; ++u) Add<false>(total[u], nested.of[u], 1);
+      }
+      __syncwarp();  // all have read the stage that is loaded next
+      add_stage_ = (add_stage_ + 1) % kStages;
+      --num_loaded_;
+      Load();
+      if ((what & kEnds) != 0) break;
+      Await(add_stage_);
+    }
+    Pieces sums;
+#pragma unroll
+    for (int u = 0; u < kPerLane; ++u) sums.of[u] = Cast<T>(total[u], (what & kPoisoned) != 0);
+    return sums;
+  }
+
+  __device__ static uint32_t Shared(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+  }
+  __device__ uint32_t Barrier(int stage) const { return Shared(barriers_ + stage); }
+
+  // The terms of the next sum: of a claim the nested one first.
+  __device__ void FindTerms() {
+    if (!found_nested_) loading_ = claims_.Next();
+    if (loading_.row >= num_rows_) return;
+    if constexpr (HasNested<TermsOf>) {
+      found_nested_ = !found_nested_;
+      terms_ = found_nested_ ? terms_of_.Nested(loading_.row) : terms_of_(loading_.row);
+    } else {
+      terms_ = terms_of_(loading_.row);
+    }
+    has_terms_ = true;
+    left_ = terms_.present;
+    const int32_t begin = segments_.begin(loading_.segment);
+    load_bytes_ = (segments_.end(loading_.segment) - begin) * kWordBytes;
+    if (terms_.row != nullptr) terms_.row += begin * kWordBytes;
+  }
+
+  // Sends for terms as long as there are stages for them.
+  __device__ void Load() {
+    while (loading_.row < num_rows_) {
+      if (!has_terms_) {
+        FindTerms();
+      } else if (num_loaded_ < kStages) {
+        LoadTerm();
+      } else {
+        return;
+      }
+    }
+  }
+
+  // Sends for the next term, by the lane that has it.
+  __device__ void LoadTerm() {
+    const int source = left_ == 0 ? 0 : __ffs(static_cast<int>(left_)) - 1;
+    left_ &= left_ - 1;
+    has_terms_ = left_ != 0;
+    const bool nested_first = (terms_.nested & ((1U << source) - 1)) != 0;
+    if (nested_first) terms_.nested = 0;
+    const uint32_t barrier = Barrier(load_stage_);
+    if (threadIdx.x == source) {
+      const bool has_row = terms_.present != 0;
+      const bool nested_last = !has_terms_ && terms_.nested != 0;
+      notes_[load_stage_] = {loading_, terms_.weight,
+                             (has_row ? kRow : 0U) | (nested_first ? kNestedFirst : 0U) |
+                                 (nested_last ? kNestedLast : 0U) | (has_terms_ ? 0U : kEnds) |
+                                 (terms_.poisoned ? kPoisoned : 0U)};
+      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
+                   "r"(has_row ? load_bytes_ : 0)
+                   : "memory");
+      if (has_row) {
+        asm volatile(
+            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
+            "[%3];" ::"r"(Shared(words_[load_stage_])),
+            "l"(terms_.row), "r"(load_bytes_), "r"(barrier)
+            : "memory");
+      }
+    }
+    load_stage_ = (load_stage_ + 1) % kStages;
+    ++num_loaded_;
+  }
+
+  __device__ void Await(int stage) {
+    uint32_t done = 0;
+    while (done == 0) {
+      asm volatile(
+          "{\n"
+          ".reg .pred p;\n"
+          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
+          "selp.u32 %0, 1, 0, p;\n"
+          "}"
+          : "=r"(done)
+          : "r"(Barrier(stage)), "r"(phases_ >> stage & 1U)
+          : "memory");
+    }
+    phases_ ^= 1U << stage;
+  }
+
+  Segments segments_;
+  int32_t num_rows_;
+  const TermsOf& terms_of_;
+  Claims claims_;
+  uint4 (*words_)[kWords];
+  uint64_t* barriers_;
+  Note* notes_;
+  uint32_t phases_ = 0;  // a bit for each stage: the parity that its load completes
+  int load_stage_ = 0;
+  int add_stage_ = 0;
+  int num_loaded_ = 0;  // stages in use
+  // Of the sum whose terms are being sent for.
+  Claim loading_ = {-1, 0};
+  bool found_nested_ = false;
+  bool has_terms_ = false;  // some are left
+  Terms terms_;
+  unsigned left_;
+  int32_t load_bytes_;
+};
+
+#if !defined(__CUDACC__) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900)
+inline constexpr bool kHasBulkCopies = false;  // code that is there, but never launched
+#else
+inline constexpr bool kHasBulkCopies = true;
+#endif
+
+// The sum that a kernel uses.
+template <typename T, int kWidth, bool kWeighted, bool kBulk, typename TermsOf>
+using SumOf = std::conditional_t<kBulk && kHasBulkCopies, BulkSum<T, kWeighted, TermsOf>,
+                                 DirectSum<T, kWidth, kWeighted, TermsOf>>;
+
+// Threads of its blocks, how many blocks an SM should have room for at least, and words of a
+// segment.
+template <bool kBulk>
+inline constexpr int kSumThreads = kBulk ? kWarpSize : kRowThreads;
+template <bool kBulk>
+inline constexpr int kSumBlocks = kBulk ? 16 : 4;
+template <bool kBulk>
+inline constexpr int32_t kSumWords = kBulk ? kBulkWords : kDirectWords;
+
+// Rows for which it pays, on a device that can.
+inline bool GoesInBulk(const Matrix& matrix) {
+  constexpr int64_t kLeastBytes = 1024;
+  static const bool has_bulk_copies = IsHopperOrNewer();
+  return has_bulk_copies && matrix.row_bytes() % 16 == 0 && matrix.row_bytes() >= kLeastBytes;
+}
+
+}  // namespace jax_sm_free::cuda
+
+#endif  // JAX_SM_FREE_CC_CUDA_KERNELS_BULK_SUM_CUH_

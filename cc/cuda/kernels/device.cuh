@@ -1,0 +1,256 @@
+// Small device functions that every kernel uses: addresses, memory order, faults.
+
+#ifndef JAX_SM_FREE_CC_CUDA_KERNELS_DEVICE_CUH_
+#define JAX_SM_FREE_CC_CUDA_KERNELS_DEVICE_CUH_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cc/cuda/device_state.h"
+#include "cc/cuda/kernels/memory_order.cuh"
+#include "cc/cuda/kernels/warp.cuh"
+
+namespace jax_sm_free::cuda {
+
+// Current::failed.
+enum Failure : int32_t {
+  kOk,
+  kEmpty,    // peers get a poisoned message, so that they need not wait
+  kNothing,  // the slot is not ours: nothing may be written
+};
+inline constexpr int32_t kPoisonedKind = -1;
+
+__device__ inline int64_t MessageIndex(const RankView& view, int32_t slot, int32_t peer) {
+  return int64_t{slot} * view.config.ep_size + peer;
+}
+
+// The message of `source` for this rank.
+__device__ inline std::byte* InMessage(const RankView& view, int32_t slot, int32_t source) {
+  if ((view.state->current.in_place >> source & 1U) != 0) {
+    return view.base[source] + StageOffset(view, slot, source, view.rank);
+  }
+  return view.base[view.rank] + view.regions.recv +
+         MessageIndex(view, slot, source) * view.regions.message_bytes;
+}
+
+// Where the message for `dst` is packed: our own rows go straight to where they are received.
+__device__ inline std::byte* OutMessage(const RankView& view, int32_t slot, int32_t dst) {
+  if (dst == view.rank) return InMessage(view, slot, dst);
+  return view.base[view.rank] + StageOffset(view, slot, view.rank, dst);
+}
+
+// The message of `source` that has the rows which all of its messages have in common.
+__device__ inline std::byte* CommonMessage(const RankView& view, int32_t slot, int32_t source) {
+  return view.base[source] + StageOffset(view, slot, source, (source + 1) % view.config.ep_size);
+}
+
+__device__ inline uint64_t* Signal(const RankView& view, int32_t slot, int32_t source) {
+  return reinterpret_cast<uint64_t*>(view.base[view.rank] + view.regions.signals) +
+         MessageIndex(view, slot, source);
+}
+
+// The acknowledgement by `dst`, in the region of `holder`.
+__device__ inline uint64_t* Ack(const RankView& view, int32_t holder, int32_t slot, int32_t dst) {
+  return reinterpret_cast<uint64_t*>(view.base[holder] + view.regions.acks) +
+         MessageIndex(view, slot, dst);
+}
+
+// The notice of `source`, and its sequence number, in the region of `holder`.
+__device__ inline std::byte* Notice(const RankView& view, int32_t holder, int32_t slot,
+                                    int32_t source) {
+  return view.base[holder] + view.regions.notices +
+         MessageIndex(view, slot, source) * view.regions.notice_bytes;
+}
+__device__ inline uint64_t* Noticed(const RankView& view, int32_t holder, int32_t slot,
+                                    int32_t source) {
+  return reinterpret_cast<uint64_t*>(view.base[holder] + view.regions.noticed) +
+         MessageIndex(view, slot, source);
+}
+// The signal of the message of `source` that is packed, in the region of `holder`.
+__device__ inline uint64_t* Posted(const RankView& view, int32_t holder, int32_t slot,
+                                   int32_t source) {
+  return reinterpret_cast<uint64_t*>(view.base[holder] + view.regions.posted) +
+         MessageIndex(view, slot, source);
+}
+__device__ inline int32_t* RowsPerExpert(std::byte* notice) {
+  return reinterpret_cast<int32_t*>(notice + sizeof(MessageHeader));
+}
+
+__device__ inline const MessageHeader& HeaderOf(const std::byte* message) {
+  return *reinterpret_cast<const MessageHeader*>(message);
+}
+
+template <typename T>
+__device__ inline T* PartOf(std::byte* message, int64_t offset) {
+  return reinterpret_cast<T*>(message + offset);
+}
+
+// Whether the host has told this rank to wait no longer.
+__device__ inline bool IsStopped(const RankView& view) {
+  return *const_cast<const volatile int32_t*>(&view.status->stopped) != 0;
+}
+
+// 0 if the clock was set back meanwhile.
+__device__ inline uint64_t Elapsed(uint64_t start, uint64_t now) {
+  return now > start ? now - start : 0;
+}
+
+// How a wait of one thread went.
+struct Waited {
+  bool has_come;         // what it was for
+  uint64_t nanoseconds;  // until the last look in vain; 0 without one
+};
+
+// Waits until is_true(). In vain after the timeout, or soon after the host said stop: what is on
+// its way still arrives. At once if an earlier wait took that long. tell() is called once if it
+// lasts. Called by any number of threads of one block; blocks nothing but this block.
+template <typename Condition, typename Tell>
+__device__ Waited WaitUntil(const RankView& view, const Condition& is_true, const Tell& tell) {
+  constexpr uint64_t kStopNanoseconds = 500'000'000;
+  constexpr uint32_t kLooksPerStop = 1024;  // the host's memory is far
+  if (view.state->faulted == kTimedOut) return {is_true(), 0};
+  const uint64_t start = Nanoseconds();
+  uint64_t now = start;
+  uint64_t slow = start + static_cast<uint64_t>(kSlowWaitSeconds * 1e9);
+  uint64_t end = start + static_cast<uint64_t>(view.config.timeout_s * 1e9);
+  bool stopped = false;
+  for (uint32_t looks = 1; !is_true(); ++looks) {
+    now = Nanoseconds();  // here: the threads of a warp may go on together, when all are done
+    if (now > end) return {false, Elapsed(start, now)};
+    if (now > slow) {
+      tell();
+      slow = end;
+    }
+    if (!stopped && looks % kLooksPerStop == 0 && IsStopped(view)) {
+      stopped = true;
+      end = end < now + kStopNanoseconds ? end : now + kStopNanoseconds;
+    }
+    __nanosleep(100);
+  }
+  return {true, Elapsed(start, now)};
+}
+
+struct FaultNumbers {
+  FaultCode code;
+  int32_t peer = -1;
+  int64_t expected = 0;
+  int64_t seen = 0;
+  int64_t detail = 0;
+};
+
+// Writes a fault into pinned memory, where the host finds it, unless one stands there.
+__device__ inline void Write(FaultRecord& record, const Current& current, Op op,
+                             const FaultNumbers& fault) {
+  if (atomicCAS_system(&record.claimed, 0, 1) != 0) return;
+  record.op = static_cast<int32_t>(op);
+  record.peer = fault.peer;
+  record.slot = current.slot;
+  record.sequence = static_cast<int64_t>(current.sequence);
+  record.expected = fault.expected;
+  record.seen = fault.seen;
+  record.detail = fault.detail;
+  __threadfence_system();
+  *const_cast<volatile int32_t*>(&record.code) = static_cast<int32_t>(fault.code);
+  __threadfence_system();
+}
+
+__device__ inline void Raise(const RankView& view, Op op, const FaultNumbers& fault) {
+  const bool waited = fault.code == FaultCode::kTimeout || fault.code == FaultCode::kAckTimeout;
+  atomicMax(&view.state->faulted, static_cast<int32_t>(waited ? kTimedOut : kPoisoned));
+  Write(view.status->fault, view.state->current, op, fault);
+}
+
+// Waits as WaitUntil does. If it is in vain, that is a fault, numbers() or, where the host has
+// ended the wait, kStopped. While it goes on for long, the host tells numbers() on stderr.
+template <typename Condition, typename Numbers>
+__device__ Waited WaitOrRaise(const RankView& view, Op op, const Condition& is_true,
+                              const Numbers& numbers) {
+  const auto tell = [&] { Write(view.status->slow_wait, view.state->current, op, numbers()); };
+  const Waited waited = WaitUntil(view, is_true, tell);
+  if (waited.has_come) return waited;
+  FaultNumbers fault = numbers();
+  if (IsStopped(view)) fault.code = FaultCode::kStopped;
+  Raise(view, op, fault);
+  return waited;
+}
+
+// True in all threads of the block that finishes last. Everything the other blocks wrote is
+// visible to it.
+__device__ inline bool IsLastBlock(DeviceState* state) {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    last = atomicAdd(&state->blocks_done, 1U) == gridDim.x - 1;
+    if (last) state->blocks_done = 0;
+  }
+  __syncthreads();
+  if (last) __threadfence();
+  return last;
+}
+
+// The first block of a grid may be its watch: it waits until the others have ended a step of the
+// kernel, of which there are at most kMaxSteps, and does what then is to be done. The others count
+// and go on: for one of them to find out whether it is the last would take as long as the memory
+// that all of them fill takes to answer. They work as Workers says.
+__device__ inline bool IsWatch() { return blockIdx.x == 0; }
+__device__ inline Warps Workers() {
+  const int64_t per_block = blockDim.x / kWarpSize;
+  return {(int64_t{blockIdx.x} - 1) * per_block + threadIdx.x / kWarpSize,
+          (int64_t{gridDim.x} - 1) * per_block};
+}
+
+// One of these to a kernel, made by all threads.
+class Steps {
+ public:
+  __device__ explicit Steps(DeviceState* state) : state_(state) {
+    __shared__ uint32_t warps_done[kMaxSteps];
+    warps_done_ = warps_done;
+    for (int step = threadIdx.x; step < kMaxSteps; step += blockDim.x) warps_done[step] = 0;
+    __syncthreads();
+  }
+
+  // By all lanes of a warp that works.
+  __device__ void End(int step) const {
+    __syncwarp();
+    if (threadIdx.x % kWarpSize != 0) return;
+    __threadfence_block();
+    const uint32_t before = atomicAdd_block(warps_done_ + step, 1U);
+    if (before != blockDim.x / kWarpSize - 1) return;
+    __threadfence_block();
+    CountRelease(state_->steps_done + step);
+  }
+
+  // By all lanes of a warp of the watch, once for each step. What was written in the step is then
+  // visible.
+  __device__ void Await(int step) const {
+    uint32_t* done = state_->steps_done + step;
+    if (threadIdx.x % kWarpSize == 0) {
+      while (LoadAcquire(done) != gridDim.x - 1) __nanosleep(100);
+      *done = 0;
+    }
+    __syncwarp();
+  }
+
+ private:
+  DeviceState* state_;
+  uint32_t* warps_done_;
+};
+
+// Adds the bytes of a message's rows.
+__device__ inline void CountRows(Counters::Counter& counter, const MessageHeader& header) {
+  atomicAdd(&counter, static_cast<Counters::Counter>(header.num_rows * header.row_bytes));
+}
+
+// Tells every source that its message in this slot has been read, and frees the slot. By one block.
+__device__ inline void Acknowledge(const RankView& view) {
+  const Current current = view.state->current;
+  for (int32_t peer = threadIdx.x; peer < view.config.ep_size; peer += blockDim.x) {
+    StoreRelease(Ack(view, peer, current.slot, view.rank), current.sequence);
+  }
+  if (threadIdx.x == 0) view.state->slot_phase[current.slot] = kFree;
+}
+
+}  // namespace jax_sm_free::cuda
+
+#endif  // JAX_SM_FREE_CC_CUDA_KERNELS_DEVICE_CUH_

@@ -1,0 +1,75 @@
+// Vectors of row elements: 16-byte loads and stores, and arithmetic in float32 as the contract
+// wants it: product, then sum, never fused, so that the host computes the same bits.
+
+#ifndef JAX_SM_FREE_CC_CUDA_KERNELS_ELEMENTS_CUH_
+#define JAX_SM_FREE_CC_CUDA_KERNELS_ELEMENTS_CUH_
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "cc/operands.h"
+
+namespace jax_sm_free::cuda {
+
+template <typename T>
+__device__ inline float ToFloat(T value) {
+  return static_cast<float>(value);
+}
+template <typename T>
+__device__ inline T FromFloat(float value);
+template <>
+__device__ inline float FromFloat<float>(float value) {
+  return value;
+}
+template <>
+__device__ inline __half FromFloat<__half>(float value) {
+  return __float2half_rn(value);
+}
+template <>
+__device__ inline __nv_bfloat16 FromFloat<__nv_bfloat16>(float value) {
+  return __float2bfloat16_rn(value);
+}
+
+// kWidth elements of type T, moved by one load or store.
+template <typename T, int kWidth>
+struct alignas(sizeof(T) * kWidth) Vector {
+  T elements[kWidth];
+};
+
+// Its bits. An array of them stays in registers; one of vectors the compiler takes apart, element
+// by element, where not all are always there.
+template <typename V>
+using BitsOf = std::conditional_t<sizeof(V) == sizeof(uint4), uint4,
+                                  std::conditional_t<sizeof(V) == 4, uint32_t, uint16_t>>;
+
+// Calls fn<T, kWidth> for the dtype of `matrix`, with 16-byte vectors where rows allow them.
+template <typename Fn>
+void Dispatch(const Matrix& matrix, Fn fn) {
+  const bool wide = matrix.row_bytes() % 16 == 0;
+  switch (matrix.dtype) {
+    case DType::kFloat32:
+      return wide ? fn.template operator()<float, 4>() : fn.template operator()<float, 1>();
+    case DType::kBFloat16:
+      return wide ? fn.template operator()<__nv_bfloat16, 8>()
+                  : fn.template operator()<__nv_bfloat16, 1>();
+    case DType::kFloat16:
+      return wide ? fn.template operator()<__half, 8>() : fn.template operator()<__half, 1>();
+  }
+}
+
+// Calls fn<T, kWidth> for all of them.
+template <typename Fn>
+void ForEachElement(Fn fn) {
+  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
+    Dispatch(Matrix{dtype, 8}, fn);
+    Dispatch(Matrix{dtype, 1}, fn);
+  }
+}
+
+}  // namespace jax_sm_free::cuda
+
+#endif  // JAX_SM_FREE_CC_CUDA_KERNELS_ELEMENTS_CUH_

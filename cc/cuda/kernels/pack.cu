@@ -1,0 +1,53 @@
+// Token rows into messages: each row of x is read once, however many ranks it goes to. A dispatch's
+// own rows need not be copied at all, for its recv has x.
+
+#include <cuda_runtime.h>
+
+#include "cc/cuda/kernels/device.cuh"
+#include "cc/cuda/kernels/kernels.h"
+#include "cc/cuda/kernels/launch.h"
+#include "cc/cuda/kernels/pack.cuh"
+
+namespace jax_sm_free::cuda {
+namespace {
+
+// Of rows in one part alone.
+__host__ __device__ Segments SegmentsOf(const PackArgs& args) {
+  return {args.rows.scales_bytes == 0 ? args.rows.values_bytes : 1, kCopyWords};
+}
+
+// One segment of a token's row, to all ranks that get the token.
+__device__ void PackSegment(const ConstRows& rows, std::byte* target, const Segments& segments,
+                            int64_t token, int32_t segment) {
+  const std::byte* values = rows.values + token * rows.values_bytes;
+  if (rows.scales_bytes == 0 && rows.values_bytes % 16 == 0) {
+    WarpCopyToAll(target, values, segments.begin(segment), segments.end(segment));
+    return;
+  }
+  for (unsigned left = __ballot_sync(kFullWarp, target != nullptr); left != 0; left &= left - 1) {
+    std::byte* out = ShufflePointer(target, __ffs(static_cast<int>(left)) - 1);
+    WarpCopy(out, values, rows.values_bytes);
+    WarpCopy(out + rows.values_bytes, rows.scales + token * rows.scales_bytes, rows.scales_bytes);
+  }
+}
+
+__global__ void __launch_bounds__(kRowThreads)
+    PackKernel(const RankView view, const PackArgs args) {
+  const Segments segments = SegmentsOf(args);
+  PackParts(view, segments, args.num_tokens, args.leaves_own,
+            [&](std::byte* target, const Claim& at) {
+              PackSegment(args.rows, target, segments, at.row, at.segment);
+            });
+}
+
+}  // namespace
+
+void LaunchPack(const RankView& view, const PackArgs& args, cudaStream_t stream) {
+  static const int most = FullGrid(PackKernel);
+  const int64_t warps = args.num_tokens * SegmentsOf(args).per_row;
+  EnqueueBehind(PackKernel, {BlocksAndWatch(warps, most), kRowThreads}, stream, view, args);
+}
+
+cudaError_t LoadPack() { return Load(PackKernel); }
+
+}  // namespace jax_sm_free::cuda

@@ -1,0 +1,87 @@
+// Messages of token rows, part by part.
+
+#ifndef JAX_SM_FREE_CC_CUDA_KERNELS_PACK_CUH_
+#define JAX_SM_FREE_CC_CUDA_KERNELS_PACK_CUH_
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cc/cuda/kernels/claims.cuh"
+#include "cc/cuda/kernels/device.cuh"
+#include "cc/cuda/kernels/launch.h"
+#include "cc/cuda/kernels/post.cuh"
+
+namespace jax_sm_free::cuda {
+
+// Where the rows of the messages being packed lie; null for a message without.
+struct OutRows {
+  std::byte* rows;
+  int64_t row_stride;
+  Placing placing;
+};
+
+// The row of a token in the message to a rank: a lane for each rank; null where it is not packed.
+__device__ inline std::byte* PackTarget(const RankView& view, const OutRows* outs, int64_t token) {
+  const int dst = threadIdx.x % kWarpSize;
+  const int32_t ep_size = view.config.ep_size;
+  const int32_t number = dst < ep_size ? view.row_of[token * ep_size + dst] : -1;
+  if (number < 0 || outs[dst].rows == nullptr) return nullptr;
+  const OutRows& out = outs[dst];
+  int32_t place = number;
+  if (out.placing.num_common > 0) {
+    const CommonBefore common = CommonBefore::Of(view.common_before[token]);
+    if (common.is_one && dst != (view.rank + 1) % ep_size) return nullptr;  // staged once
+    place = PlaceOf(out.placing, number, common);
+  }
+  return out.rows + place * out.row_stride;
+}
+
+// Posts one part after the other. By a warp of the watch.
+__device__ inline void PostAllParts(const RankView& view, const Steps& steps, int first_part) {
+  const int32_t ep_size = view.config.ep_size;
+  const auto lane = static_cast<int32_t>(threadIdx.x % kWarpSize);
+  const int32_t dst = lane < ep_size ? (view.rank + 1 + lane) % ep_size : -1;  // each another first
+  for (int part = first_part; part < kNumParts; ++part) {
+    steps.Await(part);
+    PostParts(view, dst, part);
+  }
+}
+
+// Calls pack(target, claim) for all segments of all tokens' rows, by all lanes of a warp: `target`
+// is PackTarget. One part after the other: each is posted when all have packed it, while some go on
+// with the next. With `leaves_own`, our own rows have no place. Behind the route.
+template <typename Pack>
+__device__ void PackParts(const RankView& view, const Segments& segments, int64_t num_tokens,
+                          bool leaves_own, const Pack& pack) {
+  __shared__ OutRows outs[kMaxRanks];
+  AwaitPrevious();
+  const Current current = view.state->current;
+  if (current.failed == kNothing) return;
+  const bool ok = current.failed == kOk;
+  const Steps steps(view.state);
+  const int64_t row_bytes = HeaderOf(OutMessage(view, current.slot, view.rank)).row_bytes;
+  const int64_t first_part = FirstPartTokens(view.config, num_tokens, row_bytes);
+  if (IsWatch()) {
+    if (threadIdx.x < kWarpSize) PostAllParts(view, steps, first_part == 0 ? kLastPart : 0);
+    return;
+  }
+  for (int32_t dst = threadIdx.x; ok && dst < view.config.ep_size; dst += blockDim.x) {
+    std::byte* message = OutMessage(view, current.slot, dst);
+    const MessageHeader& header = HeaderOf(message);
+    const MessageLayout layout = LayoutOf(view.config, header);
+    const bool packs = dst != view.rank || !leaves_own;
+    outs[dst] = {packs ? message + layout.rows : nullptr, layout.row_stride, PlacingOf(header)};
+  }
+  __syncthreads();
+  Claims claims(view.state, segments, ok ? num_tokens : 0, Workers());
+  Claim at = claims.Next();
+  for (int part = first_part == 0 ? kLastPart : 0; part < kNumParts; ++part) {
+    const int64_t end = part == kLastPart ? num_tokens : first_part;
+    for (; ok && at.row < end; at = claims.Next()) pack(PackTarget(view, outs, at.row), at);
+    steps.End(part);
+  }
+}
+
+}  // namespace jax_sm_free::cuda
+
+#endif  // JAX_SM_FREE_CC_CUDA_KERNELS_PACK_CUH_

@@ -1,0 +1,92 @@
+// How a sender hands its messages over: headers and notices, and orders to the mover.
+
+#ifndef JAX_SM_FREE_CC_CUDA_KERNELS_POST_CUH_
+#define JAX_SM_FREE_CC_CUDA_KERNELS_POST_CUH_
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+
+#include "cc/cuda/kernels/device.cuh"
+
+namespace jax_sm_free::cuda {
+
+// Writes the header of the message for `dst`, whose rows count as sent. By one thread.
+__device__ inline void WriteHeader(const RankView& view, int32_t dst, const MessageHeader& header) {
+  *reinterpret_cast<MessageHeader*>(OutMessage(view, view.state->current.slot, dst)) = header;
+  CountRows(view.state->counters.bytes_sent[dst], header);
+}
+
+// Sends the notice of a message: its header, behind what else was written into it, by this block
+// before a barrier. By one thread. What it releases is also what the others wrote.
+__device__ inline void SendNotice(const RankView& view, int32_t dst) {
+  const Current current = view.state->current;
+  *reinterpret_cast<MessageHeader*>(Notice(view, dst, current.slot, view.rank)) =
+      HeaderOf(OutMessage(view, current.slot, dst));
+  StoreRelease(Noticed(view, dst, current.slot, view.rank), current.sequence);
+}
+
+// The copy of a part of a packed message; what lies before the rows goes with the first. One that
+// leaves whole goes with the last.
+__device__ inline CopyOrder OrderOf(const RankView& view, int32_t dst, int part) {
+  const Current current = view.state->current;
+  const std::byte* message = OutMessage(view, current.slot, dst);
+  const MessageHeader& header = HeaderOf(message);
+  CopyOrder order{};
+  order.dst = dst;
+  order.slot = current.slot;
+  order.signal = SignalOf(current.sequence, part);
+  if (header.kind == kPoisonedKind) {
+    order.end = int64_t{sizeof(MessageHeader)};
+    order.common = order.end;
+    return order;
+  }
+  const Placing placing = PlacingOf(header);
+  const MessageLayout layout = LayoutOf(view.config, header);
+  const auto at = [&](int64_t row) { return layout.rows + row * layout.row_stride; };
+  order.begin = part == kLastPart && placing.first_part > 0 ? at(placing.first_part) : 0;
+  order.end = at(placing.common_end(part));
+  order.common = order.end;
+  order.common_at = message - view.base[view.rank] + order.end;
+  if (placing.num_common > 0) {
+    order.common = at(placing.common_begin(part));
+    const std::byte* other = CommonMessage(view, current.slot, view.rank);
+    const MessageLayout there = LayoutOf(view.config, HeaderOf(other));
+    const int64_t row = PlacingOf(HeaderOf(other)).common_begin(part);
+    order.common_at = other - view.base[view.rank] + there.rows + row * there.row_stride;
+  }
+  return order;
+}
+
+// Hands parts of packed messages over, one of each lane with a `dst` that is not -1: to the mover
+// for another rank, in order of lanes, by a signal for our own. By all lanes of a warp of the
+// watch: the rows are then in L2, through which copy engines and peers read. The parts of a message
+// one after the other.
+__device__ inline void PostParts(const RankView& view, int32_t dst, int part) {
+  const Current current = view.state->current;
+  const int lane = threadIdx.x % kWarpSize;
+  const bool is_part = dst >= 0 && (part == kLastPart ||
+                                    HeaderOf(OutMessage(view, current.slot, dst)).first_part > 0);
+  // Read by later kernels of this stream.
+  if (is_part && dst == view.rank) {
+    *Signal(view, current.slot, dst) = SignalOf(current.sequence, part);
+  }
+  const bool leaves = is_part && dst != view.rank;
+  const unsigned leaving = __ballot_sync(kFullWarp, leaves);
+  unsigned long long head = 0;
+  if (lane == 0) head = atomicAdd(&view.state->mailbox_head, __popc(leaving) + 0ULL);
+  head = __shfl_sync(kFullWarp, head, 0);
+  if (!leaves) return;
+  const CopyOrder order = OrderOf(view, dst, part);
+  uint32_t words[MailboxEntry::kWords];
+  memcpy(words, &order, sizeof(order));
+  const uint64_t before = head + __popc(leaving & ((1U << lane) - 1));
+  MailboxEntry* entry = view.mailbox + before % kMailboxEntries;
+  const uint64_t number = (before + 1) << 32;
+  for (int i = 0; i < MailboxEntry::kWords; ++i) StoreRelaxed(entry->words + i, number | words[i]);
+  StoreRelaxed(Posted(view, dst, current.slot, view.rank), order.signal);
+}
+
+}  // namespace jax_sm_free::cuda
+
+#endif  // JAX_SM_FREE_CC_CUDA_KERNELS_POST_CUH_

@@ -1,0 +1,347 @@
+// Counts and places every (token, k), per destination and expert, in order: no atomic decides a
+// place.
+//
+// Tokens are cut into tiles, a block each, a thread for each entry. `Count` makes a histogram of
+// every tile over its keys (experts, then destinations, then one for common tokens; without weights
+// nothing depends on experts, and there are no keys for them); its last block turns the histograms
+// into the first place of each key in each tile. `Place` ranks the entries of a tile: by tile, warp
+// and lane. In a send each has one more block, which does what takes a way to other ranks: opening
+// the exchange beside `Count`, sending the notices beside `Place`. All that `Place` does before it
+// needs the first places runs beside `Count`, too.
+
+#include <cuda_runtime.h>
+
+#include <algorithm>
+
+#include "cc/cuda/kernels/begin.cuh"
+#include "cc/cuda/kernels/device.cuh"
+#include "cc/cuda/kernels/kernels.h"
+#include "cc/cuda/kernels/launch.h"
+#include "cc/cuda/kernels/post.cuh"
+#include "cc/cuda/kernels/tile.cuh"
+
+namespace jax_sm_free::cuda {
+namespace {
+
+__host__ __device__ bool IsSend(const RouteArgs& args) { return args.begin.token != nullptr; }
+
+__device__ int32_t NumTiles(const RouteArgs& args) {
+  return static_cast<int32_t>(gridDim.x) - (IsSend(args) ? 1 : 0);
+}
+
+// Not asked of the weights: without tokens they may have no address.
+__device__ bool IsDispatch(const RouteArgs& args) {
+  return IsSend(args) && args.begin.op == Op::kDispatchSend;
+}
+
+__device__ int32_t FirstKey(const RankView& view, const RouteArgs& args) {
+  return IsDispatch(args) ? 0 : view.config.num_experts;
+}
+
+// Of the three kinds of keys: experts, then destinations, then this one.
+__host__ __device__ int32_t CommonKey(const Config& config) {
+  return config.num_experts + config.ep_size;
+}
+
+// Raises the first index that is out of range, if one is.
+__device__ void RaiseBadEntry(const RankView& view, const RouteArgs& args) {
+  DeviceState* state = view.state;
+  const unsigned long long bad = state->bad_entry;
+  if (bad == 0) return;
+  const auto entry = static_cast<int64_t>(~bad);
+  Raise(view, args.begin.op, {FaultCode::kIndex, -1, 0, args.topk_idx[entry], entry});
+  // A recv's exchange is not taken yet, or is being taken meanwhile.
+  if (IsSend(args) && state->current.failed == kOk) state->current.failed = kEmpty;
+  state->bad_entry = 0;
+}
+
+// Headers of all messages. By one block.
+__device__ void WriteHeaders(const RankView& view, const RouteArgs& args, const int32_t* totals) {
+  const Config& config = view.config;
+  const int64_t first_part = FirstPartTokens(config, args.num_tokens, args.row_bytes);
+  const int64_t first_tile = first_part / TileTokens(config);
+  const int32_t* first_places = view.tile_counts + first_tile * NumKeys(config);
+  const bool failed = view.state->current.failed != kOk;
+  const int32_t num_common = totals[CommonKey(config)];
+  const bool stages_once = !failed && StagesOnce(config, num_common, args.num_tokens);
+  for (int32_t dst = threadIdx.x; dst < config.ep_size; dst += blockDim.x) {
+    MessageHeader header;
+    header.kind = failed ? kPoisonedKind : static_cast<int32_t>(args.begin.kind);
+    header.num_rows = failed ? 0 : totals[config.num_experts + dst];
+    header.row_bytes = args.row_bytes;
+    header.num_tokens = args.num_tokens;
+    header.first_part = failed ? 0 : first_places[config.num_experts + dst];
+    if (stages_once && dst != view.rank) {
+      header.num_common = num_common;
+      header.first_common = first_places[CommonKey(config)];
+    }
+    WriteHeader(view, dst, header);
+  }
+}
+
+// Notices of all messages, with the rows for each expert. By one block.
+__device__ void SendNotices(const RankView& view, const RouteArgs& args, const int32_t* totals) {
+  const Config& config = view.config;
+  const Current current = view.state->current;
+  if (current.failed == kNothing) return;
+  const bool failed = current.failed != kOk;
+  const int32_t num_local = config.num_local_experts();
+  const int32_t num_counted = config.num_experts - FirstKey(view, args);
+  for (int32_t expert = threadIdx.x; expert < num_counted; expert += blockDim.x) {
+    const int32_t dst = OwnerRank(expert, num_local);
+    std::byte* notice = Notice(view, dst, current.slot, view.rank);
+    RowsPerExpert(notice)[LocalExpert(expert, num_local)] = failed ? 0 : totals[expert];
+  }
+  __syncthreads();
+  for (int32_t dst = threadIdx.x; dst < config.ep_size; dst += blockDim.x) SendNotice(view, dst);
+}
+
+// Turns the tiles' counts into first places, and leaves the totals behind them. One block.
+__device__ void ScanTiles(const RankView& view, int32_t first_key, int32_t num_tiles) {
+  constexpr int kUnroll = 32;  // a round trip to memory for so many tiles
+  const int32_t num_keys = NumKeys(view.config);
+  for (int32_t key = first_key + threadIdx.x; key < num_keys; key += blockDim.x) {
+    int32_t* column = view.tile_counts + key;
+    int32_t total = 0;
+    for (int32_t first = 0; first < num_tiles; first += kUnroll) {
+      int32_t counts[kUnroll];
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (first + u < num_tiles) counts[u] = __ldcg(column + int64_t{first + u} * num_keys);
+      }
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        if (first + u >= num_tiles) break;
+        column[int64_t{first + u} * num_keys] = total;
+        total += counts[u];
+      }
+    }
+    column[int64_t{num_tiles} * num_keys] = total;
+  }
+}
+
+// The histogram of this block's tile.
+__device__ void CountTile(const RankView& view, const RouteArgs& args) {
+  auto* histogram = DynamicShared<int32_t>();  // [num_keys]
+  const int32_t num_keys = NumKeys(view.config);
+  const int32_t num_experts = view.config.num_experts;
+  const int32_t first_key = FirstKey(view, args);
+  for (int32_t key = first_key + threadIdx.x; key < num_keys; key += blockDim.x) histogram[key] = 0;
+  __syncthreads();
+  const Tile tile(view.config, args.num_tokens);
+  const Entry entry = tile.Read(args.topk_idx, view.rank, IsDispatch(args));
+  // The complement, so that 0 is none and the first one is the largest.
+  if (entry.bad) atomicMax(&view.state->bad_entry, ~tile.entry());
+  if (entry.expert >= first_key) atomicAdd(&histogram[entry.expert], 1);
+  if (entry.dst >= 0) atomicAdd(&histogram[num_experts + entry.dst], 1);
+  if (entry.is_common) atomicAdd(&histogram[CommonKey(view.config)], 1);
+  __syncthreads();
+  for (int32_t key = first_key + threadIdx.x; key < num_keys; key += blockDim.x) {
+    view.tile_counts[int64_t{blockIdx.x} * num_keys + key] = histogram[key];
+  }
+}
+
+// Behind the histograms of all tiles. One block.
+__device__ void EndCount(const RankView& view, const RouteArgs& args) {
+  const int32_t num_tiles = NumTiles(args);
+  if (threadIdx.x == 0) RaiseBadEntry(view, args);
+  ScanTiles(view, FirstKey(view, args), num_tiles);
+  __syncthreads();
+  const int32_t* totals = view.tile_counts + int64_t{num_tiles} * NumKeys(view.config);
+  for (int32_t dst = threadIdx.x; dst < view.config.ep_size; dst += blockDim.x) {
+    view.state->routed_rows[dst] = totals[view.config.num_experts + dst];
+  }
+  if (IsSend(args) && view.state->current.failed != kNothing) WriteHeaders(view, args, totals);
+}
+
+__global__ void __launch_bounds__(kTileEntries)
+    CountKernel(const RankView view, const RouteArgs args) {
+  AdmitNext();
+  CountTile(view, args);
+  if (IsLastBlock(view.state)) EndCount(view, args);
+}
+
+// Profiles are cut where a kernel's name says that an exchange begins.
+__global__ void __launch_bounds__(kTileEntries)
+    BeginAndCountKernel(const RankView view, const RouteArgs args) {
+  if (static_cast<int32_t>(blockIdx.x) < NumTiles(args)) {
+    AdmitNext();
+    CountTile(view, args);
+  } else {
+    Begin(view, args.begin);
+    AdmitNext();
+  }
+  if (IsLastBlock(view.state)) EndCount(view, args);
+}
+
+// The rank of this thread among the threads of its warp with the same key, and those threads.
+struct Rank {
+  int32_t rank;
+  int32_t count;
+};
+__device__ Rank RankInWarp(int32_t key) {
+  const unsigned same = __match_any_sync(kFullWarp, key);
+  const unsigned before = (1U << (threadIdx.x % kWarpSize)) - 1;
+  return {__popc(same & before), __popc(same)};
+}
+
+// Where the routing of a message to one rank goes.
+struct RoutingOut {
+  int32_t* local_expert;
+  int32_t* position;
+  float* weight;
+  int32_t* number;  // null where each row's place is its number
+  Placing placing;
+};
+
+__device__ RoutingOut RoutingOf(const RankView& view, int32_t dst) {
+  const int32_t slot = view.state->current.slot;
+  std::byte* message = OutMessage(view, slot, dst);
+  const MessageHeader& header = HeaderOf(message);
+  const MessageLayout layout = LayoutOf(view.config, header);
+  RoutingOut out;
+  out.local_expert = PartOf<int32_t>(message, layout.local_expert);
+  out.position = PartOf<int32_t>(message, layout.position);
+  out.weight = PartOf<float>(message, layout.weight);
+  out.number = header.num_common > 0 ? PartOf<int32_t>(message, layout.number) : nullptr;
+  out.placing = PlacingOf(header);
+  return out;
+}
+
+// What says which token row lies where in the message for `dst`.
+__device__ void WriteNumber(const RankView& view, const RoutingOut& out, int32_t dst,
+                            int32_t number, const CommonBefore& common, int64_t token) {
+  if (dst == view.rank) {
+    const int64_t first = int64_t{view.state->current.slot} * view.config.max_tokens;
+    view.own_token[first + number] = static_cast<int32_t>(token);
+  } else if (out.number != nullptr) {
+    out.number[PlaceOf(out.placing, number, common)] = number;
+  }
+}
+
+// The routing of one (token, k) into the messages for all ranks that get the token.
+__device__ void WriteRouting(const RankView& view, const RouteArgs& args, const RoutingOut* outs,
+                             const CommonBefore& common, int64_t token, int32_t k, int32_t expert,
+                             int32_t position) {
+  constexpr int kUnroll = 8;  // a round trip to memory for so many ranks
+  const Config& config = view.config;
+  const int32_t num_local = config.num_local_experts();
+  const int32_t owner = expert >= 0 ? OwnerRank(expert, num_local) : -1;
+  const int32_t local = expert >= 0 ? LocalExpert(expert, num_local) : -1;
+  const float weight = args.topk_weights[token * config.top_k + k];
+  for (int32_t first = 0; first < config.ep_size; first += kUnroll) {
+    int32_t numbers[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int32_t dst = first + u;
+      numbers[u] = dst < config.ep_size ? view.row_of[token * config.ep_size + dst] : -1;
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (numbers[u] < 0) continue;
+      const RoutingOut& out = outs[first + u];
+      const bool here = owner == first + u;
+      const int64_t entry = int64_t{PlaceOf(out.placing, numbers[u], common)} * config.top_k + k;
+      out.local_expert[entry] = here ? local : -1;
+      out.position[entry] = here ? position : 0;
+      out.weight[entry] = here ? weight : 0.0F;
+    }
+  }
+}
+
+__global__ void __launch_bounds__(kTileEntries)
+    PlaceKernel(const RankView view, const RouteArgs args) {
+  auto* histograms = DynamicShared<int32_t>();  // [warps, num_keys]
+  const Config& config = view.config;
+  const int32_t num_keys = NumKeys(config);
+  const int32_t num_tiles = NumTiles(args);
+  AdmitNext();
+  if (static_cast<int32_t>(blockIdx.x) == num_tiles) {
+    AwaitPrevious();
+    SendNotices(view, args, view.tile_counts + int64_t{num_tiles} * num_keys);
+    return;
+  }
+  const auto num_warps = static_cast<int32_t>(blockDim.x / kWarpSize);
+  const int32_t first_key = FirstKey(view, args);
+  const int32_t num_used = num_keys - first_key;
+  int32_t* own = histograms + threadIdx.x / kWarpSize * num_used - first_key;  // by key
+  for (int32_t i = threadIdx.x; i < num_used * num_warps; i += blockDim.x) histograms[i] = 0;
+  const Tile tile(view.config, args.num_tokens);
+  for (int32_t i = threadIdx.x; i < tile.num_tokens() * config.ep_size; i += blockDim.x) {
+    view.row_of[tile.first_token() * config.ep_size + i] = -1;
+  }
+  const Entry entry =
+      tile.Read(args.topk_idx, view.rank, IsDispatch(args));  // with a barrier, behind the zeros
+  const int32_t dst_key = entry.dst < 0 ? -1 : config.num_experts + entry.dst;
+  const Rank expert_rank = RankInWarp(entry.expert);
+  const Rank dst_rank = RankInWarp(dst_key);
+  if (entry.expert >= first_key && expert_rank.rank == 0) own[entry.expert] = expert_rank.count;
+  if (dst_key >= 0 && dst_rank.rank == 0) own[dst_key] = dst_rank.count;
+  const unsigned common = __ballot_sync(kFullWarp, entry.is_common);
+  const int lane = threadIdx.x % kWarpSize;
+  if (lane == 0) own[CommonKey(config)] = __popc(common);
+  AwaitPrevious();  // The count neither writes what was read here nor reads what was written.
+  const Current current = view.state->current;
+  const bool routed = IsDispatch(args) && current.failed == kOk;
+  __shared__ RoutingOut outs[kMaxRanks];
+  for (int32_t dst = threadIdx.x; routed && dst < config.ep_size; dst += blockDim.x) {
+    outs[dst] = RoutingOf(view, dst);
+  }
+  __syncthreads();
+  for (int32_t i = threadIdx.x; i < num_used; i += blockDim.x) {
+    int32_t place = view.tile_counts[int64_t{blockIdx.x} * num_keys + first_key + i];
+    for (int32_t warp = 0; warp < num_warps; ++warp) {
+      const int32_t count = histograms[warp * num_used + i];
+      histograms[warp * num_used + i] = place;
+      place += count;
+    }
+  }
+  __syncthreads();
+  const auto in_tile = static_cast<int32_t>(threadIdx.x);
+  const bool in_use = in_tile < tile.num_tokens() * config.top_k;
+  const int32_t row = dst_key < 0 ? -1 : own[dst_key] + dst_rank.rank;
+  if (row >= 0) view.row_of[tile.token() * config.ep_size + entry.dst] = row;
+  if (routed && in_use && in_tile % config.top_k == 0) {
+    const int32_t before = own[CommonKey(config)] + __popc(common & ((1U << lane) - 1));
+    view.common_before[tile.token()] = CommonBefore{before, entry.is_common}.number();
+  }
+  if (!routed) return;
+  __syncthreads();
+  if (!in_use) return;
+  const CommonBefore before = CommonBefore::Of(view.common_before[tile.token()]);
+  if (row >= 0) WriteNumber(view, outs[entry.dst], entry.dst, row, before, tile.token());
+  WriteRouting(view, args, outs, before, tile.token(), in_tile % config.top_k, entry.expert,
+               own[max(entry.expert, 0)] + expert_rank.rank);
+}
+
+constexpr int kMaxSharedBytes = 160 * 1024;
+
+int64_t PlaceSharedBytes(const Config& config) {
+  return int64_t{NumKeys(config)} * TileWarps(config) * int64_t{sizeof(int32_t)};
+}
+
+}  // namespace
+
+void LaunchRoute(const RankView& view, const RouteArgs& args, cudaStream_t stream) {
+  const int64_t tile_tokens = TileTokens(view.config);
+  const auto tiles = static_cast<int>((args.num_tokens + tile_tokens - 1) / tile_tokens);
+  // Without tokens there are headers to write all the same.
+  const int blocks = std::max(tiles, 1) + (IsSend(args) ? 1 : 0);
+  const int threads = TileWarps(view.config) * kWarpSize;
+  const auto count_bytes = NumKeys(view.config) * sizeof(int32_t);
+  const auto place_bytes = static_cast<size_t>(PlaceSharedBytes(view.config));
+  const auto count = IsSend(args) ? BeginAndCountKernel : CountKernel;
+  Enqueue(count, {blocks, threads, count_bytes}, stream, view, args);
+  EnqueueBehind(PlaceKernel, {blocks, threads, place_bytes}, stream, view, args);
+}
+
+cudaError_t LoadRoute() {
+  for (const auto kernel : {CountKernel, BeginAndCountKernel, PlaceKernel}) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
+    if (error != cudaSuccess) return error;
+  }
+  return cudaSuccess;
+}
+
+}  // namespace jax_sm_free::cuda

@@ -1,0 +1,186 @@
+// A dispatch's rows out of messages that hold them as float8 with scales: each token row is read
+// and dequantised once, however many expert rows it becomes.
+
+#include <cuda_runtime.h>
+
+#include "cc/cuda/kernels/device.cuh"
+#include "cc/cuda/kernels/elements.cuh"
+#include "cc/cuda/kernels/kernels.h"
+#include "cc/cuda/kernels/launch.h"
+#include "cc/cuda/kernels/quantize.cuh"
+#include "cc/cuda/kernels/unpack.cuh"
+#include "cc/cuda/kernels/unpack_experts.cuh"
+#include "cc/cuda/kernels/unpack_tokens.cuh"
+
+namespace jax_sm_free::cuda {
+namespace {
+
+// Loads of a lane in flight; and how many blocks registers leave room for then.
+constexpr int kUnroll = 8;
+constexpr int kMinBlocks = 3;
+
+// Groups [first, end) of a row that becomes whole 16-byte words, to every target. All lanes of the
+// warp call it; each keeps several loads in flight.
+template <typename T>
+__device__ void UnpackWords(std::byte* target, const std::byte* wire, int64_t hidden, int32_t first,
+                            int32_t end) {
+  constexpr int kLanes = kGroupLanes<T>;
+  constexpr int kGroups = kUnroll * kWarpGroups<T>;
+  const int lane = threadIdx.x % kWarpSize;
+  const auto* codes = reinterpret_cast<const Codes<T>*>(wire);
+  const auto* scales = reinterpret_cast<const float*>(wire + hidden);
+  const int32_t end_word = min(end * kLanes, static_cast<int32_t>(hidden / kLaneColumns<T>));
+  for (; first < end; first += kGroups) {
+    const int32_t first_word = first * kLanes + lane;
+    Codes<T> loaded[kUnroll] = {};
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const int32_t i = first_word + u * kWarpSize;
+      if (i < end_word) loaded[u] = __ldcs(codes + i);
+    }
+    const bool holds = lane < kGroups && first + lane < end;
+    const float held = holds ? __ldcs(scales + first + lane) : 0.0F;
+    uint4 words[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      const float scale = __shfl_sync(kFullWarp, held, u * kWarpGroups<T> + lane / kLanes);
+      words[u] = Dequantize<T>(loaded[u], scale);
+    }
+    ForEachTarget(target, [&](std::byte* row) {
+      auto* out = reinterpret_cast<uint4*>(row);
+#pragma unroll
+      for (int u = 0; u < kUnroll; ++u) {
+        const int32_t i = first_word + u * kWarpSize;
+        if (i < end_word) __stcs(out + i, words[u]);
+      }
+    });
+  }
+}
+
+// A scale that may lie at any byte.
+__device__ float ScaleAt(const std::byte* bytes) {
+  uint32_t bits = 0;
+#pragma unroll
+  for (int i = 0; i < static_cast<int>(sizeof(bits)); ++i) {
+    bits |= static_cast<uint32_t>(bytes[i]) << 8 * i;
+  }
+  return __uint_as_float(bits);
+}
+
+// The same for a row of any size.
+template <typename T>
+__device__ void UnpackColumns(std::byte* target, const std::byte* wire, int64_t hidden,
+                              int32_t first, int32_t end) {
+  const int lane = threadIdx.x % kWarpSize;
+  const int64_t end_column = min(end * kScaleColumns, hidden);
+  for (int64_t i = first * kScaleColumns; i < end_column; i += kWarpSize) {
+    const float scale = ScaleAt(wire + hidden + i / kScaleColumns * int64_t{sizeof(float)});
+    const int64_t column = i + lane;
+    const auto code = column < end_column ? static_cast<uint8_t>(wire[column]) : uint8_t{0};
+    const T value = DequantizeOne<T>(code, scale);
+    ForEachTarget(target, [&](std::byte* row) {
+      if (column < end_column) reinterpret_cast<T*>(row)[column] = value;
+    });
+  }
+}
+
+template <typename T, int kWidth>
+__device__ void UnpackGroups(std::byte* target, const std::byte* wire, int64_t hidden,
+                             int32_t first, int32_t end) {
+  if constexpr (kWidth > 1) {
+    UnpackWords<T>(target, wire, hidden, first, end);
+  } else {
+    UnpackColumns<T>(target, wire, hidden, first, end);
+  }
+}
+
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kRowThreads, kMinBlocks)
+    UnpackExpertsDequantizedKernel(const RankView view, const ExpertsOut out, const int64_t hidden,
+                                   const Turn turn, const Turn next) {
+  const Segments segments = GroupSegments(hidden, kUnroll * kWarpGroups<T>);
+  TakeTurn(view, out, turn, next, [&](const TurnRows& rows) {
+    Claims claims(view.state, segments, rows.size(), WarpsOfGrid());
+    for (Claim at = claims.Next(); at.row < rows.size(); at = claims.Next()) {
+      const TokenRow from = rows.at(at.row);
+      const int32_t segment = at.segment;
+      std::byte* target = ExpertTarget(out, ExpertRow(view, from, out, segment == 0));
+      UnpackGroups<T, kWidth>(target, from.bytes().values, hidden, segments.begin(segment),
+                              segments.end(segment));
+    }
+  });
+}
+
+template <typename T, int kWidth>
+__global__ void __launch_bounds__(kRowThreads, kMinBlocks)
+    UnpackTokensDequantizedKernel(const RankView view, const TokensOut out, const int64_t hidden) {
+  const auto num_groups = static_cast<int32_t>(NumScales(hidden));
+  UnpackTokens(view, out, [&](const TokenRow& from, int64_t i) {
+    const bool first_lane = threadIdx.x % kWarpSize == 0;
+    std::byte* target = first_lane ? out.rows.values + i * out.rows.values_bytes : nullptr;
+    UnpackGroups<T, kWidth>(target, from.bytes().values, hidden, 0, num_groups);
+  });
+}
+
+struct LaunchExpertsTurn {
+  const RankView& view;
+  const ExpertsOut& out;
+  int64_t hidden;
+  const Turn& turn;
+  const Turn& next;
+  cudaStream_t stream;
+
+  template <typename T, int kWidth>
+  void operator()() const {
+    const auto kernel = UnpackExpertsDequantizedKernel<T, kWidth>;
+    static const int blocks = FullGrid(kernel);
+    EnqueueBehind(kernel, {blocks, kRowThreads}, stream, view, out, hidden, turn, next);
+  }
+};
+
+struct LaunchTokens {
+  const RankView& view;
+  const TokensOut& out;
+  int64_t hidden;
+  cudaStream_t stream;
+
+  template <typename T, int kWidth>
+  void operator()() const {
+    const auto kernel = UnpackTokensDequantizedKernel<T, kWidth>;
+    static const int blocks = FullGrid(kernel);
+    EnqueueBehind(kernel, {blocks, kRowThreads}, stream, view, out, hidden);
+  }
+};
+
+struct LoadAll {
+  cudaError_t* error;
+
+  template <typename T, int kWidth>
+  void operator()() const {
+    if (*error == cudaSuccess) *error = Load(UnpackExpertsDequantizedKernel<T, kWidth>);
+    if (*error == cudaSuccess) *error = Load(UnpackTokensDequantizedKernel<T, kWidth>);
+  }
+};
+
+}  // namespace
+
+void LaunchUnpackExpertsDequantized(const RankView& view, const ExpertsOut& out,
+                                    const Matrix& matrix, cudaStream_t stream) {
+  LaunchPlan(view, out, stream);
+  ForEachTurn(view.config.ep_size, out.all_here, [&](const Turn& turn, const Turn& next) {
+    Dispatch(matrix, LaunchExpertsTurn{view, out, matrix.hidden, turn, next, stream});
+  });
+}
+
+void LaunchUnpackTokensDequantized(const RankView& view, const TokensOut& out, const Matrix& matrix,
+                                   cudaStream_t stream) {
+  Dispatch(matrix, LaunchTokens{view, out, matrix.hidden, stream});
+}
+
+cudaError_t LoadUnpackDequantized() {
+  cudaError_t error = cudaSuccess;
+  ForEachElement(LoadAll{&error});
+  return error;
+}
+
+}  // namespace jax_sm_free::cuda

@@ -1,0 +1,191 @@
+// The expert rows of a dispatch, turn by turn: what is there is written while the rest comes in.
+
+#ifndef JAX_SM_FREE_CC_CUDA_KERNELS_UNPACK_EXPERTS_CUH_
+#define JAX_SM_FREE_CC_CUDA_KERNELS_UNPACK_EXPERTS_CUH_
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+
+#include "cc/cuda/kernels/await.cuh"
+#include "cc/cuda/kernels/claims.cuh"
+#include "cc/cuda/kernels/device.cuh"
+#include "cc/cuda/kernels/kernels.h"
+#include "cc/cuda/kernels/launch.h"
+#include "cc/cuda/kernels/unpack.cuh"
+
+namespace jax_sm_free::cuda {
+
+// Parts of the messages of some sources, which one launch unpacks.
+struct Turn {
+  int32_t first = 0;  // the first source, as a distance down the ring from this rank, and how many
+  int32_t count = 0;
+  int first_part = 0;
+  int last_part = kLastPart;
+};
+
+// Calls launch(turn, next) for all turns of a recv: one if it has waited for all messages. Else our
+// own rows, which are there; the first part of all others; the second part of all but the last to
+// come; the last.
+template <typename Launch>
+void ForEachTurn(int32_t ep_size, bool all_here, const Launch& launch) {
+  if (all_here) return launch(Turn{0, ep_size, 0, kLastPart}, Turn{});
+  const std::array<Turn, 4> all = {{{0, 1, 0, kLastPart},
+                                    {1, ep_size - 1, 0, 0},
+                                    {1, ep_size - 2, kLastPart, kLastPart},
+                                    {ep_size - 1, ep_size - 1 > 0 ? 1 : 0, kLastPart, kLastPart}}};
+  Turn turn = all[0];
+  for (size_t i = 1; i < all.size(); ++i) {
+    if (all[i].count <= 0) continue;
+    launch(turn, all[i]);
+    turn = all[i];
+  }
+  launch(turn, Turn{});
+}
+
+// The token rows of a turn. In shared memory; `Find` is called by all threads of a block.
+class TurnRows {
+ public:
+  __device__ void Find(const RankView& view, const ExpertsOut& out, const Turn& turn) {
+    const DeviceState* state = view.state;
+    for (int32_t i = threadIdx.x; i < turn.count; i += blockDim.x) {
+      const int32_t source = Messages{turn.first, turn.count, 0}.source(view, i);
+      const int32_t begin = turn.first_part == 0 ? 0 : state->first_part[source];
+      const int32_t end =
+          turn.last_part == kLastPart ? state->num_rows[source] : state->first_part[source];
+      runs_[i].source = SourceOf(view, out.own_rows, out.rows.values_bytes, source);
+      runs_[i].begin = begin;
+      runs_[i].size = end - begin;
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+      count_ = turn.count;
+      size_ = 0;
+      for (int32_t i = 0; i < turn.count; ++i) {
+        runs_[i].before = size_;
+        size_ += runs_[i].size;
+      }
+    }
+    __syncthreads();
+  }
+
+  __device__ int32_t size() const { return size_; }
+  __device__ TokenRow at(int32_t i) const {
+    int32_t run = count_ - 1;
+    while (i < runs_[run].before) --run;
+    return {runs_[run].source, runs_[run].begin + i - runs_[run].before};
+  }
+
+ private:
+  struct Run {
+    int32_t before;  // rows of the runs before
+    int32_t size;
+    int32_t begin;  // its first row in the message
+    Source source;
+  };
+  Run runs_[kMaxRanks];
+  int32_t count_;
+  int32_t size_;
+};
+
+// The expert rows of a token row, one lane for each k; -1 for none or dropped. `writes`: also into
+// the layout and the weights.
+__device__ inline int32_t ExpertRow(const RankView& view, const TokenRow& from,
+                                    const ExpertsOut& out, bool writes) {
+  const int32_t top_k = view.config.top_k;
+  const int k = threadIdx.x % kWarpSize;
+  if (k >= top_k) return -1;
+  const int64_t entry = int64_t{from.place} * top_k + k;
+  const int32_t expert = from.source.local_expert[entry];
+  int64_t row = -1;
+  if (expert >= 0) {
+    row = view.group_row[from.source.rank * view.config.num_local_experts() + expert] +
+          from.source.position[entry];
+    if (row >= view.group_end[expert]) row = -1;
+  }
+  if (writes) {
+    const int64_t token_row = view.state->first_row[from.source.rank] + from.number();
+    out.layout_rows[token_row * top_k + k] = static_cast<int32_t>(row);
+    if (row >= 0) out.weights[row] = from.source.weight[entry];
+  }
+  return static_cast<int32_t>(row);
+}
+
+__device__ inline std::byte* ExpertTarget(const ExpertsOut& out, int64_t expert_row) {
+  return expert_row < 0 ? nullptr : out.rows.values + expert_row * out.rows.values_bytes;
+}
+
+// Padding of the groups, rows past the last group, and layout rows that no token row has.
+__device__ inline void ZeroTheRest(const RankView& view, const ExpertsOut& out,
+                                   const Warps& warps) {
+  const Config& config = view.config;
+  const int lane = threadIdx.x % kWarpSize;
+  const int32_t num_local = config.num_local_experts();
+  const auto zero = [&](int64_t row) {
+    FillRow(out.rows, row, 0);
+    if (lane == 0) out.weights[row] = 0;
+  };
+  constexpr int64_t kWarpsOfGroup = 16;
+  for (int64_t i = warps.index; i < num_local * kWarpsOfGroup; i += warps.count) {
+    const int64_t e = i / kWarpsOfGroup;
+    int64_t row = view.group_end[e] + i % kWarpsOfGroup;
+    for (; row < view.group_next[e]; row += kWarpsOfGroup) zero(row);
+  }
+  const int64_t end = view.group_next[num_local - 1];
+  for (int64_t row = end + warps.index; row < config.recv_capacity; row += warps.count) zero(row);
+  const int64_t used = int64_t{view.state->first_row[config.ep_size]} * config.top_k;
+  const int64_t all = config.max_recv_tokens() * config.top_k;
+  for (int64_t i = used + warps.index * kWarpSize + lane; i < all; i += warps.count * kWarpSize) {
+    out.layout_rows[i] = -1;
+  }
+}
+
+__device__ inline void PoisonExperts(const RankView& view, const ExpertsOut& out,
+                                     const Warps& warps) {
+  const int lane = threadIdx.x % kWarpSize;
+  for (int64_t row = warps.index; row < view.config.recv_capacity; row += warps.count) {
+    FillRow(out.rows, row, kPoison);
+    if (lane == 0) out.weights[row] = __int_as_float(-1);
+  }
+  const int64_t all = view.config.max_recv_tokens() * view.config.top_k;
+  for (int64_t i = warps.index * kWarpSize + lane; i < all; i += warps.count * kWarpSize) {
+    out.layout_rows[i] = -1;
+  }
+}
+
+// One turn: write(rows) in all threads of the grid. The first turn also writes all that no source
+// does; the last block of each waits for what the next one needs; that of the last acknowledges.
+// Where nothing is to wait for, the first turn takes all.
+template <typename Write>
+__device__ void TakeTurn(const RankView& view, const ExpertsOut& out, const Turn& planned,
+                         const Turn& next, const Write& write) {
+  __shared__ TurnRows rows;
+  const bool first = planned.first == 0;
+  if (first) AwaitPrevious();
+  const bool at_once = view.state->all_here != 0;  // written by the kernel before the first turn
+  if (at_once && next.count > 0) AdmitNext();      // the next turn has nothing to do
+  if (!first) AwaitPrevious();
+  const Warps warps = WarpsOfGrid();
+  const Current current = view.state->current;
+  const bool last = at_once || next.count == 0;
+  if (at_once && !first) return;
+  const Turn turn = at_once ? Turn{0, view.config.ep_size, 0, kLastPart} : planned;
+  if (current.failed == kOk) {
+    rows.Find(view, out, turn);
+    write(rows);
+    if (first) ZeroTheRest(view, out, warps);
+  } else if (last) {
+    PoisonExperts(view, out, warps);
+  }
+  if (current.failed == kNothing || !IsLastBlock(view.state)) return;
+  ResetClaims(view.state);
+  if (last) {
+    Acknowledge(view);
+  } else if (current.failed == kOk) {
+    AwaitMessages(view, Op::kDispatchRecv, {next.first, next.count, next.last_part});
+  }
+}
+
+}  // namespace jax_sm_free::cuda
+
+#endif  // JAX_SM_FREE_CC_CUDA_KERNELS_UNPACK_EXPERTS_CUH_
