@@ -8,8 +8,6 @@
 // ranks and rounds. An empty kernel takes what the first row says. The floor of a phase is its
 // bytes at the rate of a copy, which is measured in the same run.
 
-#include "cc/cuda/kernels/kernels.h"
-
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
@@ -30,6 +28,7 @@
 
 #include "cc/config.h"
 #include "cc/cuda/host/device_buffer.h"
+#include "cc/cuda/ops.h"
 #include "cc/op.h"
 #include "cc/operands.h"
 #include "cc/token.h"
@@ -153,11 +152,20 @@ class Table {
   }
 
   void Time(const std::string& phase, const std::function<void()>& launch) {
+    Begin();
+    launch();
+    End(phase);
+  }
+
+  // Of launches that follow.
+  void Begin() {
     MustSucceed(cudaDeviceSynchronize());
     MustSucceed(cudaMemcpyAsync(filler_ + kFillerBytes, filler_, kFillerBytes,
                                 cudaMemcpyDeviceToDevice, nullptr));
     MustSucceed(cudaEventRecord(begin_, nullptr));
-    launch();
+  }
+
+  void End(const std::string& phase) {
     MustSucceed(cudaEventRecord(end_, nullptr));
     MustSucceed(cudaDeviceSynchronize());
     float milliseconds = 0;
@@ -203,75 +211,56 @@ class Table {
 // The movers copy meanwhile, which the next phases are not to see.
 void AwaitCopies() { std::this_thread::sleep_for(std::chrono::milliseconds(20)); }
 
+// Runs an op of a rank, and takes the time of each of its phases.
+template <typename Run>
+void TimePhases(Table& table, Op op, const Rank& rank, const Run& run) {
+  table.Begin();
+  const std::function<void(const char*)> on_phase = [&](const char* phase) {
+    table.End(phase);
+    table.Begin();
+  };
+  run(DeviceCall{.op = op, .view = &rank.view(), .on_phase = &on_phase});
+}
+
 void Dispatch(const std::vector<Rank>& ranks, Table& table) {
-  const Config& config = ranks[0].buffer->config();
-  const bool all_here = !GoInParts(config.max_tokens, kRowBytes);
+  const int64_t num_tokens = ranks[0].buffer->config().max_tokens;
   for (const Rank& rank : ranks) {
-    table.Time("route", [&] {
-      LaunchRoute(rank.view(),
-                  {{Op::kDispatchSend, Kind::kDispatch, rank.position, rank.token},
-                   kRowBytes,
-                   rank.topk_idx,
-                   rank.topk_weights,
-                   config.max_tokens},
-                  nullptr);
-    });
-    table.Time("pack", [&] {
-      LaunchPack(rank.view(), {rank.sent(), config.max_tokens, true}, nullptr);
+    TimePhases(table, Op::kDispatchSend, rank, [&](const DeviceCall& call) {
+      DispatchSend(call,
+                   {.position = rank.position,
+                    .topk = {rank.topk_idx, rank.topk_weights, num_tokens},
+                    .rows = rank.sent()},
+                   rank.token);
     });
     AwaitCopies();
   }
   for (const Rank& rank : ranks) {
-    table.Time("wait", [&] {
-      LaunchWait(rank.view(),
-                 {Op::kDispatchRecv, Kind::kDispatch, kRowBytes, nullptr, rank.token, all_here,
-                  true, config.max_tokens},
-                 nullptr);
-    });
-    table.Time("plan + unpack", [&] {
-      LaunchUnpackExperts(
-          rank.view(),
-          {rank.sent(), rank.received(), rank.group_sizes, rank.counts, rank.weights, rank.dropped,
-           rank.layout_rows, rank.num_rows_from, all_here},
-          nullptr);
+    TimePhases(table, Op::kDispatchRecv, rank, [&](const DeviceCall& call) {
+      DispatchRecv(call, rank.token, {rank.sent(), num_tokens},
+                   {.rows = rank.received(),
+                    .group_sizes = rank.group_sizes,
+                    .counts = rank.counts,
+                    .weights = rank.weights,
+                    .dropped = rank.dropped,
+                    .layout = {rank.layout_rows, rank.num_rows_from}});
     });
   }
 }
 
 void Combine(const std::vector<Rank>& ranks, Table& table) {
-  const Config& config = ranks[0].buffer->config();
+  const int64_t num_tokens = ranks[0].buffer->config().max_tokens;
   const Matrix matrix{DType::kBFloat16, kHidden};
   for (const Rank& rank : ranks) {
-    table.Time("reduce-pack", [&] {
-      LaunchPackSums(rank.view(),
-                     {{Op::kCombineSend, Kind::kCombine, nullptr, rank.token},
-                      matrix,
-                      rank.expert_rows(),
-                      nullptr,
-                      true},
-                     nullptr);
+    TimePhases(table, Op::kCombineSend, rank, [&](const DeviceCall& call) {
+      SendSums(call, {.matrix = matrix, .rows = rank.expert_rows()}, rank.token);
     });
     AwaitCopies();
   }
   for (const Rank& rank : ranks) {
-    table.Time("route + wait", [&] {
-      LaunchRoute(rank.view(),
-                  {{Op::kCombineRecv, Kind::kCombine, nullptr, nullptr},
-                   kRowBytes,
-                   rank.topk_idx,
-                   nullptr,
-                   config.max_tokens},
-                  nullptr);
-      LaunchWait(rank.view(),
-                 {Op::kCombineRecv, Kind::kCombine, kRowBytes, rank.view().state->routed_rows,
-                  rank.token, true, false, -1},
-                 nullptr);
-    });
-    table.Time("sum", [&] {
-      LaunchSum(rank.view(),
-                {Op::kCombineRecv, matrix, rank.topk_idx, config.max_tokens, rank.out, nullptr,
-                 rank.expert_rows()},
-                nullptr);
+    TimePhases(table, Op::kCombineRecv, rank, [&](const DeviceCall& call) {
+      ReceiveSums(
+          call, rank.token, rank.expert_rows(),
+          {.matrix = matrix, .topk = {rank.topk_idx, nullptr, num_tokens}, .sums = rank.out});
     });
   }
 }

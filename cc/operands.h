@@ -1,10 +1,12 @@
 // Views of the arrays that ops read and write: pointers into the caller's memory, and their shapes.
+// The ops of every platform take the same ones.
 
 #ifndef JAX_SM_FREE_CC_OPERANDS_H_
 #define JAX_SM_FREE_CC_OPERANDS_H_
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 
 namespace jax_sm_free {
 
@@ -48,6 +50,87 @@ struct LayoutIn {
   const int32_t* num_rows_from = nullptr;  // [ep_size]
   int32_t fanout = 1;
   int64_t num_rows = 0;  // rows that `rows` may name: the first dimension of y
+};
+
+// The same as a result.
+struct LayoutOut {
+  int32_t* rows = nullptr;           // [ep_size * max_tokens, fanout]; -1 for none
+  int32_t* num_rows_from = nullptr;  // [ep_size]
+};
+
+// Rows of experts, and where the dispatch put them.
+struct ExpertRows {
+  const std::byte* y = nullptr;
+  const float* weights = nullptr;  // [num_rows]; null for a plain sum
+  LayoutIn layout;
+};
+
+// The operands and results of each op, but for tokens.
+
+// dispatch_send.
+struct DispatchSendIn {
+  const int32_t* position =
+      nullptr;  // i32 []: where the program believes the rank to be in the mesh
+  TopK topk;
+  ConstRows rows;                        // [num_tokens]
+  std::optional<Matrix> quantized = {};  // what the rows are, where the wire quantises them
+};
+
+// combine_backward_send.
+struct RowsIn {
+  TopK topk;
+  ConstRows rows;  // [num_tokens]
+};
+
+// combine_send, dispatch_backward_send.
+struct SumsIn {
+  Matrix matrix;
+  ExpertRows rows;
+  const float* weight_grads = nullptr;  // [ep_size * max_tokens, top_k]; null for combine_send
+};
+
+// The rows that this rank gave to the send of a dispatch.
+struct OwnRows {
+  ConstRows rows;
+  int64_t num_tokens = 0;
+};
+
+// dispatch_recv of output "experts".
+struct ExpertsOut {
+  MutableRows rows;                        // [recv_capacity]
+  std::optional<Matrix> dequantized = {};  // what they are, where the wire quantises them
+  int32_t* group_sizes = nullptr;          // [num_local_experts]
+  int32_t* counts = nullptr;               // [num_local_experts]
+  float* weights = nullptr;                // [recv_capacity]
+  int32_t* dropped = nullptr;              // []
+  LayoutOut layout;                        // fanout is top_k
+};
+
+// dispatch_recv of output "tokens", with R = ep_size * max_tokens.
+struct TokensOut {
+  MutableRows rows;                        // [R]
+  std::optional<Matrix> dequantized = {};  // what they are, where the wire quantises them
+  int32_t* topk_idx = nullptr;             // [R, top_k]
+  float* topk_weights = nullptr;           // [R, top_k]
+  int32_t* counts = nullptr;               // [num_local_experts]
+  int32_t* num_tokens = nullptr;           // []
+  LayoutOut layout;                        // fanout is 1
+};
+
+// combine_recv, dispatch_backward_recv.
+struct SumsOut {
+  Matrix matrix;
+  TopK topk;                      // without weights
+  std::byte* sums = nullptr;      // [num_tokens, hidden]
+  float* weight_grads = nullptr;  // [num_tokens, top_k]; null for combine_recv
+};
+
+// combine_backward_recv.
+struct SpreadOut {
+  Matrix matrix;
+  ExpertRows rows;                // without y where there are no weights
+  std::byte* y_grad = nullptr;    // [num_rows, hidden]
+  float* weight_grads = nullptr;  // [num_rows]; unused where there are no weights
 };
 
 }  // namespace jax_sm_free

@@ -18,10 +18,46 @@ enum TokenWord : int {
   kSlotWord,
   kKindWord,
   kRankWord,
-  kBufferWord,  // buffer id mod kTokenWordSize
+  kBufferWord,
 };
 inline constexpr float kTokenMagic = 5439821.0F;
 inline constexpr int64_t kTokenWordSize = int64_t{1} << 24;
+
+// What a token says.
+struct Token {
+  int64_t sequence = 0;
+  int64_t slot = 0;
+  int64_t kind = 0;
+  int64_t rank = 0;
+  int64_t buffer = 0;  // TokenBuffer of its id
+};
+
+// A buffer's id, as a token has it.
+constexpr int64_t TokenBuffer(int64_t id) { return id % kTokenWordSize; }
+
+constexpr void WriteToken(const Token& token, float* words) {
+  words[kMagicWord] = kTokenMagic;
+  words[kLowWord] = static_cast<float>(token.sequence % kTokenWordSize);
+  words[kHighWord] = static_cast<float>(token.sequence / kTokenWordSize);
+  words[kSlotWord] = static_cast<float>(token.slot);
+  words[kKindWord] = static_cast<float>(token.kind);
+  words[kRankWord] = static_cast<float>(token.rank);
+  words[kBufferWord] = static_cast<float>(token.buffer);
+  for (int i = kBufferWord + 1; i < kTokenSize; ++i) words[i] = 0;
+}
+
+// Whether there is a token at all.
+constexpr bool IsToken(const float* words) { return words[kMagicWord] == kTokenMagic; }
+
+// Of words that are a token.
+constexpr Token ReadToken(const float* words) {
+  return {.sequence = static_cast<int64_t>(words[kHighWord]) * kTokenWordSize +
+                      static_cast<int64_t>(words[kLowWord]),
+          .slot = static_cast<int64_t>(words[kSlotWord]),
+          .kind = static_cast<int64_t>(words[kKindWord]),
+          .rank = static_cast<int64_t>(words[kRankWord]),
+          .buffer = static_cast<int64_t>(words[kBufferWord])};
+}
 
 }  // namespace jax_sm_free
 

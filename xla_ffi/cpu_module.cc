@@ -13,8 +13,8 @@
 #include "cc/cpu/spanning_buffer.h"
 #include "cc/cpu/ucx_wire.h"
 #include "nanobind/stl/pair.h"
-#include "xla_ffi/cpu_handlers.h"
 #include "xla_ffi/cuda_stub.h"
+#include "xla_ffi/handler_entry.h"
 #include "xla_ffi/module.h"
 #include "xla_ffi/send_site.h"
 

@@ -10,7 +10,7 @@
 
 #include "cc/cuda/host/device_buffer.h"
 #include "cc/cuda/processes/nvshmem_buffer.h"
-#include "xla_ffi/cuda_handlers.h"
+#include "xla_ffi/handler_entry.h"
 #include "xla_ffi/module.h"
 
 namespace jax_sm_free {

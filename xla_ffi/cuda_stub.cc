@@ -1,7 +1,7 @@
 #include "xla_ffi/cuda_stub.h"
 
 #include "xla/ffi/api/ffi.h"
-#include "xla_ffi/cpu_handlers.h"
+#include "xla_ffi/handler_entry.h"
 
 namespace jax_sm_free {
 namespace {

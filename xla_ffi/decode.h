@@ -1,4 +1,4 @@
-// Operands of XLA FFI calls as views, and who calls: what all platforms' handlers share.
+// Operands of XLA FFI calls as the views that ops take, and the buffer that a call names.
 
 #ifndef JAX_SM_FREE_XLA_FFI_DECODE_H_
 #define JAX_SM_FREE_XLA_FFI_DECODE_H_
@@ -14,8 +14,8 @@
 #include "cc/config.h"
 #include "cc/fault.h"
 #include "cc/op.h"
+#include "cc/op_table.h"
 #include "cc/operands.h"
-#include "cc/quantized.h"
 #include "cc/runtime.h"
 #include "xla/ffi/api/ffi.h"
 
@@ -50,28 +50,42 @@ inline ffi::Error IsOutside(Op op, int64_t buffer_id, int32_t device) {
 }
 
 // Bytes of one row: of everything behind the first dimension.
-inline int64_t RowBytes(const ffi::AnyBuffer& buffer) {
+template <typename B>
+int64_t RowBytes(const B& buffer) {
   const auto dims = buffer.dimensions();
   auto bytes = static_cast<int64_t>(ffi::ByteWidth(buffer.element_type()));
   for (size_t i = 1; i < dims.size(); ++i) bytes *= dims[i];
   return bytes;
 }
 
-inline ConstRows RowsOf(const ffi::AnyBuffer& values, const ffi::AnyBuffer& scales) {
-  return {static_cast<const std::byte*>(values.untyped_data()), RowBytes(values),
-          static_cast<const std::byte*>(scales.untyped_data()), RowBytes(scales)};
+// What rows that are summed may have as elements; nullopt for any other type.
+inline std::optional<DType> DTypeOf(ffi::DataType type) {
+  switch (type) {
+    case ffi::F32:
+      return DType::kFloat32;
+    case ffi::BF16:
+      return DType::kBFloat16;
+    case ffi::F16:
+      return DType::kFloat16;
+    default:
+      return std::nullopt;
+  }
 }
 
-inline MutableRows RowsOf(Out<ffi::AnyBuffer>& values, Out<ffi::AnyBuffer>& scales) {
-  return {static_cast<std::byte*>(values->untyped_data()), RowBytes(*values),
-          static_cast<std::byte*>(scales->untyped_data()), RowBytes(*scales)};
-}
-
+// Of rows whose elements were checked.
 inline Matrix MatrixOf(const ffi::AnyBuffer& buffer) {
-  Matrix matrix{.hidden = buffer.dimensions()[1]};
-  if (buffer.element_type() == ffi::BF16) matrix.dtype = DType::kBFloat16;
-  if (buffer.element_type() == ffi::F16) matrix.dtype = DType::kFloat16;
-  return matrix;
+  return {.dtype = DTypeOf(buffer.element_type()).value(), .hidden = buffer.dimensions()[1]};
+}
+
+// An array or a result, as it is checked.
+template <typename B>
+Given GivenOf(const B& array) {
+  const auto dims = array.dimensions();
+  return {{dims.begin(), dims.size()}, DTypeOf(array.element_type()), RowBytes(array)};
+}
+template <typename B>
+Given GivenOf(Out<B>& result) {
+  return GivenOf(*result);
 }
 
 // What `values` are where this buffer's wire quantises them.
@@ -80,20 +94,39 @@ inline std::optional<Matrix> QuantizedOf(const Config& config, const ffi::AnyBuf
   return MatrixOf(values);
 }
 
-inline LayoutIn LayoutOf(const S32& rows, const S32& num_rows_from, int64_t num_rows) {
-  return {rows.typed_data(), num_rows_from.typed_data(), static_cast<int32_t>(rows.dimensions()[1]),
-          num_rows};
-}
-
 // An operand without elements stands for one that is absent.
 template <typename T>
 auto* DataOrNull(T& buffer) {
   return buffer.element_count() == 0 ? nullptr : buffer.typed_data();
 }
 
-// Bytes that a row of a dispatch travels as.
-inline int64_t WireBytes(const std::optional<Matrix>& quantized, int64_t row_bytes) {
-  return quantized ? QuantizedRowBytes(*quantized) : row_bytes;
+inline const std::byte* BytesOf(const ffi::AnyBuffer& buffer) {
+  return static_cast<const std::byte*>(buffer.untyped_data());
+}
+inline std::byte* BytesOf(Out<ffi::AnyBuffer>& buffer) {
+  return static_cast<std::byte*>(buffer->untyped_data());
+}
+
+inline ConstRows RowsOf(const ffi::AnyBuffer& values, const ffi::AnyBuffer& scales) {
+  return {BytesOf(values), RowBytes(values), BytesOf(scales), RowBytes(scales)};
+}
+inline MutableRows RowsOf(Out<ffi::AnyBuffer>& values, Out<ffi::AnyBuffer>& scales) {
+  return {BytesOf(values), RowBytes(*values), BytesOf(scales), RowBytes(*scales)};
+}
+
+inline LayoutOut LayoutOf(Out<S32>& rows, Out<S32>& num_rows_from) {
+  return {rows->typed_data(), num_rows_from->typed_data()};
+}
+
+// Rows of experts; `num_rows` of them, whether `y` is there or not.
+inline ExpertRows ExpertRowsOf(const ffi::AnyBuffer& y, const float* weights, const S32& rows,
+                               const S32& num_rows_from, int64_t num_rows) {
+  return {.y = BytesOf(y),
+          .weights = weights,
+          .layout = {.rows = rows.typed_data(),
+                     .num_rows_from = num_rows_from.typed_data(),
+                     .fanout = static_cast<int32_t>(rows.dimensions()[1]),
+                     .num_rows = num_rows}};
 }
 
 }  // namespace jax_sm_free

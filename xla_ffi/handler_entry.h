@@ -1,4 +1,4 @@
-// A list of FFI targets, for the modules that hand them to JAX.
+// The FFI targets of a platform, for the modules that hand them to JAX.
 
 #ifndef JAX_SM_FREE_XLA_FFI_HANDLER_ENTRY_H_
 #define JAX_SM_FREE_XLA_FFI_HANDLER_ENTRY_H_
@@ -15,11 +15,9 @@ struct HandlerEntry {
   XLA_FFI_Handler* execute;
 };
 
-inline std::vector<HandlerEntry> Joined(std::vector<HandlerEntry> entries,
-                                        const std::vector<HandlerEntry>& more) {
-  entries.insert(entries.end(), more.begin(), more.end());
-  return entries;
-}
+// Every target of platform "cpu", and of platform "CUDA".
+std::vector<HandlerEntry> CpuHandlers();
+std::vector<HandlerEntry> CudaHandlers();
 
 }  // namespace jax_sm_free
 

@@ -72,20 +72,19 @@ Result<Exchange> Ledger::Begin(Op op, int64_t run, int64_t call_site) {
   return exchange;
 }
 
-Result<Exchange> Ledger::Finish(Op op, const float* token) {
-  if (token[kMagicWord] != kTokenMagic) return Refuse(op, NotOneToken(token[kMagicWord]));
-  const auto word = [token](TokenWord w) { return static_cast<int64_t>(token[w]); };
-  if (word(kRankWord) != rank_ || word(kBufferWord) != buffer_id_ % kTokenWordSize) {
-    return Refuse(op, TokenOfAnother(buffer_id_, rank_, word(kBufferWord), word(kRankWord)));
+Result<Exchange> Ledger::Finish(Op op, const float* words) {
+  if (!IsToken(words)) return Refuse(op, NotOneToken(words[kMagicWord]));
+  const Token token = ReadToken(words);
+  if (token.rank != rank_ || token.buffer != TokenBuffer(buffer_id_)) {
+    return Refuse(op, TokenOfAnother(buffer_id_, rank_, token.buffer, token.rank));
   }
-  if (word(kKindWord) != static_cast<int64_t>(KindOf(op))) {
-    return Refuse(op, TokenOfAnotherKind(KindOf(op), static_cast<Kind>(word(kKindWord))));
+  if (token.kind != static_cast<int64_t>(KindOf(op))) {
+    return Refuse(op, TokenOfAnotherKind(KindOf(op), static_cast<Kind>(token.kind)));
   }
-  const int64_t sequence = word(kHighWord) * kTokenWordSize + word(kLowWord);
   const std::lock_guard lock(mutex_);
-  const auto found = entries_.find(sequence);
+  const auto found = entries_.find(token.sequence);
   if (found == entries_.end() || found->second.received) {
-    return Refuse(op, TokenUsedBefore(sequence));
+    return Refuse(op, TokenUsedBefore(token.sequence));
   }
   found->second.received = true;
   return found->second.exchange;
@@ -112,16 +111,13 @@ std::vector<int64_t> Ledger::TakeLostRuns() {
   return std::exchange(lost_runs_, {});
 }
 
-void Ledger::WriteToken(const Exchange& exchange, float* token) const {
-  const int64_t high_word = exchange.sequence / kTokenWordSize;
-  for (int i = 0; i < kTokenSize; ++i) token[i] = 0;
-  token[kMagicWord] = kTokenMagic;
-  token[kLowWord] = static_cast<float>(exchange.sequence % kTokenWordSize);
-  token[kHighWord] = static_cast<float>(high_word);
-  token[kSlotWord] = static_cast<float>(exchange.slot);
-  token[kKindWord] = static_cast<float>(exchange.kind);
-  token[kRankWord] = static_cast<float>(rank_);
-  token[kBufferWord] = static_cast<float>(buffer_id_ % kTokenWordSize);
+void Ledger::WriteToken(const Exchange& exchange, float* words) const {
+  jax_sm_free::WriteToken({.sequence = exchange.sequence,
+                           .slot = exchange.slot,
+                           .kind = static_cast<int64_t>(exchange.kind),
+                           .rank = rank_,
+                           .buffer = TokenBuffer(buffer_id_)},
+                          words);
 }
 
 }  // namespace jax_sm_free

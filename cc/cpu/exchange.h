@@ -77,9 +77,9 @@ class Ledger {
   // Opens an exchange in `run` at `call_site`. A fault if all slots are taken.
   Result<Exchange> Begin(Op op, int64_t run, int64_t call_site);
 
-  // Takes the exchange that `token` names for receiving. A fault if the token is none, is another
-  // rank's, is of another kind, or was used before.
-  Result<Exchange> Finish(Op op, const float* token);
+  // Takes the exchange that the token `words` names for receiving. A fault if the token is none, is
+  // another rank's, is of another kind, or was used before.
+  Result<Exchange> Finish(Op op, const float* words);
 
   // Gives the slot back.
   void Release(const Exchange& exchange);
@@ -92,7 +92,7 @@ class Ledger {
   // messages are still there, on this rank and on others.
   std::vector<int64_t> TakeLostRuns();
 
-  void WriteToken(const Exchange& exchange, float* token) const;
+  void WriteToken(const Exchange& exchange, float* words) const;
 
  private:
   struct Run {

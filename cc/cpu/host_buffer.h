@@ -11,9 +11,9 @@
 #include <vector>
 
 #include "cc/cpu/block_pool.h"
+#include "cc/cpu/exchange.h"
 #include "cc/cpu/rank_counters.h"
 #include "cc/cpu/transport.h"
-#include "cc/cpu/exchange.h"
 #include "cc/runtime.h"
 
 namespace jax_sm_free {

@@ -16,10 +16,10 @@
 #include <vector>
 
 #include "cc/cpu/all_groups.h"
+#include "cc/cpu/exchange.h"
 #include "cc/cpu/message.h"
 #include "cc/cpu/transport.h"
 #include "cc/cpu/watchdog.h"
-#include "cc/cpu/exchange.h"
 #include "cc/fault.h"
 
 namespace jax_sm_free {

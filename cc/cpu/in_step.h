@@ -14,8 +14,8 @@
 #include <vector>
 
 #include "cc/cpu/call_site.h"
-#include "cc/cpu/start_numbers.h"
 #include "cc/cpu/exchange.h"
+#include "cc/cpu/start_numbers.h"
 #include "cc/fault.h"
 
 namespace jax_sm_free {

@@ -2,8 +2,12 @@
 
 #include <utility>
 
+#include "cc/cpu/exchange.h"
 #include "cc/cpu/numeric.h"
+#include "cc/cpu/pack.h"
 #include "cc/cpu/quantize.h"
+#include "cc/cpu/reduce.h"
+#include "cc/cpu/unpack.h"
 #include "cc/fault_texts.h"
 
 namespace jax_sm_free {
@@ -18,10 +22,9 @@ Fault Fail(const HostCall& call, int64_t run, Fault fault) {
 
 // Opens an exchange, sends one message to each rank, and writes the token. `pack(dst)` makes the
 // message for rank dst.
-std::optional<Fault> SendAll(const HostCall& call, int64_t call_site, const Transport::Pack& pack,
-                             float* token) {
+std::optional<Fault> SendAll(const HostCall& call, const Transport::Pack& pack, float* token) {
   HostRank& rank = *call.rank;
-  const Result<Exchange> begun = rank.ledger.Begin(call.op, call.run, call_site);
+  const Result<Exchange> begun = rank.ledger.Begin(call.op, call.run, call.call_site);
   if (const Fault* fault = FaultOf(begun)) {
     for (const int64_t lost : rank.ledger.TakeLostRuns()) Fail(call, lost, *fault);
     return Fail(call, call.run, *fault);
@@ -38,61 +41,58 @@ std::optional<Fault> SendAll(const HostCall& call, int64_t call_site, const Tran
   return std::nullopt;
 }
 
+// Token rows to the ranks of their experts: `pack_rows(tokens, dst)` makes the message of these.
+template <typename PackRows>
+std::optional<Fault> SendRows(const HostCall& call, const TopK& topk, const PackRows& pack_rows,
+                              float* token) {
+  const Result<Route> made = Route::Make(call.config(), topk);
+  if (const Fault* fault = FaultOf(made)) return Fail(call, call.run, *fault);
+  const auto& route = std::get<Route>(made);
+  const auto pack = [&](int32_t dst) { return pack_rows(route.tokens(dst), dst); };
+  return SendAll(call, pack, token);
+}
+
 }  // namespace
 
-std::optional<Fault> DispatchSend(const HostCall& call, int64_t call_site, int32_t position,
-                                  const TopK& topk, const ConstRows& rows, float* token) {
-  if (position != call.rank->position) {
-    return Fail(call, call.run, PositionDiffers(call.rank->position, position));
+std::optional<Fault> DispatchSend(const HostCall& call, const DispatchSendIn& in, float* token) {
+  if (*in.position != call.rank->position) {
+    return Fail(call, call.run, PositionDiffers(call.rank->position, *in.position));
   }
-  const Result<Route> made = Route::Make(call.config(), topk);
-  if (const Fault* fault = FaultOf(made)) return Fail(call, call.run, *fault);
-  const auto& route = std::get<Route>(made);
-  const auto pack = [&](int32_t dst) {
-    return PackDispatch(call.config(), route.tokens(dst), topk, dst, rows, call.rank->pool.Take());
+  std::optional<QuantizedRows> quantized;
+  if (in.quantized) quantized.emplace(*in.quantized, in.rows.values, in.topk.num_tokens);
+  const ConstRows rows = quantized ? quantized->rows() : in.rows;
+  const auto pack = [&](const auto& tokens, int32_t dst) {
+    return PackDispatch(call.config(), tokens, in.topk, dst, rows, call.rank->pool.Take());
   };
-  return SendAll(call, call_site, pack, token);
+  return SendRows(call, in.topk, pack, token);
 }
 
-std::optional<Fault> DispatchSendQuantized(const HostCall& call, int64_t call_site,
-                                           int32_t position, const TopK& topk, const Matrix& matrix,
-                                           const std::byte* x, float* token) {
-  const QuantizedRows quantized(matrix, x, topk.num_tokens);
-  return DispatchSend(call, call_site, position, topk, quantized.rows(), token);
-}
-
-std::optional<Fault> CombineBackwardSend(const HostCall& call, int64_t call_site, const TopK& topk,
-                                         const ConstRows& rows, float* token) {
-  const Result<Route> made = Route::Make(call.config(), topk);
-  if (const Fault* fault = FaultOf(made)) return Fail(call, call.run, *fault);
-  const auto& route = std::get<Route>(made);
-  const auto pack = [&](int32_t dst) {
-    return PackRows(call.config(), KindOf(call.op), route.tokens(dst), rows,
-                    call.rank->pool.Take());
+std::optional<Fault> CombineBackwardSend(const HostCall& call, const RowsIn& in, float* token) {
+  const auto pack = [&](const auto& tokens, int32_t /*dst*/) {
+    return PackRows(call.config(), KindOf(call.op), tokens, in.rows, call.rank->pool.Take());
   };
-  return SendAll(call, call_site, pack, token);
+  return SendRows(call, in.topk, pack, token);
 }
 
-std::optional<Fault> SendSums(const HostCall& call, int64_t call_site, const SumOperands& operands,
-                              float* token) {
-  if (auto fault = Check(call.config(), operands.layout)) return Fail(call, call.run, *fault);
+std::optional<Fault> SendSums(const HostCall& call, const SumsIn& in, float* token) {
+  if (auto fault = Check(call.config(), in.rows.layout)) return Fail(call, call.run, *fault);
   std::vector<Message> messages =
-      PackSums(call.config(), KindOf(call.op), operands.matrix, operands.y, operands.weights,
-               operands.weight_grads, operands.layout, call.rank->pool);
+      PackSums(call.config(), KindOf(call.op), in.matrix, in.rows.y, in.rows.weights,
+               in.weight_grads, in.rows.layout, call.rank->pool);
   const auto pack = [&](int32_t dst) { return std::move(messages[dst]); };
-  return SendAll(call, call_site, pack, token);
+  return SendAll(call, pack, token);
 }
 
-void Receive(const HostCall& call, const float* token, Unpack unpack, Done done) {
+void Receive(const HostCall& call, const float* token, Unpack unpack) {
   const Result<Exchange> finished = call.rank->ledger.Finish(call.op, token);
   if (const Fault* fault = FaultOf(finished)) {
-    done(Fail(call, call.run, *fault));
+    call.done(Fail(call, call.run, *fault));
     return;
   }
   const Exchange exchange = std::get<Exchange>(finished);
   const FloatMode caller_mode;
-  auto receive = [call, exchange, caller_mode, unpack = std::move(unpack),
-                  done = std::move(done)](Transport::Arrival arrival) {
+  auto receive = [call, exchange, caller_mode,
+                  unpack = std::move(unpack)](Transport::Arrival arrival) {
     std::optional<Fault> fault;
     if (const Fault* failed = FaultOf(arrival)) {
       fault = *failed;
@@ -104,19 +104,42 @@ void Receive(const HostCall& call, const float* token, Unpack unpack, Done done)
     }
     arrival = Fault{};  // gives the blocks back before the program goes on
     call.rank->ledger.Release(exchange);
-    caller_mode.Apply();  // `done` may run the rest of the program on this thread
-    done(fault);
+    caller_mode.Apply();  // what follows may be the rest of the program, on this thread
+    call.done(fault);
   };
   call.rank->transport->Receive(call.op, exchange, call.rank->member, std::move(receive));
 }
 
-Unpack UnpackInto(const HostCall& call, const ExpertsOut& out) {
+void DispatchRecv(const HostCall& call, const float* token, const OwnRows& /*own*/,
+                  const ExpertsOut& out) {
   // The receiver that this is called from keeps the rank.
-  return [rank = call.rank, out](const Config& config, const std::vector<Message>& messages) {
-    std::optional<Fault> fault = UnpackExperts(config, messages, out);
-    if (!fault) rank->counters.CountDropped(*out.dropped);
-    return fault;
-  };
+  Receive(call, token,
+          [rank = call.rank, out](const Config& config, const std::vector<Message>& messages) {
+            std::optional<Fault> fault = UnpackExperts(config, messages, out);
+            if (!fault) rank->counters.CountDropped(*out.dropped);
+            return fault;
+          });
+}
+
+void DispatchRecvTokens(const HostCall& call, const float* token, const OwnRows& /*own*/,
+                        const TokensOut& out) {
+  Receive(call, token, [out](const Config& config, const std::vector<Message>& messages) {
+    return UnpackTokens(config, messages, out);
+  });
+}
+
+void ReceiveSums(const HostCall& call, const float* token, const std::optional<ExpertRows>& /*own*/,
+                 const SumsOut& out) {
+  Receive(call, token, [out](const Config& config, const std::vector<Message>& messages) {
+    return SumOverRanks(config, out.matrix, out.topk, messages, out.sums, out.weight_grads);
+  });
+}
+
+void CombineBackwardRecv(const HostCall& call, const float* token, const SpreadOut& out) {
+  Receive(call, token, [out](const Config& config, const std::vector<Message>& messages) {
+    return SpreadGradients(config, out.matrix, messages, out.rows.layout, out.rows.y,
+                           out.rows.weights, out.y_grad, out.weight_grads);
+  });
 }
 
 }  // namespace jax_sm_free

@@ -5,7 +5,6 @@
 #ifndef JAX_SM_FREE_CC_CPU_OPS_H_
 #define JAX_SM_FREE_CC_CPU_OPS_H_
 
-#include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -15,62 +14,61 @@
 #include "cc/cpu/call_site.h"
 #include "cc/cpu/host_buffer.h"
 #include "cc/cpu/message.h"
-#include "cc/cpu/pack.h"
-#include "cc/cpu/reduce.h"
-#include "cc/cpu/unpack.h"
-#include "cc/cpu/exchange.h"
 #include "cc/fault.h"
 #include "cc/op.h"
+#include "cc/operands.h"
 
 namespace jax_sm_free {
+
+// Called once, when a recv has ended.
+using Done = std::function<void(const std::optional<Fault>& fault)>;
 
 // One call of an op by one rank.
 struct HostCall {
   Op op = Op::kDispatchSend;
-  std::shared_ptr<HostBuffer> buffer;
+  std::shared_ptr<HostBuffer> buffer = nullptr;
   HostRank* rank = nullptr;
   int64_t run = 0;
-  std::shared_ptr<const CallSite> site = nullptr;  // of a send, where processes need it
+
+  // Of a send.
+  int64_t call_site = 0;                           // its name within its program
+  std::shared_ptr<const CallSite> site = nullptr;  // where processes need a name in common
+
+  // Of a recv.
+  Done done = nullptr;
 
   const Config& config() const { return buffer->config(); }
 };
 
-// Token rows to the ranks of their experts. `call_site` names the send within its program;
-// `position` is where the program believes the rank to be in the mesh.
-std::optional<Fault> DispatchSend(const HostCall& call, int64_t call_site, int32_t position,
-                                  const TopK& topk, const ConstRows& rows, float* token);
+// Sends. Each writes its token unless there is a fault.
 
-// The same, with rows of x quantised on the way.
-std::optional<Fault> DispatchSendQuantized(const HostCall& call, int64_t call_site,
-                                           int32_t position, const TopK& topk, const Matrix& matrix,
-                                           const std::byte* x, float* token);
+// dispatch_send: token rows to the ranks of their experts.
+std::optional<Fault> DispatchSend(const HostCall& call, const DispatchSendIn& in, float* token);
 
-// The same rows without routing: the gradient of a combine's result.
-std::optional<Fault> CombineBackwardSend(const HostCall& call, int64_t call_site, const TopK& topk,
-                                         const ConstRows& rows, float* token);
+// combine_backward_send: the same rows without routing, the gradient of a combine's result.
+std::optional<Fault> CombineBackwardSend(const HostCall& call, const RowsIn& in, float* token);
 
-// Operands of a send from experts back to sources; see PackSums.
-struct SumOperands {
-  Matrix matrix;
-  const std::byte* y = nullptr;
-  const float* weights = nullptr;
-  const float* weight_grads = nullptr;
-  LayoutIn layout;
-};
+// combine_send, dispatch_backward_send: sums of expert rows back to the ranks of their tokens.
+std::optional<Fault> SendSums(const HostCall& call, const SumsIn& in, float* token);
 
-// Sums of expert rows back to the ranks of their tokens: combine_send, dispatch_backward_send.
-std::optional<Fault> SendSums(const HostCall& call, int64_t call_site, const SumOperands& operands,
-                              float* token);
+// Recvs. Each waits for the messages of the exchange that `token` names, writes its results, and
+// calls call.done: on this thread if the messages are all there, else on a worker thread. None
+// blocks. This rank's own rows come as a message, too, so that `own` is not read.
 
-// Waits for the messages of the exchange that `token` names, lets `unpack` read them, and calls
-// `done` once: on this thread if they are all there, else on a worker thread. Blocks on nothing.
+void DispatchRecv(const HostCall& call, const float* token, const OwnRows& own,
+                  const ExpertsOut& out);
+void DispatchRecvTokens(const HostCall& call, const float* token, const OwnRows& own,
+                        const TokensOut& out);
+
+// combine_recv, dispatch_backward_recv.
+void ReceiveSums(const HostCall& call, const float* token, const std::optional<ExpertRows>& own,
+                 const SumsOut& out);
+void CombineBackwardRecv(const HostCall& call, const float* token, const SpreadOut& out);
+
+// What all of them do, with `unpack` to write the results.
 using Unpack =
     std::function<std::optional<Fault>(const Config& config, const std::vector<Message>& messages)>;
-using Done = std::function<void(const std::optional<Fault>& fault)>;
-void Receive(const HostCall& call, const float* token, Unpack unpack, Done done);
-
-// UnpackExperts into `out` for Receive, which counts the rows that are dropped.
-Unpack UnpackInto(const HostCall& call, const ExpertsOut& out);
+void Receive(const HostCall& call, const float* token, Unpack unpack);
 
 }  // namespace jax_sm_free
 

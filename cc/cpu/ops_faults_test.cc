@@ -117,8 +117,9 @@ TEST_F(FaultsTest, RunsThatLostATokenGiveTheirMessagesBack) {
 TEST_F(FaultsTest, ADeviceAtAnotherPlaceOfTheMeshIsAFault) {
   const Source source = SourcesOf(config_, 1)[0];
   Token token{};
-  const auto fault = DispatchSend(CallOf(Op::kDispatchSend, buffer_, 0, 1), 0, /*position=*/2,
-                                  source.topk(), source.rows(), token.data());
+  const int32_t position = 2;
+  const auto fault = DispatchSend(CallOf(Op::kDispatchSend, buffer_, 0, 1),
+                                  {&position, source.topk(), source.rows()}, token.data());
   EXPECT_EQ(SeenBy(fault), "position 2");
 }
 
@@ -126,9 +127,9 @@ TEST_F(FaultsTest, ALayoutOfOtherRowsIsAFault) {
   const std::vector<int32_t> rows(config_.max_recv_tokens(), 99);
   const std::vector<int32_t> num_rows_from(kEpSize, 1);
   Token token{};
-  const auto fault = SendSums(
-      CallOf(Op::kCombineSend, buffer_, 0, 1), 0,
-      {.matrix = kMatrix, .layout = {rows.data(), num_rows_from.data(), 1, 99}}, token.data());
+  const ExpertRows y{.layout = {rows.data(), num_rows_from.data(), 1, 99}};
+  const auto fault = SendSums(CallOf(Op::kCombineSend, buffer_, 0, 1),
+                              {.matrix = kMatrix, .rows = y}, token.data());
   EXPECT_EQ(SeenBy(fault), "99");
 }
 
@@ -164,8 +165,8 @@ TEST_F(FaultsTest, AFaultOfUnpackingEndsTheRun) {
   const std::vector<Source> sources = SourcesOf(config_, 1);
   Token token{};
   for (int32_t rank = 0; rank < kEpSize; ++rank) {
-    EXPECT_EQ(Describe(DispatchSend(CallOf(Op::kDispatchSend, buffer_, rank, 1), 0, rank,
-                                    sources[rank].topk(), sources[rank].rows(), token.data())),
+    const DispatchSendIn in{&rank, sources[rank].topk(), sources[rank].rows()};
+    EXPECT_EQ(Describe(DispatchSend(CallOf(Op::kDispatchSend, buffer_, rank, 1), in, token.data())),
               "");
   }
   const auto fault =
@@ -184,15 +185,15 @@ TEST_F(FaultsTest, AFaultOfUnpackingEndsTheRun) {
 TEST_F(FaultsTest, TheFloatModeOfTheReceiverHoldsWhereItsProgramGoesOn) {
   const std::vector<Source> sources = SourcesOf(config_, 1);
   Token token{};
-  const HostCall call = CallOf(Op::kDispatchSend, buffer_, 0, 1);
-  EXPECT_EQ(Describe(DispatchSend(call, 0, 0, sources[0].topk(), sources[0].rows(), token.data())),
+  const int32_t position = 0;
+  EXPECT_EQ(Describe(DispatchSend(CallOf(Op::kDispatchSend, buffer_, 0, 1),
+                                  {&position, sources[0].topk(), sources[0].rows()}, token.data())),
             "");
   std::promise<int> rounding;
+  HostCall recv = CallOf(Op::kDispatchRecv, buffer_, 0, 1);
+  recv.done = [&rounding](const auto&) { rounding.set_value(std::fegetround()); };
   ASSERT_EQ(std::fesetround(FE_UPWARD), 0);
-  Receive(
-      CallOf(Op::kDispatchRecv, buffer_, 0, 1), token.data(),
-      [](const Config&, const auto&) { return std::optional<Fault>(); },
-      [&rounding](const auto&) { rounding.set_value(std::fegetround()); });
+  Receive(recv, token.data(), [](const Config&, const auto&) { return std::optional<Fault>(); });
   std::fesetround(FE_TONEAREST);
   for (int32_t rank = 1; rank < kEpSize; ++rank) {
     Layer other(buffer_, rank, 1, 0);

@@ -14,6 +14,7 @@
 namespace jax_sm_free {
 namespace {
 
+using testing::Awaited;
 using testing::BufferOf;
 using testing::CallOf;
 using testing::ConfigFor;
@@ -178,22 +179,22 @@ TEST(BackwardTest, DispatchBackwardBringsGradientsToTheirTokens) {
   OnEveryRank(config.ep_size, [&](int32_t rank) {
     const Source& source = sources[rank];
     const TokenRows token_rows = TokenRowsOf(config, sources, rank);
-    const SumOperands operands{.matrix = kMatrix,
-                               .y = x_grad.data(),
-                               .weight_grads = token_rows.weight_grads.data(),
-                               .layout = {token_rows.rows.data(), token_rows.num_rows_from.data(),
-                                          1, config.max_recv_tokens()}};
+    const LayoutIn layout{token_rows.rows.data(), token_rows.num_rows_from.data(), 1,
+                          config.max_recv_tokens()};
+    const SumsIn in{.matrix = kMatrix,
+                    .rows = {.y = x_grad.data(), .layout = layout},
+                    .weight_grads = token_rows.weight_grads.data()};
     Token token{};
     const HostCall send = CallOf(Op::kDispatchBackwardSend, buffer, rank, 1);
-    ASSERT_EQ(Describe(SendSums(send, 0, operands, token.data())), "");
+    ASSERT_EQ(Describe(SendSums(send, in, token.data())), "");
 
     auto out = Poisoned<std::byte>(source.num_tokens * kMatrix.row_bytes());
     auto weight_grads = Poisoned<float>(source.num_tokens * config.top_k);
-    const auto unpack = [&](const Config& c, const std::vector<Message>& messages) {
-      return SumOverRanks(c, kMatrix, source.topk(), messages, out.data(), weight_grads.data());
-    };
-    const HostCall recv = CallOf(Op::kDispatchBackwardRecv, buffer, rank, 1);
-    ASSERT_EQ(Describe(Received(recv, token, unpack)), "");
+    const SumsOut received{kMatrix, source.topk(), out.data(), weight_grads.data()};
+    const auto fault = Awaited(
+        CallOf(Op::kDispatchBackwardRecv, buffer, rank, 1),
+        [&](const HostCall& recv) { ReceiveSums(recv, token.data(), std::nullopt, received); });
+    ASSERT_EQ(Describe(fault), "");
     const auto sums = Decode(kMatrix.dtype, out.data(), source.num_tokens * kMatrix.hidden);
     ExpectGradients(config, source, sums, weight_grads);
   });
@@ -206,8 +207,8 @@ TEST(BackwardTest, CombineBackwardSendsATokensGradientToEveryRankOfItsExperts) {
   OnEveryRank(config.ep_size, [&](int32_t rank) {
     Token token{};
     ASSERT_EQ(
-        Describe(CombineBackwardSend(CallOf(Op::kCombineBackwardSend, buffer, rank, 1), 0,
-                                     sources[rank].topk(), sources[rank].rows(), token.data())),
+        Describe(CombineBackwardSend(CallOf(Op::kCombineBackwardSend, buffer, rank, 1),
+                                     {sources[rank].topk(), sources[rank].rows()}, token.data())),
         "");
     const auto unpack = [&](const Config&, const std::vector<Message>& messages) {
       for (int32_t s = 0; s < config.ep_size; ++s) {

@@ -31,11 +31,16 @@ HostCall CallOf(Op op, const std::shared_ptr<HostBuffer>& buffer, int32_t rank, 
   return {op, buffer, buffer->RankOf(rank), run};
 }
 
-std::optional<Fault> Received(const HostCall& call, const Token& token, Unpack unpack) {
+std::optional<Fault> Awaited(HostCall call, const std::function<void(const HostCall&)>& recv) {
   std::promise<std::optional<Fault>> promise;
-  Receive(call, token.data(), std::move(unpack),
-          [&promise](const std::optional<Fault>& fault) { promise.set_value(fault); });
+  call.done = [&promise](const std::optional<Fault>& fault) { promise.set_value(fault); };
+  recv(call);
   return promise.get_future().get();
+}
+
+std::optional<Fault> Received(const HostCall& call, const Token& token, Unpack unpack) {
+  return Awaited(
+      call, [&](const HostCall& awaited) { Receive(awaited, token.data(), std::move(unpack)); });
 }
 
 std::string Describe(const std::optional<Fault>& fault) { return fault ? fault->Describe() : ""; }
@@ -73,8 +78,9 @@ Layer::Layer(std::shared_ptr<HostBuffer> buffer, int32_t rank, int64_t run, int6
       num_rows_from_(Poisoned<int32_t>(config_.ep_size)) {}
 
 std::optional<Fault> Layer::SendDispatch(const Source& source) {
-  return DispatchSend(Call(Op::kDispatchSend), 2 * site_, rank_, source.topk(), source.rows(),
-                      token_.data());
+  HostCall call = Call(Op::kDispatchSend);
+  call.call_site = 2 * site_;
+  return DispatchSend(call, {&rank_, source.topk(), source.rows()}, token_.data());
 }
 
 std::optional<Fault> Layer::ReceiveDispatch() {
@@ -84,25 +90,23 @@ std::optional<Fault> Layer::ReceiveDispatch() {
                        .weights = weights_.data(),
                        .dropped = dropped_.data(),
                        .layout = {rows_.data(), num_rows_from_.data()}};
-  const HostCall call = Call(Op::kDispatchRecv);
-  return Received(call, token_, UnpackInto(call, out));
+  return Awaited(Call(Op::kDispatchRecv),
+                 [&](const HostCall& call) { DispatchRecv(call, token_.data(), {}, out); });
 }
 
 std::optional<Fault> Layer::SendCombine() {
   const std::vector<std::byte> y = RunExperts();
-  return SendSums(
-      Call(Op::kCombineSend), 2 * site_ + 1,
-      {.matrix = kMatrix,
-       .y = y.data(),
-       .weights = weights_.data(),
-       .layout = {rows_.data(), num_rows_from_.data(), config_.top_k, config_.recv_capacity}},
-      token_.data());
+  HostCall call = Call(Op::kCombineSend);
+  call.call_site = 2 * site_ + 1;
+  const LayoutIn layout{rows_.data(), num_rows_from_.data(), config_.top_k, config_.recv_capacity};
+  return SendSums(call, {kMatrix, {y.data(), weights_.data(), layout}}, token_.data());
 }
 
 std::optional<Fault> Layer::ReceiveCombine(const Source& source, std::vector<std::byte>& out) {
   out = Poisoned<std::byte>(source.num_tokens * kMatrix.row_bytes());
-  return Received(Call(Op::kCombineRecv), token_, [&](const Config& config, const auto& messages) {
-    return SumOverRanks(config, kMatrix, source.topk(), messages, out.data(), nullptr);
+  const SumsOut sums{.matrix = kMatrix, .topk = source.topk(), .sums = out.data()};
+  return Awaited(Call(Op::kCombineRecv), [&](const HostCall& call) {
+    ReceiveSums(call, token_.data(), std::nullopt, sums);
   });
 }
 

@@ -6,6 +6,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -27,7 +28,10 @@ std::shared_ptr<HostBuffer> BufferOf(const Config& config);
 
 HostCall CallOf(Op op, const std::shared_ptr<HostBuffer>& buffer, int32_t rank, int64_t run);
 
-// Receive, waiting for it to be done.
+// What `recv` ends with. It is called with `call`, which tells when it is done.
+std::optional<Fault> Awaited(HostCall call, const std::function<void(const HostCall&)>& recv);
+
+// The same of Receive.
 std::optional<Fault> Received(const HostCall& call, const Token& token, Unpack unpack);
 
 std::string Describe(const std::optional<Fault>& fault);  // "" for none

@@ -16,8 +16,8 @@
 #include <vector>
 
 #include "cc/cpu/call_site.h"
-#include "cc/cpu/message.h"
 #include "cc/cpu/exchange.h"
+#include "cc/cpu/message.h"
 #include "gtest/gtest.h"
 
 namespace jax_sm_free {

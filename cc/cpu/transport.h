@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "cc/cpu/call_site.h"
-#include "cc/cpu/message.h"
 #include "cc/cpu/exchange.h"
+#include "cc/cpu/message.h"
 #include "cc/fault.h"
 #include "cc/op.h"
 

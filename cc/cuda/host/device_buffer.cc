@@ -8,8 +8,8 @@
 #include <utility>
 
 #include "cc/cuda/host/device_scope.h"
-#include "cc/cuda/kernels/kernels.h"
 #include "cc/cuda/host/status_fault.h"
+#include "cc/cuda/kernels/kernels.h"
 
 namespace jax_sm_free::cuda {
 namespace {

@@ -10,10 +10,10 @@
 #include <string>
 #include <vector>
 
+#include "cc/cuda/device_state.h"
 #include "cc/cuda/host/counter_reader.h"
 #include "cc/cuda/host/courier.h"
 #include "cc/cuda/host/crossbar.h"
-#include "cc/cuda/device_state.h"
 #include "cc/cuda/host/group_end.h"
 #include "cc/cuda/host/mover.h"
 #include "cc/fault.h"

@@ -16,9 +16,9 @@
 #include <thread>
 #include <vector>
 
+#include "cc/cuda/device_state.h"
 #include "cc/cuda/host/courier.h"
 #include "cc/cuda/host/crossbar.h"
-#include "cc/cuda/device_state.h"
 #include "cc/cuda/host/group_end.h"
 #include "cc/fault.h"
 

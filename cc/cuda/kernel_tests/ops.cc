@@ -3,7 +3,6 @@
 #include <cmath>
 #include <utility>
 
-#include "cc/quantized.h"
 #include "cc/token.h"
 
 namespace jax_sm_free::cuda::kernel_tests {
@@ -93,10 +92,6 @@ Arrays Ops::MakeArrays(int32_t rank) {
   return a;
 }
 
-int64_t Ops::wire_bytes() const {
-  return case_.float8_wire ? QuantizedRowBytes(matrix()) : row_bytes();
-}
-
 LayoutIn Ops::LayoutOf(int32_t rank) const {
   return {arrays_[rank].layout_rows.data(), arrays_[rank].num_rows_from.data(), kTopK,
           config_.recv_capacity};
@@ -104,50 +99,37 @@ LayoutIn Ops::LayoutOf(int32_t rank) const {
 
 void Ops::Move() { case_.held_up ? group_.HoldUp() : group_.Move(); }
 
-void Ops::SendDispatch(int32_t rank) {
-  Arrays& a = of(rank);
-  const RankView& view = group_.view(rank);
-  const int64_t num_tokens = case_.num_tokens;
-  LaunchRoute(view,
-              {{Op::kDispatchSend, Kind::kDispatch, &a.position, a.token.data()},
-               wire_bytes(),
-               a.idx.data(),
-               a.weights.data(),
-               num_tokens},
-              nullptr);
-  if (case_.float8_wire) {
-    LaunchPackQuantized(view, {matrix(), Bytes(a.x), num_tokens}, nullptr);
-  } else {
-    LaunchPack(view, {RowsOf(std::as_const(a.x), row_bytes()), num_tokens, true}, nullptr);
-  }
+DeviceCall Ops::CallOf(Op op, int32_t rank) const { return {.op = op, .view = &group_.view(rank)}; }
+
+std::optional<Matrix> Ops::quantized() const {
+  if (!case_.float8_wire) return std::nullopt;
+  return matrix();
 }
 
-void Ops::WaitForDispatch(int32_t rank, bool for_messages) {
-  LaunchWait(group_.view(rank),
-             {Op::kDispatchRecv, Kind::kDispatch, wire_bytes(), nullptr, of(rank).token.data(),
-              for_messages, true, case_.float8_wire ? -1 : case_.num_tokens},
-             nullptr);
+OwnRows Ops::OwnOf(int32_t rank) const {
+  return {RowsOf(arrays_[rank].x, row_bytes()), case_.float8_wire ? 0 : case_.num_tokens};
+}
+
+void Ops::SendDispatch(int32_t rank) {
+  Arrays& a = of(rank);
+  DispatchSend(CallOf(Op::kDispatchSend, rank),
+               {.position = &a.position,
+                .topk = {a.idx.data(), a.weights.data(), case_.num_tokens},
+                .rows = RowsOf(std::as_const(a.x), row_bytes()),
+                .quantized = quantized()},
+               a.token.data());
 }
 
 void Ops::RecvDispatch(int32_t rank) {
   Arrays& a = of(rank);
-  const RankView& view = group_.view(rank);
-  const bool all_here = !GoInParts(config_.max_tokens, wire_bytes());
-  WaitForDispatch(rank, all_here);
-  const ExpertsOut out{case_.float8_wire ? ConstRows{} : RowsOf(std::as_const(a.x), row_bytes()),
-                       RowsOf(a.rows, row_bytes()),
-                       a.group_sizes.data(),
-                       a.counts.data(),
-                       a.row_weights.data(),
-                       &a.dropped,
-                       a.layout_rows.data(),
-                       a.num_rows_from.data(),
-                       all_here};
-  if (case_.float8_wire) {
-    LaunchUnpackExpertsDequantized(view, out, matrix(), nullptr);
-  } else {
-    LaunchUnpackExperts(view, out, nullptr);
-  }
+  DispatchRecv(CallOf(Op::kDispatchRecv, rank), a.token.data(), OwnOf(rank),
+               {.rows = RowsOf(a.rows, row_bytes()),
+                .dequantized = quantized(),
+                .group_sizes = a.group_sizes.data(),
+                .counts = a.counts.data(),
+                .weights = a.row_weights.data(),
+                .dropped = &a.dropped,
+                .layout = {a.layout_rows.data(), a.num_rows_from.data()}});
   AwaitKernels();
 }
 
@@ -180,50 +162,27 @@ Array<TokenArrays> Ops::DispatchByTokens() {
     a.counts.assign(kLocalExperts, kUnset);
     a.layout_rows.assign(max_rows, kUnset);
     a.num_rows_from.assign(config_.ep_size, kUnset);
-    WaitForDispatch(rank, true);
-    const TokensOut out{
-        case_.float8_wire ? ConstRows{} : RowsOf(std::as_const(of(rank).x), row_bytes()),
-        RowsOf(a.rows, row_bytes()),
-        a.topk_idx.data(),
-        a.topk_weights.data(),
-        a.counts.data(),
-        &a.num_tokens,
-        a.layout_rows.data(),
-        a.num_rows_from.data()};
-    if (case_.float8_wire) {
-      LaunchUnpackTokensDequantized(group_.view(rank), out, matrix(), nullptr);
-    } else {
-      LaunchUnpackTokens(group_.view(rank), out, nullptr);
-    }
+    DispatchRecvTokens(CallOf(Op::kDispatchRecv, rank), of(rank).token.data(), OwnOf(rank),
+                       {.rows = RowsOf(a.rows, row_bytes()),
+                        .dequantized = quantized(),
+                        .topk_idx = a.topk_idx.data(),
+                        .topk_weights = a.topk_weights.data(),
+                        .counts = a.counts.data(),
+                        .num_tokens = &a.num_tokens,
+                        .layout = {a.layout_rows.data(), a.num_rows_from.data()}});
   }
   AwaitKernels();
   return results;
 }
 
-void Ops::SendSums(Op op, Kind kind, int32_t rank, const ExpertRows& rows,
-                   const float* weight_grads) {
-  LaunchPackSums(group_.view(rank),
-                 {{op, kind, nullptr, of(rank).token.data()},
-                  matrix(),
-                  rows,
-                  weight_grads,
-                  kind == Kind::kCombine},
-                 nullptr);
-}
-
-Floats Ops::ReceiveSums(Op op, Kind kind, int32_t rank, const std::optional<ExpertRows>& own,
-                        float* weight_grads) {
+Floats Ops::SumsOf(Op op, int32_t rank, const std::optional<ExpertRows>& own, float* weight_grads) {
   Arrays& a = of(rank);
-  const RankView& view = group_.view(rank);
   Floats sums(a.x.size(), NAN);
-  LaunchRoute(view,
-              {{op, kind, nullptr, nullptr}, row_bytes(), a.idx.data(), nullptr, case_.num_tokens},
-              nullptr);
-  LaunchWait(view,
-             {op, kind, row_bytes(), view.state->routed_rows, a.token.data(), true, false, -1},
-             nullptr);
-  LaunchSum(view, {op, matrix(), a.idx.data(), case_.num_tokens, Bytes(sums), weight_grads, own},
-            nullptr);
+  ReceiveSums(CallOf(op, rank), a.token.data(), own,
+              {.matrix = matrix(),
+               .topk = {a.idx.data(), nullptr, case_.num_tokens},
+               .sums = Bytes(sums),
+               .weight_grads = weight_grads});
   AwaitKernels();
   return sums;
 }
@@ -233,12 +192,13 @@ std::vector<Floats> Ops::Combine(const std::vector<Floats>& y, bool weighted) {
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
     const float* weights = weighted ? of(rank).row_weights.data() : nullptr;
     rows.push_back({Bytes(y[rank]), weights, LayoutOf(rank)});
-    SendSums(Op::kCombineSend, Kind::kCombine, rank, rows.back(), nullptr);
+    SendSums(CallOf(Op::kCombineSend, rank), {.matrix = matrix(), .rows = rows.back()},
+             of(rank).token.data());
   }
   Move();
   std::vector<Floats> sums;
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
-    sums.push_back(ReceiveSums(Op::kCombineRecv, Kind::kCombine, rank, rows[rank], nullptr));
+    sums.push_back(SumsOf(Op::kCombineRecv, rank, rows[rank], nullptr));
   }
   return sums;
 }
@@ -247,15 +207,18 @@ std::vector<Floats> Ops::DispatchBackward(const std::vector<Floats>& y,
                                           const std::vector<Floats>& row_grads,
                                           std::vector<Floats>& weight_grads) {
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
-    SendSums(Op::kDispatchBackwardSend, Kind::kDispatchBackward, rank,
-             {Bytes(y[rank]), nullptr, LayoutOf(rank)}, row_grads[rank].data());
+    SendSums(CallOf(Op::kDispatchBackwardSend, rank),
+             {.matrix = matrix(),
+              .rows = {.y = Bytes(y[rank]), .layout = LayoutOf(rank)},
+              .weight_grads = row_grads[rank].data()},
+             of(rank).token.data());
   }
   Move();
   std::vector<Floats> sums;
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
     weight_grads.emplace_back(of(rank).weights.size(), NAN);
-    sums.push_back(ReceiveSums(Op::kDispatchBackwardRecv, Kind::kDispatchBackward, rank,
-                               std::nullopt, weight_grads.back().data()));
+    sums.push_back(
+        SumsOf(Op::kDispatchBackwardRecv, rank, std::nullopt, weight_grads.back().data()));
   }
   return sums;
 }
@@ -264,15 +227,10 @@ std::vector<Floats> Ops::CombineBackward(const std::vector<Floats>& grads,
                                          const std::vector<Floats>& y,
                                          std::vector<Floats>& weight_grads) {
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
-    const RankView& view = group_.view(rank);
-    LaunchRoute(view,
-                {{Op::kCombineBackwardSend, Kind::kCombineBackward, nullptr, of(rank).token.data()},
-                 row_bytes(),
-                 of(rank).idx.data(),
-                 nullptr,
-                 case_.num_tokens},
-                nullptr);
-    LaunchPack(view, {RowsOf(grads[rank], row_bytes()), case_.num_tokens, false}, nullptr);
+    CombineBackwardSend(CallOf(Op::kCombineBackwardSend, rank),
+                        {.topk = {of(rank).idx.data(), nullptr, case_.num_tokens},
+                         .rows = RowsOf(grads[rank], row_bytes())},
+                        of(rank).token.data());
   }
   Move();
   std::vector<Floats> y_grads;
@@ -280,14 +238,11 @@ std::vector<Floats> Ops::CombineBackward(const std::vector<Floats>& grads,
     Arrays& a = of(rank);
     Floats& y_grad = y_grads.emplace_back(config_.recv_capacity * case_.hidden, NAN);
     Floats& weight_grad = weight_grads.emplace_back(config_.recv_capacity, NAN);
-    const SpreadArgs args{
-        Op::kCombineBackwardRecv, matrix(),      LayoutOf(rank),    Bytes(y[rank]),
-        a.row_weights.data(),     Bytes(y_grad), weight_grad.data()};
-    LaunchWait(group_.view(rank),
-               {args.op, Kind::kCombineBackward, row_bytes(), args.layout.num_rows_from,
-                a.token.data(), true, true, -1},
-               nullptr);
-    LaunchSpread(group_.view(rank), args, nullptr);
+    CombineBackwardRecv(CallOf(Op::kCombineBackwardRecv, rank), a.token.data(),
+                        {.matrix = matrix(),
+                         .rows = {Bytes(y[rank]), a.row_weights.data(), LayoutOf(rank)},
+                         .y_grad = Bytes(y_grad),
+                         .weight_grads = weight_grad.data()});
   }
   AwaitKernels();
   return y_grads;

@@ -1,5 +1,5 @@
-// The ops of all ranks of a group, as the handlers put them together from kernels: all sends, the
-// movers, all recvs. Rows are float32; numbers are small and whole, so that sums are exact in any
+// The ops of cc/cuda/ops.h for all ranks of a group: all sends, the movers, all recvs. Rows are
+// float32; numbers are small and whole, so that sums are exact in any
 // order.
 
 #ifndef JAX_SM_FREE_CC_CUDA_KERNEL_TESTS_OPS_H_
@@ -14,7 +14,7 @@
 #include "cc/config.h"
 #include "cc/cuda/kernel_tests/group.h"
 #include "cc/cuda/kernel_tests/memory.h"
-#include "cc/cuda/kernels/kernels.h"
+#include "cc/cuda/ops.h"
 #include "cc/op.h"
 #include "cc/operands.h"
 
@@ -108,14 +108,13 @@ class Ops {
   int32_t ExpertFor(int32_t token, int32_t k);
   Arrays MakeArrays(int32_t rank);
   int64_t row_bytes() const { return matrix().row_bytes(); }
-  int64_t wire_bytes() const;
+  std::optional<Matrix> quantized() const;  // what rows are on a float8 wire
   LayoutIn LayoutOf(int32_t rank) const;
+  OwnRows OwnOf(int32_t rank) const;
+  DeviceCall CallOf(Op op, int32_t rank) const;
   void Move();
   void SendDispatch(int32_t rank);
-  void WaitForDispatch(int32_t rank, bool for_messages);
-  void SendSums(Op op, Kind kind, int32_t rank, const ExpertRows& rows, const float* weight_grads);
-  Floats ReceiveSums(Op op, Kind kind, int32_t rank, const std::optional<ExpertRows>& own,
-                     float* weight_grads);
+  Floats SumsOf(Op op, int32_t rank, const std::optional<ExpertRows>& own, float* weight_grads);
 
   const Case case_;
   const Config config_;

@@ -9,21 +9,22 @@
 
 namespace jax_sm_free::cuda {
 
-__device__ inline void WriteToken(const RankView& view, const BeginArgs& args) {
+__device__ inline void WriteTokenOf(const RankView& view, Op op, float* token) {
   const Current& current = view.state->current;
-  for (int i = 0; i < kTokenSize; ++i) args.token[i] = 0;
-  if (current.failed == kNothing) return;  // no token: its recv finds that out
-  args.token[kMagicWord] = kTokenMagic;
-  args.token[kLowWord] = static_cast<float>(current.sequence % kTokenWordSize);
-  args.token[kHighWord] = static_cast<float>(current.sequence / kTokenWordSize);
-  args.token[kSlotWord] = static_cast<float>(current.slot);
-  args.token[kKindWord] = static_cast<float>(static_cast<int32_t>(args.kind));
-  args.token[kRankWord] = static_cast<float>(view.rank);
-  args.token[kBufferWord] = static_cast<float>(view.buffer_id % kTokenWordSize);
+  if (current.failed == kNothing) {  // no token: its recv finds that out
+    for (int i = 0; i < kTokenSize; ++i) token[i] = 0;
+    return;
+  }
+  WriteToken({.sequence = static_cast<int64_t>(current.sequence),
+              .slot = current.slot,
+              .kind = static_cast<int64_t>(KindOf(op)),
+              .rank = view.rank,
+              .buffer = TokenBuffer(view.buffer_id)},
+             token);
 }
 
 // By one block. It waits until all peers have read the exchange that had the slot before.
-__device__ inline void Begin(const RankView& view, const BeginArgs& args) {
+__device__ inline void Begin(const RankView& view, Op op, const BeginArgs& args) {
   DeviceState* state = view.state;
   ResetClaims(state);
   __shared__ uint64_t before;  // the exchange that used the slot last; 0 for none
@@ -38,18 +39,18 @@ __device__ inline void Begin(const RankView& view, const BeginArgs& args) {
     }
     state->current = {sequence, slot, kOk, 0};
     if (tried == num_slots) {
-      Raise(view, args.op, {FaultCode::kSlots});
+      Raise(view, op, {FaultCode::kSlots});
       state->current.failed = kNothing;
     } else {
       before = state->slot_sequence[slot];
       state->slot_phase[slot] = kSent;
       state->slot_sequence[slot] = sequence;
-      if (args.position_of_program != nullptr && *args.position_of_program != view.position) {
-        Raise(view, args.op, {FaultCode::kPosition, -1, view.position, *args.position_of_program});
+      if (args.position != nullptr && *args.position != view.position) {
+        Raise(view, op, {FaultCode::kPosition, -1, view.position, *args.position});
       }
       if (state->faulted != kSound) state->current.failed = kEmpty;
     }
-    WriteToken(view, args);
+    WriteTokenOf(view, op, args.token);
   }
   __syncthreads();
   const Current current = state->current;
@@ -61,7 +62,7 @@ __device__ inline void Begin(const RankView& view, const BeginArgs& args) {
       return {FaultCode::kAckTimeout, peer, static_cast<int64_t>(before),
               static_cast<int64_t>(LoadAcquire(ack))};
     };
-    if (!WaitOrRaise(view, args.op, has_read, numbers).has_come) state->current.failed = kNothing;
+    if (!WaitOrRaise(view, op, has_read, numbers).has_come) state->current.failed = kNothing;
   }
   __syncthreads();
 }

@@ -9,28 +9,27 @@
 #include <optional>
 
 #include "cc/cuda/device_state.h"
+#include "cc/op.h"
 #include "cc/operands.h"
 
 namespace jax_sm_free::cuda {
 
 // What a send begins: the next exchange, and its token.
 struct BeginArgs {
-  Op op;
-  Kind kind;
-  const int32_t* position_of_program;  // i32 [], or null where it is not checked
-  float* token;                        // [kTokenSize]; null where nothing begins: in a recv
+  float* token = nullptr;             // [kTokenSize]
+  const int32_t* position = nullptr;  // of the program, i32 []; null where it is not checked
 };
 
 // route.cu
 
-// The row of every token in the message to each rank, into scratch. In a send, which it begins, the
-// headers and notices of all messages too; with weights, also their routing.
+// Finds the row of every token in the message to each rank, and leaves it in scratch. A send also
+// begins its exchange here, and writes the headers and notices of all messages; a dispatch writes
+// the routing of its rows, too.
 struct RouteArgs {
-  BeginArgs begin;
-  int64_t row_bytes;
-  const int32_t* topk_idx;    // [num_tokens, top_k]
-  const float* topk_weights;  // null unless a dispatch begins
-  int64_t num_tokens;
+  Op op = Op::kDispatchSend;
+  int64_t row_bytes = 0;
+  TopK topk = {};                       // with weights in a dispatch
+  std::optional<BeginArgs> begin = {};  // of a send; a recv finds the routing again
 };
 void LaunchRoute(const RankView& view, const RouteArgs& args, cudaStream_t stream);
 
@@ -39,8 +38,8 @@ void LaunchRoute(const RankView& view, const RouteArgs& args, cudaStream_t strea
 // Token rows into messages, and posts them part by part.
 struct PackArgs {
   ConstRows rows;
-  int64_t num_tokens;
-  bool leaves_own;  // the recv reads our own rows where they are
+  int64_t num_tokens = 0;
+  bool leaves_own = false;  // the recv reads this rank's own rows where they are
 };
 void LaunchPack(const RankView& view, const PackArgs& args, cudaStream_t stream);
 
@@ -49,8 +48,8 @@ void LaunchPack(const RankView& view, const PackArgs& args, cudaStream_t stream)
 // The same, for rows that travel as float8 with scales.
 struct PackQuantizedArgs {
   Matrix matrix;
-  const std::byte* x;  // [num_tokens]
-  int64_t num_tokens;
+  const std::byte* x = nullptr;  // [num_tokens]
+  int64_t num_tokens = 0;
 };
 void LaunchPackQuantized(const RankView& view, const PackQuantizedArgs& args, cudaStream_t stream);
 
@@ -59,105 +58,70 @@ void LaunchPackQuantized(const RankView& view, const PackQuantizedArgs& args, cu
 // Takes the exchange that the token names and waits for the notices of its messages, and for the
 // messages if told so. One block.
 struct WaitArgs {
-  Op op;
-  Kind kind;
-  int64_t row_bytes;
-  const int32_t* expected_rows;  // [ep_size], rows that each source must have sent; null for any
-  const float* token;            // [kTokenSize]
-  bool for_messages;
-  bool is_first;       // of its call: no other kernel is launched before it
-  int64_t num_tokens;  // rows that this rank must have sent from; -1 for any number
+  Op op = Op::kDispatchRecv;
+  const float* token = nullptr;  // [kTokenSize]
+  int64_t row_bytes = 0;
+  const int32_t* expected_rows = nullptr;  // [ep_size]: rows that each source must have sent
+  std::optional<int64_t> own_tokens = {};  // how many tokens this rank must have sent from
+  bool for_messages = true;
+  bool is_first = true;  // of its call: no other kernel is launched before it
 };
 void LaunchWait(const RankView& view, const WaitArgs& args, cudaStream_t stream);
 
 // unpack_experts.cu
 
-// Of both: `own_rows` is the array that this rank sent from, [tokens]; null where its own rows were
-// packed, too.
-struct ExpertsOut {
-  ConstRows own_rows;
-  MutableRows rows;        // [recv_capacity]
-  int32_t* group_sizes;    // [num_local_experts]
-  int32_t* counts;         // [num_local_experts]
-  float* weights;          // [recv_capacity]
-  int32_t* dropped;        // []
-  int32_t* layout_rows;    // [max_recv_tokens, top_k]
-  int32_t* num_rows_from;  // [ep_size]
-  bool all_here;           // LaunchWait has waited for the messages, not for notices alone
+struct UnpackExpertsArgs : ExpertsOut {
+  ConstRows own_rows =
+      {};  // [tokens], what this rank sent from; null where its rows were packed, too
+  bool all_here = false;  // LaunchWait has waited for the messages, not for notices alone
 };
 // Places the groups, for LaunchUnpackExperts. One block.
-void LaunchPlan(const RankView& view, const ExpertsOut& out, cudaStream_t stream);
+void LaunchPlan(const RankView& view, const UnpackExpertsArgs& out, cudaStream_t stream);
 
-// Our own rows first; others as they come in: while the last ones are on their way, the rest is
-// written.
-void LaunchUnpackExperts(const RankView& view, const ExpertsOut& out, cudaStream_t stream);
+// Writes this rank's own rows first, and those of others as they come in: while the last rows are
+// on their way, the rest is written.
+void LaunchUnpackExperts(const RankView& view, const UnpackExpertsArgs& out, cudaStream_t stream);
 
 // unpack_tokens.cu
 
-struct TokensOut {
-  ConstRows own_rows;
-  MutableRows rows;        // [max_recv_tokens]
-  int32_t* topk_idx;       // [max_recv_tokens, top_k]
-  float* topk_weights;     // [max_recv_tokens, top_k]
-  int32_t* counts;         // [num_local_experts]
-  int32_t* num_tokens;     // []
-  int32_t* layout_rows;    // [max_recv_tokens]
-  int32_t* num_rows_from;  // [ep_size]
+struct UnpackTokensArgs : TokensOut {
+  ConstRows own_rows = {};  // as above
 };
-void LaunchUnpackTokens(const RankView& view, const TokensOut& out, cudaStream_t stream);
+void LaunchUnpackTokens(const RankView& view, const UnpackTokensArgs& out, cudaStream_t stream);
 
 // unpack_dequantized.cu
 
-// Both of them for rows that came as float8 with scales: back to what `matrix` says.
-void LaunchUnpackExpertsDequantized(const RankView& view, const ExpertsOut& out,
-                                    const Matrix& matrix, cudaStream_t stream);
-void LaunchUnpackTokensDequantized(const RankView& view, const TokensOut& out, const Matrix& matrix,
+// Both of them for rows that came as float8 with scales: back to what out.dequantized says.
+void LaunchUnpackExpertsDequantized(const RankView& view, const UnpackExpertsArgs& out,
+                                    cudaStream_t stream);
+void LaunchUnpackTokensDequantized(const RankView& view, const UnpackTokensArgs& out,
                                    cudaStream_t stream);
 
 // pack_sums.cu
 
-// Rows of experts, to be summed by token.
-struct ExpertRows {
-  const std::byte* y;
-  const float* weights;  // null for a plain sum
-  LayoutIn layout;
-};
-
-// Sums of expert rows into messages, then posts them: PackSums of cc/cpu/reduce.h.
-struct PackSumsArgs {
-  BeginArgs begin;
-  Matrix matrix;
-  ExpertRows rows;
-  const float* weight_grads;  // null unless kind is kDispatchBackward
-  bool leaves_own;            // the recv sums our own rows
+// Begins an exchange, sums expert rows into its messages, and posts them: PackSums of
+// cc/cpu/reduce.h.
+struct PackSumsArgs : SumsIn {
+  Op op = Op::kCombineSend;
+  BeginArgs begin = {};
+  bool leaves_own = false;  // the recv sums this rank's own rows
 };
 void LaunchPackSums(const RankView& view, const PackSumsArgs& args, cudaStream_t stream);
 
 // sum.cu
 
-// Sums over ranks into out, as SumOverRanks of cc/cpu/reduce.h.
-struct SumArgs {
-  Op op;
-  Matrix matrix;
-  const int32_t* topk_idx;
-  int64_t num_tokens;
-  std::byte* out;
-  float* weight_grads;            // null in the forward pass
-  std::optional<ExpertRows> own;  // what the send had, if it left our own rows
+// Sums over ranks, as SumOverRanks of cc/cpu/reduce.h.
+struct SumArgs : SumsOut {
+  Op op = Op::kCombineRecv;
+  std::optional<ExpertRows> own = {};  // what the send had, if it left this rank's own rows
 };
 void LaunchSum(const RankView& view, const SumArgs& args, cudaStream_t stream);
 
 // spread.cu
 
 // Gradients of token rows to expert rows, as SpreadGradients of cc/cpu/reduce.h.
-struct SpreadArgs {
-  Op op;
-  Matrix matrix;
-  LayoutIn layout;
-  const std::byte* y;
-  const float* weights;  // null for a plain sum
-  std::byte* y_grad;
-  float* weight_grads;
+struct SpreadArgs : SpreadOut {
+  Op op = Op::kCombineBackwardRecv;
 };
 void LaunchSpread(const RankView& view, const SpreadArgs& args, cudaStream_t stream);
 

@@ -17,13 +17,13 @@ namespace {
 // thread for each rank.
 __global__ void BeginPackSumsKernel(const RankView view, const PackSumsArgs args) {
   DeviceState* state = view.state;
-  Begin(view, args.begin);
+  Begin(view, args.op, args.begin);
   AdmitNext();
   if (state->current.failed == kNothing) return;
   for (int32_t dst = threadIdx.x; dst < view.config.ep_size; dst += blockDim.x) {
     const int32_t num_rows = args.rows.layout.num_rows_from[dst];
     if (num_rows < 0 || num_rows > view.config.max_tokens) {
-      Raise(view, args.begin.op, {FaultCode::kLayoutCount, dst, 0, num_rows});
+      Raise(view, args.op, {FaultCode::kLayoutCount, dst, 0, num_rows});
       state->current.failed = kEmpty;
     }
     state->num_rows[dst] = num_rows;
@@ -33,7 +33,7 @@ __global__ void BeginPackSumsKernel(const RankView view, const PackSumsArgs args
   for (int32_t dst = threadIdx.x; dst < view.config.ep_size; dst += blockDim.x) {
     const bool failed = current.failed != kOk;
     MessageHeader header;
-    header.kind = failed ? kPoisonedKind : static_cast<int32_t>(args.begin.kind);
+    header.kind = failed ? kPoisonedKind : static_cast<int32_t>(KindOf(args.op));
     header.num_rows = failed ? 0 : state->num_rows[dst];
     header.row_bytes = args.matrix.row_bytes();
     // The first message of the ring, so that the wire need not wait for all of it; but gradients of
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
   const int32_t ep_size = view.config.ep_size;
   const int32_t top_k = view.config.top_k;
   const RingOrder order(view, args.leaves_own);
-  const ExpertTerms experts(view, args.begin.op, args.rows, args.matrix.row_bytes());
+  const ExpertTerms experts(view, args.op, args.rows, args.matrix.row_bytes());
   const auto terms_of = [&](int64_t i) { return experts(order.row(i)); };
   SumOf<T, kWidth, kWeighted, kBulk, decltype(terms_of)> sum(args.matrix, order.count, Workers(),
                                                              view.state, terms_of);

@@ -69,7 +69,7 @@ __device__ WarpPrefix PrefixOf(int64_t value) {
 }
 
 // First rows and ends of the groups, from their counts, which become the first rows. One warp.
-__device__ void PlaceGroups(const RankView& view, const ExpertsOut& out, int64_t* counts,
+__device__ void PlaceGroups(const RankView& view, const UnpackExpertsArgs& out, int64_t* counts,
                             int64_t level) {
   const int32_t num_local = view.config.num_local_experts();
   int64_t next = 0;
@@ -128,7 +128,7 @@ __device__ bool AllHere(const RankView& view) {
 }
 
 // Places the groups: GroupPlan of cc/routing.h. One block.
-__global__ void PlanKernel(const RankView view, const ExpertsOut out) {
+__global__ void PlanKernel(const RankView view, const UnpackExpertsArgs out) {
   auto* counts = DynamicShared<int64_t>();  // [num_local_experts]
   AwaitPrevious();
   AdmitNext();
@@ -157,7 +157,7 @@ __global__ void PlanKernel(const RankView view, const ExpertsOut out) {
     });
   }
   for (int32_t source = threadIdx.x; source < config.ep_size; source += blockDim.x) {
-    out.num_rows_from[source] = current.failed == kOk ? view.state->num_rows[source] : 0;
+    out.layout.num_rows_from[source] = current.failed == kOk ? view.state->num_rows[source] : 0;
   }
   const bool all_here = AllHere(view);
   if (threadIdx.x == 0) view.state->all_here = all_here ? 1 : 0;
@@ -165,7 +165,7 @@ __global__ void PlanKernel(const RankView view, const ExpertsOut out) {
 
 }  // namespace
 
-void LaunchPlan(const RankView& view, const ExpertsOut& out, cudaStream_t stream) {
+void LaunchPlan(const RankView& view, const UnpackExpertsArgs& out, cudaStream_t stream) {
   const auto shared = view.config.num_local_experts() * sizeof(int64_t);
   EnqueueBehind(PlanKernel, {1, kPlanThreads, shared}, stream, view, out);
 }

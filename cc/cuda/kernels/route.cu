@@ -23,16 +23,14 @@
 namespace jax_sm_free::cuda {
 namespace {
 
-__host__ __device__ bool IsSend(const RouteArgs& args) { return args.begin.token != nullptr; }
+__host__ __device__ bool IsSend(const RouteArgs& args) { return args.begin.has_value(); }
 
 __device__ int32_t NumTiles(const RouteArgs& args) {
   return static_cast<int32_t>(gridDim.x) - (IsSend(args) ? 1 : 0);
 }
 
-// Not asked of the weights: without tokens they may have no address.
-__device__ bool IsDispatch(const RouteArgs& args) {
-  return IsSend(args) && args.begin.op == Op::kDispatchSend;
-}
+// The weights do not tell: without tokens they may have no address.
+__device__ bool IsDispatch(const RouteArgs& args) { return args.op == Op::kDispatchSend; }
 
 __device__ int32_t FirstKey(const RankView& view, const RouteArgs& args) {
   return IsDispatch(args) ? 0 : view.config.num_experts;
@@ -49,7 +47,7 @@ __device__ void RaiseBadEntry(const RankView& view, const RouteArgs& args) {
   const unsigned long long bad = state->bad_entry;
   if (bad == 0) return;
   const auto entry = static_cast<int64_t>(~bad);
-  Raise(view, args.begin.op, {FaultCode::kIndex, -1, 0, args.topk_idx[entry], entry});
+  Raise(view, args.op, {FaultCode::kIndex, -1, 0, args.topk.idx[entry], entry});
   // A recv's exchange is not taken yet, or is being taken meanwhile.
   if (IsSend(args) && state->current.failed == kOk) state->current.failed = kEmpty;
   state->bad_entry = 0;
@@ -58,18 +56,18 @@ __device__ void RaiseBadEntry(const RankView& view, const RouteArgs& args) {
 // Headers of all messages. By one block.
 __device__ void WriteHeaders(const RankView& view, const RouteArgs& args, const int32_t* totals) {
   const Config& config = view.config;
-  const int64_t first_part = FirstPartTokens(config, args.num_tokens, args.row_bytes);
+  const int64_t first_part = FirstPartTokens(config, args.topk.num_tokens, args.row_bytes);
   const int64_t first_tile = first_part / TileTokens(config);
   const int32_t* first_places = view.tile_counts + first_tile * NumKeys(config);
   const bool failed = view.state->current.failed != kOk;
   const int32_t num_common = totals[CommonKey(config)];
-  const bool stages_once = !failed && StagesOnce(config, num_common, args.num_tokens);
+  const bool stages_once = !failed && StagesOnce(config, num_common, args.topk.num_tokens);
   for (int32_t dst = threadIdx.x; dst < config.ep_size; dst += blockDim.x) {
     MessageHeader header;
-    header.kind = failed ? kPoisonedKind : static_cast<int32_t>(args.begin.kind);
+    header.kind = failed ? kPoisonedKind : static_cast<int32_t>(KindOf(args.op));
     header.num_rows = failed ? 0 : totals[config.num_experts + dst];
     header.row_bytes = args.row_bytes;
-    header.num_tokens = args.num_tokens;
+    header.num_tokens = args.topk.num_tokens;
     header.first_part = failed ? 0 : first_places[config.num_experts + dst];
     if (stages_once && dst != view.rank) {
       header.num_common = num_common;
@@ -128,8 +126,8 @@ __device__ void CountTile(const RankView& view, const RouteArgs& args) {
   const int32_t first_key = FirstKey(view, args);
   for (int32_t key = first_key + threadIdx.x; key < num_keys; key += blockDim.x) histogram[key] = 0;
   __syncthreads();
-  const Tile tile(view.config, args.num_tokens);
-  const Entry entry = tile.Read(args.topk_idx, view.rank, IsDispatch(args));
+  const Tile tile(view.config, args.topk.num_tokens);
+  const Entry entry = tile.Read(args.topk.idx, view.rank, IsDispatch(args));
   // The complement, so that 0 is none and the first one is the largest.
   if (entry.bad) atomicMax(&view.state->bad_entry, ~tile.entry());
   if (entry.expert >= first_key) atomicAdd(&histogram[entry.expert], 1);
@@ -168,7 +166,7 @@ __global__ void __launch_bounds__(kTileEntries)
     AdmitNext();
     CountTile(view, args);
   } else {
-    Begin(view, args.begin);
+    Begin(view, args.op, *args.begin);
     AdmitNext();
   }
   if (IsLastBlock(view.state)) EndCount(view, args);
@@ -228,7 +226,7 @@ __device__ void WriteRouting(const RankView& view, const RouteArgs& args, const 
   const int32_t num_local = config.num_local_experts();
   const int32_t owner = expert >= 0 ? OwnerRank(expert, num_local) : -1;
   const int32_t local = expert >= 0 ? LocalExpert(expert, num_local) : -1;
-  const float weight = args.topk_weights[token * config.top_k + k];
+  const float weight = args.topk.weights[token * config.top_k + k];
   for (int32_t first = 0; first < config.ep_size; first += kUnroll) {
     int32_t numbers[kUnroll];
 #pragma unroll
@@ -266,12 +264,12 @@ __global__ void __launch_bounds__(kTileEntries)
   const int32_t num_used = num_keys - first_key;
   int32_t* own = histograms + threadIdx.x / kWarpSize * num_used - first_key;  // by key
   for (int32_t i = threadIdx.x; i < num_used * num_warps; i += blockDim.x) histograms[i] = 0;
-  const Tile tile(view.config, args.num_tokens);
+  const Tile tile(view.config, args.topk.num_tokens);
   for (int32_t i = threadIdx.x; i < tile.num_tokens() * config.ep_size; i += blockDim.x) {
     view.row_of[tile.first_token() * config.ep_size + i] = -1;
   }
   const Entry entry =
-      tile.Read(args.topk_idx, view.rank, IsDispatch(args));  // with a barrier, behind the zeros
+      tile.Read(args.topk.idx, view.rank, IsDispatch(args));  // with a barrier, behind the zeros
   const int32_t dst_key = entry.dst < 0 ? -1 : config.num_experts + entry.dst;
   const Rank expert_rank = RankInWarp(entry.expert);
   const Rank dst_rank = RankInWarp(dst_key);
@@ -324,7 +322,7 @@ int64_t PlaceSharedBytes(const Config& config) {
 
 void LaunchRoute(const RankView& view, const RouteArgs& args, cudaStream_t stream) {
   const int64_t tile_tokens = TileTokens(view.config);
-  const auto tiles = static_cast<int>((args.num_tokens + tile_tokens - 1) / tile_tokens);
+  const auto tiles = static_cast<int>((args.topk.num_tokens + tile_tokens - 1) / tile_tokens);
   // Without tokens there are headers to write all the same.
   const int blocks = std::max(tiles, 1) + (IsSend(args) ? 1 : 0);
   const int threads = TileWarps(view.config) * kWarpSize;

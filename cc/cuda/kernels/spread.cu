@@ -70,11 +70,12 @@ __global__ void MarkKernel(const RankView view, const SpreadArgs args) {
   const int64_t first = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   AdmitNext();
   if (view.state->current.failed != kOk) return;
-  const int64_t used = int64_t{view.state->first_row[view.config.ep_size]} * args.layout.fanout;
+  const int64_t used =
+      int64_t{view.state->first_row[view.config.ep_size]} * args.rows.layout.fanout;
   for (int64_t i = first; i < used; i += stride) {
-    const int32_t row = args.layout.rows[i];
-    if (row < -1 || row >= args.layout.num_rows) {
-      Raise(view, args.op, {FaultCode::kLayout, -1, args.layout.num_rows, row});
+    const int32_t row = args.rows.layout.rows[i];
+    if (row < -1 || row >= args.rows.layout.num_rows) {
+      Raise(view, args.op, {FaultCode::kLayout, -1, args.rows.layout.num_rows, row});
     } else if (row >= 0) {
       view.covered[row] = 1;
     }
@@ -86,12 +87,12 @@ template <typename T, int kWidth>
 __device__ void SpreadEntry(const SpreadArgs& args, const std::byte* grad, int64_t row) {
   const int64_t row_bytes = args.matrix.row_bytes();
   std::byte* y_grad = args.y_grad + row * row_bytes;
-  if (args.weights == nullptr) {
+  if (args.rows.weights == nullptr) {
     WarpCopy(y_grad, grad, row_bytes);
     return;
   }
-  const float dot = ScaleAndDot<T, kWidth>(grad, args.y + row * row_bytes, args.weights[row],
-                                           args.matrix.hidden, y_grad);
+  const float dot = ScaleAndDot<T, kWidth>(grad, args.rows.y + row * row_bytes,
+                                           args.rows.weights[row], args.matrix.hidden, y_grad);
   if (threadIdx.x % kWarpSize == 0) args.weight_grads[row] = dot;
 }
 
@@ -116,23 +117,23 @@ __global__ void __launch_bounds__(kRowThreads, kSpreadBlocks)
   const bool ok = current.failed == kOk;
   if (ok) {
     // Expert rows of one token row go to warps side by side: memory is asked for its gradient once.
-    const uint32_t fanout = args.layout.fanout;
+    const uint32_t fanout = args.rows.layout.fanout;
     const uint32_t used = state->first_row[view.config.ep_size] * fanout;
     int32_t source = 0;
     MessageRows gradients = RowsOf(view, source);
     for (uint32_t entry = warps.index; entry < used; entry += warps.count) {
-      const int32_t row = args.layout.rows[entry];
-      if (row < 0 || row >= args.layout.num_rows) continue;
+      const int32_t row = args.rows.layout.rows[entry];
+      if (row < 0 || row >= args.rows.layout.num_rows) continue;
       const int32_t token_row = static_cast<int32_t>(entry / fanout);
       while (token_row >= state->first_row[source + 1]) gradients = RowsOf(view, ++source);
       const int32_t i = token_row - state->first_row[source];
       SpreadEntry<T, kWidth>(args, gradients.first + i * gradients.row_stride, row);
     }
   }
-  for (int64_t row = warps.index; row < args.layout.num_rows; row += warps.count) {
+  for (int64_t row = warps.index; row < args.rows.layout.num_rows; row += warps.count) {
     if (ok && view.covered[row] != 0) continue;
     WarpFill(args.y_grad + row * args.matrix.row_bytes(), ok ? 0 : 0xFF, args.matrix.row_bytes());
-    if (args.weights != nullptr && threadIdx.x % kWarpSize == 0) {
+    if (args.rows.weights != nullptr && threadIdx.x % kWarpSize == 0) {
       args.weight_grads[row] = ok ? 0.0F : __int_as_float(-1);
     }
   }
@@ -162,7 +163,7 @@ struct LoadAll {
 }  // namespace
 
 void LaunchSpread(const RankView& view, const SpreadArgs& args, cudaStream_t stream) {
-  (void)cudaMemsetAsync(view.covered, 0, args.layout.num_rows, stream);
+  (void)cudaMemsetAsync(view.covered, 0, args.rows.layout.num_rows, stream);
   static const int blocks = FullGrid(MarkKernel);
   Enqueue(MarkKernel, {blocks, kRowThreads}, stream, view, args);  // behind a memset
   Dispatch(args.matrix, Launch{view, args, stream});

@@ -83,7 +83,7 @@ __device__ void TakeWeightGrads(const RankView& view, const SumArgs& args, int64
   const int32_t top_k = view.config.top_k;
   const int k = threadIdx.x % kWarpSize;
   if (k >= top_k) return;
-  const int32_t expert = args.topk_idx[token * top_k + k];
+  const int32_t expert = args.topk.idx[token * top_k + k];
   float grad = 0;
   if (expert >= 0) {
     const int32_t rank = OwnerRank(expert, view.config.num_local_experts());
@@ -98,7 +98,7 @@ __device__ void TakeWeightGrads(const RankView& view, const SumArgs& args, int64
 __device__ void PoisonRow(const RankView& view, const SumArgs& args, int64_t token) {
   const int lane = threadIdx.x % kWarpSize;
   const int32_t top_k = view.config.top_k;
-  WarpFill(args.out + token * args.matrix.row_bytes(), 0xFF, args.matrix.row_bytes());
+  WarpFill(args.sums + token * args.matrix.row_bytes(), 0xFF, args.matrix.row_bytes());
   if (args.weight_grads != nullptr && lane < top_k) {
     args.weight_grads[token * top_k + lane] = __int_as_float(-1);
   }
@@ -119,13 +119,13 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
       }
     }();
     SumOf<T, kWidth, false, kBulk, std::remove_const_t<decltype(terms_of)>> sum(
-        args.matrix, args.num_tokens, warps, view.state, terms_of);
-    for (Claim at = sum.Next(); at.row < args.num_tokens; at = sum.Next()) {
-      sum.Sum(at, args.out + at.row * args.matrix.row_bytes());
+        args.matrix, args.topk.num_tokens, warps, view.state, terms_of);
+    for (Claim at = sum.Next(); at.row < args.topk.num_tokens; at = sum.Next()) {
+      sum.Sum(at, args.sums + at.row * args.matrix.row_bytes());
       if (args.weight_grads != nullptr && at.segment == 0) TakeWeightGrads(view, args, at.row);
     }
   } else {
-    for (int64_t token = warps.index; token < args.num_tokens; token += warps.count) {
+    for (int64_t token = warps.index; token < args.topk.num_tokens; token += warps.count) {
       PoisonRow(view, args, token);
     }
   }
@@ -143,7 +143,7 @@ struct Launch {
     const auto kernel = SumKernel<T, kWidth, kSumsOwn, kBulk>;
     static const int most = FullGrid(kernel, kThreads);
     const Segments segments(args.matrix.row_bytes(), kSumWords<kBulk>);
-    const int64_t warps = args.num_tokens * segments.per_row;
+    const int64_t warps = args.topk.num_tokens * segments.per_row;
     EnqueueBehind(kernel, {BlocksFor(warps, most, kThreads), kThreads}, stream, view, args);
   }
   template <typename T, int kWidth, bool kSumsOwn>

@@ -96,8 +96,8 @@ __device__ void UnpackGroups(std::byte* target, const std::byte* wire, int64_t h
 
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
-    UnpackExpertsDequantizedKernel(const RankView view, const ExpertsOut out, const int64_t hidden,
-                                   const Turn turn, const Turn next) {
+    UnpackExpertsDequantizedKernel(const RankView view, const UnpackExpertsArgs out,
+                                   const int64_t hidden, const Turn turn, const Turn next) {
   const Segments segments = GroupSegments(hidden, kUnroll * kWarpGroups<T>);
   TakeTurn(view, out, turn, next, [&](const TurnRows& rows) {
     Claims claims(view.state, segments, rows.size(), WarpsOfGrid());
@@ -113,7 +113,8 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
 
 template <typename T, int kWidth>
 __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
-    UnpackTokensDequantizedKernel(const RankView view, const TokensOut out, const int64_t hidden) {
+    UnpackTokensDequantizedKernel(const RankView view, const UnpackTokensArgs out,
+                                  const int64_t hidden) {
   const auto num_groups = static_cast<int32_t>(NumScales(hidden));
   UnpackTokens(view, out, [&](const TokenRow& from, int64_t i) {
     const bool first_lane = threadIdx.x % kWarpSize == 0;
@@ -124,7 +125,7 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
 
 struct LaunchExpertsTurn {
   const RankView& view;
-  const ExpertsOut& out;
+  const UnpackExpertsArgs& out;
   int64_t hidden;
   const Turn& turn;
   const Turn& next;
@@ -140,7 +141,7 @@ struct LaunchExpertsTurn {
 
 struct LaunchTokens {
   const RankView& view;
-  const TokensOut& out;
+  const UnpackTokensArgs& out;
   int64_t hidden;
   cudaStream_t stream;
 
@@ -164,16 +165,18 @@ struct LoadAll {
 
 }  // namespace
 
-void LaunchUnpackExpertsDequantized(const RankView& view, const ExpertsOut& out,
-                                    const Matrix& matrix, cudaStream_t stream) {
+void LaunchUnpackExpertsDequantized(const RankView& view, const UnpackExpertsArgs& out,
+                                    cudaStream_t stream) {
+  const Matrix& matrix = *out.dequantized;
   LaunchPlan(view, out, stream);
   ForEachTurn(view.config.ep_size, out.all_here, [&](const Turn& turn, const Turn& next) {
     Dispatch(matrix, LaunchExpertsTurn{view, out, matrix.hidden, turn, next, stream});
   });
 }
 
-void LaunchUnpackTokensDequantized(const RankView& view, const TokensOut& out, const Matrix& matrix,
+void LaunchUnpackTokensDequantized(const RankView& view, const UnpackTokensArgs& out,
                                    cudaStream_t stream) {
+  const Matrix& matrix = *out.dequantized;
   Dispatch(matrix, LaunchTokens{view, out, matrix.hidden, stream});
 }
 

@@ -23,7 +23,7 @@ __device__ void SpreadParts(const RowBytes& from, const MutableRows& out, int32_
 }
 
 __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
-    UnpackExpertsKernel(const RankView view, const ExpertsOut out, const Turn turn,
+    UnpackExpertsKernel(const RankView view, const UnpackExpertsArgs out, const Turn turn,
                         const Turn next) {
   const bool wide = out.rows.scales_bytes == 0 && out.rows.values_bytes % 16 == 0;
   const Segments segments(wide ? out.rows.values_bytes : 1, kCopyWords);
@@ -46,7 +46,7 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
 
 }  // namespace
 
-void LaunchUnpackExperts(const RankView& view, const ExpertsOut& out, cudaStream_t stream) {
+void LaunchUnpackExperts(const RankView& view, const UnpackExpertsArgs& out, cudaStream_t stream) {
   static const int blocks = FullGrid(UnpackExpertsKernel);
   LaunchPlan(view, out, stream);
   ForEachTurn(view.config.ep_size, out.all_here, [&](const Turn& turn, const Turn& next) {

@@ -46,7 +46,7 @@ void ForEachTurn(int32_t ep_size, bool all_here, const Launch& launch) {
 // The token rows of a turn. In shared memory; `Find` is called by all threads of a block.
 class TurnRows {
  public:
-  __device__ void Find(const RankView& view, const ExpertsOut& out, const Turn& turn) {
+  __device__ void Find(const RankView& view, const UnpackExpertsArgs& out, const Turn& turn) {
     const DeviceState* state = view.state;
     for (int32_t i = threadIdx.x; i < turn.count; i += blockDim.x) {
       const int32_t source = Messages{turn.first, turn.count, 0}.source(view, i);
@@ -91,7 +91,7 @@ class TurnRows {
 // The expert rows of a token row, one lane for each k; -1 for none or dropped. `writes`: also into
 // the layout and the weights.
 __device__ inline int32_t ExpertRow(const RankView& view, const TokenRow& from,
-                                    const ExpertsOut& out, bool writes) {
+                                    const UnpackExpertsArgs& out, bool writes) {
   const int32_t top_k = view.config.top_k;
   const int k = threadIdx.x % kWarpSize;
   if (k >= top_k) return -1;
@@ -105,18 +105,18 @@ __device__ inline int32_t ExpertRow(const RankView& view, const TokenRow& from,
   }
   if (writes) {
     const int64_t token_row = view.state->first_row[from.source.rank] + from.number();
-    out.layout_rows[token_row * top_k + k] = static_cast<int32_t>(row);
+    out.layout.rows[token_row * top_k + k] = static_cast<int32_t>(row);
     if (row >= 0) out.weights[row] = from.source.weight[entry];
   }
   return static_cast<int32_t>(row);
 }
 
-__device__ inline std::byte* ExpertTarget(const ExpertsOut& out, int64_t expert_row) {
+__device__ inline std::byte* ExpertTarget(const UnpackExpertsArgs& out, int64_t expert_row) {
   return expert_row < 0 ? nullptr : out.rows.values + expert_row * out.rows.values_bytes;
 }
 
 // Padding of the groups, rows past the last group, and layout rows that no token row has.
-__device__ inline void ZeroTheRest(const RankView& view, const ExpertsOut& out,
+__device__ inline void ZeroTheRest(const RankView& view, const UnpackExpertsArgs& out,
                                    const Warps& warps) {
   const Config& config = view.config;
   const int lane = threadIdx.x % kWarpSize;
@@ -136,11 +136,11 @@ __device__ inline void ZeroTheRest(const RankView& view, const ExpertsOut& out,
   const int64_t used = int64_t{view.state->first_row[config.ep_size]} * config.top_k;
   const int64_t all = config.max_recv_tokens() * config.top_k;
   for (int64_t i = used + warps.index * kWarpSize + lane; i < all; i += warps.count * kWarpSize) {
-    out.layout_rows[i] = -1;
+    out.layout.rows[i] = -1;
   }
 }
 
-__device__ inline void PoisonExperts(const RankView& view, const ExpertsOut& out,
+__device__ inline void PoisonExperts(const RankView& view, const UnpackExpertsArgs& out,
                                      const Warps& warps) {
   const int lane = threadIdx.x % kWarpSize;
   for (int64_t row = warps.index; row < view.config.recv_capacity; row += warps.count) {
@@ -149,7 +149,7 @@ __device__ inline void PoisonExperts(const RankView& view, const ExpertsOut& out
   }
   const int64_t all = view.config.max_recv_tokens() * view.config.top_k;
   for (int64_t i = warps.index * kWarpSize + lane; i < all; i += warps.count * kWarpSize) {
-    out.layout_rows[i] = -1;
+    out.layout.rows[i] = -1;
   }
 }
 
@@ -157,7 +157,7 @@ __device__ inline void PoisonExperts(const RankView& view, const ExpertsOut& out
 // does; the last block of each waits for what the next one needs; that of the last acknowledges.
 // Where nothing is to wait for, the first turn takes all.
 template <typename Write>
-__device__ void TakeTurn(const RankView& view, const ExpertsOut& out, const Turn& planned,
+__device__ void TakeTurn(const RankView& view, const UnpackExpertsArgs& out, const Turn& planned,
                          const Turn& next, const Write& write) {
   __shared__ TurnRows rows;
   const bool first = planned.first == 0;

@@ -12,14 +12,14 @@ namespace jax_sm_free::cuda {
 namespace {
 
 __global__ void __launch_bounds__(kRowThreads)
-    UnpackTokensKernel(const RankView view, const TokensOut out) {
+    UnpackTokensKernel(const RankView view, const UnpackTokensArgs out) {
   UnpackTokens(view, out,
                [&](const TokenRow& from, int64_t i) { SplitRow(from.bytes(), out.rows, i); });
 }
 
 }  // namespace
 
-void LaunchUnpackTokens(const RankView& view, const TokensOut& out, cudaStream_t stream) {
+void LaunchUnpackTokens(const RankView& view, const UnpackTokensArgs& out, cudaStream_t stream) {
   static const int blocks = FullGrid(UnpackTokensKernel);
   EnqueueBehind(UnpackTokensKernel, {blocks, kRowThreads}, stream, view, out);
 }

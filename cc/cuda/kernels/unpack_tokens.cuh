@@ -21,7 +21,7 @@ __device__ inline int32_t RankOfRow(const RankView& view, int64_t i) {
 }
 
 // What lies beside a token row.
-__device__ inline void UnpackRouting(const RankView& view, const TokensOut& out,
+__device__ inline void UnpackRouting(const RankView& view, const UnpackTokensArgs& out,
                                      const TokenRow& from, int64_t i) {
   const int32_t top_k = view.config.top_k;
   const int k = threadIdx.x % kWarpSize;
@@ -30,10 +30,10 @@ __device__ inline void UnpackRouting(const RankView& view, const TokensOut& out,
     out.topk_idx[i * top_k + k] = from.source.local_expert[entry];
     out.topk_weights[i * top_k + k] = from.source.weight[entry];
   }
-  if (k == 0) out.layout_rows[i] = static_cast<int32_t>(i);
+  if (k == 0) out.layout.rows[i] = static_cast<int32_t>(i);
 }
 
-__device__ inline void CountTokens(const RankView& view, const TokensOut& out) {
+__device__ inline void CountTokens(const RankView& view, const UnpackTokensArgs& out) {
   const Config& config = view.config;
   const Current current = view.state->current;
   for (int32_t e = threadIdx.x; e < config.num_local_experts(); e += blockDim.x) {
@@ -44,7 +44,7 @@ __device__ inline void CountTokens(const RankView& view, const TokensOut& out) {
     out.counts[e] = count;
   }
   for (int32_t source = threadIdx.x; source < config.ep_size; source += blockDim.x) {
-    out.num_rows_from[source] = current.failed == kOk ? view.state->num_rows[source] : 0;
+    out.layout.num_rows_from[source] = current.failed == kOk ? view.state->num_rows[source] : 0;
   }
   if (threadIdx.x == 0) {
     *out.num_tokens = current.failed == kOk ? view.state->first_row[config.ep_size] : 0;
@@ -54,7 +54,8 @@ __device__ inline void CountTokens(const RankView& view, const TokensOut& out) {
 // All rows: write(from, i) in all lanes of a warp, for row i of the result. The rest is zero; all
 // of it is NaN after a fault. The last block acknowledges.
 template <typename Write>
-__device__ void UnpackTokens(const RankView& view, const TokensOut& out, const Write& write) {
+__device__ void UnpackTokens(const RankView& view, const UnpackTokensArgs& out,
+                             const Write& write) {
   AwaitPrevious();
   const Warps warps = WarpsOfGrid();
   const Current current = view.state->current;
@@ -78,7 +79,7 @@ __device__ void UnpackTokens(const RankView& view, const TokensOut& out, const W
       out.topk_idx[i * top_k + k] = -1;
       out.topk_weights[i * top_k + k] = ok ? 0.0F : __int_as_float(-1);
     }
-    if (k == 0) out.layout_rows[i] = -1;
+    if (k == 0) out.layout.rows[i] = -1;
   }
   if (blockIdx.x == 0) CountTokens(view, out);
   if (current.failed != kNothing && IsLastBlock(view.state)) Acknowledge(view);

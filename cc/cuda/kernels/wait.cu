@@ -16,24 +16,23 @@ namespace {
 // Sets state->current from the token. By one thread.
 __device__ void Take(const RankView& view, const WaitArgs& args) {
   DeviceState* state = view.state;
-  const float* token = args.token;
   state->current = {0, 0, kNothing, 0};
-  if (token[kMagicWord] != kTokenMagic) {
-    Raise(view, args.op, {FaultCode::kToken, -1, 0, __float_as_int(token[kMagicWord])});
+  if (!IsToken(args.token)) {
+    Raise(view, args.op, {FaultCode::kToken, -1, 0, __float_as_int(args.token[kMagicWord])});
     return;
   }
-  const auto word = [token](TokenWord w) { return static_cast<int64_t>(token[w]); };
-  if (word(kRankWord) != view.rank || word(kBufferWord) != view.buffer_id % kTokenWordSize) {
-    Raise(view, args.op, {FaultCode::kTokenOrigin, -1, 0, word(kRankWord), word(kBufferWord)});
+  const Token token = ReadToken(args.token);
+  if (token.rank != view.rank || token.buffer != TokenBuffer(view.buffer_id)) {
+    Raise(view, args.op, {FaultCode::kTokenOrigin, -1, 0, token.rank, token.buffer});
     return;
   }
-  if (word(kKindWord) != static_cast<int64_t>(args.kind)) {
-    Raise(view, args.op,
-          {FaultCode::kTokenKind, -1, static_cast<int64_t>(args.kind), word(kKindWord)});
+  const auto kind = static_cast<int64_t>(KindOf(args.op));
+  if (token.kind != kind) {
+    Raise(view, args.op, {FaultCode::kTokenKind, -1, kind, token.kind});
     return;
   }
-  const auto sequence = static_cast<uint64_t>(word(kHighWord) * kTokenWordSize + word(kLowWord));
-  const auto slot = static_cast<int32_t>(word(kSlotWord));
+  const auto sequence = static_cast<uint64_t>(token.sequence);
+  const auto slot = static_cast<int32_t>(token.slot);
   if (slot < 0 || slot >= view.config.num_slots || state->slot_sequence[slot] != sequence ||
       state->slot_phase[slot] != kSent) {
     state->current = {sequence, slot, kNothing, 0};
@@ -57,7 +56,7 @@ __device__ void AwaitNotice(const RankView& view, const WaitArgs& args, int32_t 
   };
   if (!Await(view, args.op, source, has_come)) return;
   const MessageHeader& header = HeaderOf(Notice(view, view.rank, current.slot, source));
-  const auto kind = static_cast<int32_t>(args.kind);
+  const auto kind = static_cast<int32_t>(KindOf(args.op));
   if (header.kind == kPoisonedKind) return Refuse(view, args, {FaultCode::kPeer, source});
   if (header.kind == kind) return;
   Refuse(view, args, {FaultCode::kMessageKind, source, kind, header.kind});
@@ -70,10 +69,10 @@ __device__ void ReadNotice(const RankView& view, const WaitArgs& args, int32_t s
   const MessageHeader& header = HeaderOf(notice);
   const int32_t num_rows =
       args.expected_rows != nullptr ? args.expected_rows[source] : header.num_rows;
-  if (source == view.rank && args.num_tokens >= 0 && header.num_tokens != args.num_tokens) {
+  if (source == view.rank && args.own_tokens && header.num_tokens != *args.own_tokens) {
     return Refuse(view, args,
                   {FaultCode::kOutOfStep, source, args.row_bytes, header.row_bytes,
-                   args.num_tokens << 32 | header.num_tokens});
+                   *args.own_tokens << 32 | header.num_tokens});
   }
   if (header.row_bytes != args.row_bytes || header.num_rows != num_rows) {
     return Refuse(view, args,
@@ -113,7 +112,7 @@ __global__ void WaitKernel(const RankView view, const WaitArgs args) {
   __syncthreads();
   if (threadIdx.x != 0) return;
   if (state->current.failed == kOk) {
-    atomicAdd(&state->counters.exchanges[static_cast<int>(args.kind)], 1ULL);
+    atomicAdd(&state->counters.exchanges[static_cast<int>(KindOf(args.op))], 1ULL);
   }
   int32_t next = 0;
   for (int32_t source = 0; source < view.config.ep_size; ++source) {
