@@ -196,8 +196,8 @@ class Buffer:
             self._target, row_type, values, scales, topk_idx, topk_weights, position
         )
         # What the wire quantises has to be so on all ranks, this one's own rows too.
-        stays = self.config.wire_dtype is None
-        own_rows = tuple(map(jax.lax.stop_gradient, (values, *parts))) if stays else ()
+        quantises = self.config.wire.quantises
+        own_rows = () if quantises else tuple(map(jax.lax.stop_gradient, (values, *parts)))
         return Sent(token, topk_idx, own_rows, "dispatch", row_type)
 
     @overload

@@ -75,7 +75,7 @@ def check_rows(op: str, config: Config, x: Any) -> RowType:
     if not isinstance(x, (tuple, list)):
         check_array(op, "x", x, config.dtype, ("T", config.hidden))
         return RowType(config.hidden, config.dtype)
-    if config.wire_dtype is not None:
+    if config.wire.quantises:
         raise TypeError(
             f"{op}: expected x {config.dtype.name}[T, {config.hidden}], which a buffer with "
             f"wire_dtype={config.wire_dtype.name} quantises itself, got a tuple of {len(x)} parts"

@@ -13,7 +13,11 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from jax_sm_free.config import MAX_FLOAT8, MIN_AMAX, SCALE_COLUMNS
+from jax_sm_free.wire_format import FLOAT8
+
+# cc/quantized.h has the same numbers.
+MIN_AMAX = 1e-4
+MAX_FLOAT8 = 448.0
 
 
 @jax.custom_vjp
@@ -27,10 +31,10 @@ def through_float8(x: Array) -> Array:
       Of x's shape and dtype.
     """
     num_tokens, hidden = x.shape
-    num_groups = -(-hidden // SCALE_COLUMNS)
-    padding = num_groups * SCALE_COLUMNS - hidden
+    num_groups = FLOAT8.num_scales(hidden)
+    padding = num_groups * FLOAT8.scale_columns - hidden
     padded = jnp.pad(x.astype(jnp.float32), ((0, 0), (0, padding)))
-    groups = padded.reshape(num_tokens, num_groups, SCALE_COLUMNS)
+    groups = padded.reshape(num_tokens, num_groups, FLOAT8.scale_columns)
     magnitude = jnp.abs(groups)
     amax = magnitude.max(axis=-1, keepdims=True)
     scale = _divide(jnp.maximum(amax, MIN_AMAX), jnp.full_like(amax, MAX_FLOAT8))

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import batching
 
-from jax_sm_free.config import MAX_NUM_SLOTS
+from jax_sm_free.bounds import MAX_NUM_SLOTS
 from jax_sm_free.varying import vary_alike
 
 PLACE = "smf_place_"  # and a number, in the name of a call, for each axis of more places than one

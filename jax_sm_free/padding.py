@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_sm_free.config import check_int, round_up
+from jax_sm_free.bounds import check_int
+from jax_sm_free.config import round_up
 
 
 def padded_num_experts(num_experts: int, ep_size: int) -> int:

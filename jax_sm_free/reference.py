@@ -168,7 +168,7 @@ class Buffer:
         checks.check_rows(op, self.config, x)
         num_tokens = jax.tree.leaves(x)[0].shape[0]
         checks.check_topk(op, self.config, num_tokens, topk_idx, topk_weights)
-        if self.config.wire_dtype is not None:
+        if self.config.wire.quantises:
             x = through_float8(x)
         return _Dispatched(x, topk_idx, topk_weights)
 

@@ -26,7 +26,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 import jax
 from absl import app, flags, logging
 
-from jax_sm_free.config import DTYPES, Config
+from jax_sm_free.bounds import DTYPES
+from jax_sm_free.config import Config
 from jax_sm_free.doctor import bandwidth, exchange, libraries, machine, network, processes
 from jax_sm_free.doctor.findings import (
     Examination,

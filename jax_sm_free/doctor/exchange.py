@@ -14,8 +14,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_sm_free import reference
+from jax_sm_free.bounds import MAX_TOP_K
 from jax_sm_free.buffer import Buffer
-from jax_sm_free.config import MAX_TOP_K, Config
+from jax_sm_free.config import Config
 from jax_sm_free.doctor import waits
 from jax_sm_free.doctor.findings import Finding, ok, problem
 

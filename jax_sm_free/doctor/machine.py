@@ -11,9 +11,10 @@ from collections.abc import Iterator
 import jax
 import jaxlib
 
-from jax_sm_free.config import Config, estimate_memory
+from jax_sm_free.config import Config
 from jax_sm_free.doctor.cuda_driver import Driver
 from jax_sm_free.doctor.findings import Finding, note, ok, problem
+from jax_sm_free.memory import estimate_memory
 from jax_sm_free.version import __version__
 
 _GIB = 2**30
