@@ -13,8 +13,8 @@ from jax_sm_free.layer import moe
 from jax_sm_free.memory import MemoryEstimate, estimate_memory, get_rdma_size_hint
 from jax_sm_free.opening import buffer_for
 from jax_sm_free.padding import pad_experts, padded_num_experts
+from jax_sm_free.pending import Hook, Sent, overlap
 from jax_sm_free.results import Layout, Received, ReceivedTokens
-from jax_sm_free.schedule import Hook, Sent, overlap
 from jax_sm_free.stats import BufferStats, RankStats
 from jax_sm_free.version import __version__
 

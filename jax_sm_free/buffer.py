@@ -16,9 +16,9 @@ from jax.sharding import Mesh, PartitionSpec
 from jax_sm_free import autodiff, capacity, checks, identity, receiving, stats, transports
 from jax_sm_free.config import Config
 from jax_sm_free.native import Native, register_cuda
+from jax_sm_free.pending import Hook, Sent
 from jax_sm_free.primitives import RowType, Target
 from jax_sm_free.results import Layout, Received, ReceivedTokens
-from jax_sm_free.schedule import Hook, Sent
 from jax_sm_free.stats import BufferStats
 from jax_sm_free.varying import vary_alike
 

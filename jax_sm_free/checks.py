@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 
 from jax_sm_free.config import Config
+from jax_sm_free.pending import Sent
 from jax_sm_free.primitives import RowType
 from jax_sm_free.results import Layout
-from jax_sm_free.schedule import Sent
 
 
 def describe(array: Any) -> str:

@@ -12,7 +12,7 @@ from jax import Array
 from jax_sm_free.buffer import Buffer
 from jax_sm_free.checks import describe
 from jax_sm_free.config import Config
-from jax_sm_free.schedule import Sent, overlap
+from jax_sm_free.pending import Sent, overlap
 
 Shared = Callable[[Array], Array] | tuple[Callable[[Array], Any], Callable[[Any], Array]]
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_sm_free import autodiff
+from jax_sm_free.pending import Sent
 from jax_sm_free.primitives import RowType, Target
 from jax_sm_free.results import Layout, Received, ReceivedTokens
-from jax_sm_free.schedule import Sent
 
 
 def by_expert(target: Target, sent: Sent) -> Received:
