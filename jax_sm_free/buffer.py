@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import weakref
 from types import NoneType, TracebackType
@@ -13,9 +12,9 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from jax_sm_free import autodiff, capacity, checks, identity, receiving, stats, transports
+from jax_sm_free import autodiff, capacity, checks, receiving, stats, transports
 from jax_sm_free.config import Config
-from jax_sm_free.native import Native, register_cuda
+from jax_sm_free.native import Native
 from jax_sm_free.pending import Hook, Sent
 from jax_sm_free.primitives import RowType, Target
 from jax_sm_free.results import Layout, Received, ReceivedTokens
@@ -133,26 +132,15 @@ class Buffer:
         if not isinstance(name, (str, NoneType)):
             raise TypeError(f"expected name to be a string or None, got {name!r}")
         self.name = name
-        self.transport = transports.choose(mesh, transport)
-        self._native: Native | None = None
-        self._id = -1
-        described = functools.partial(
-            identity.describe, name=name, mesh=mesh, axes=self.axes, config=self.config
-        )
-        if self.transport == "abstract":
-            register_cuda()
-            description = described(transport=transports.for_real(mesh))
-            self.program_name = identity.take_name(description, is_abstract=True)
-        else:
-            self._native, self._id, self.program_name = transports.open_buffer(
-                self.transport, mesh, self.axes, self.config, described(transport=self.transport)
-            )
+        chosen = transports.choose(mesh, transport)
+        self.transport = chosen.name
+        opened = chosen.open(mesh, self.axes, self.config, name)
+        self._native, self._id, self.program_name = opened
         self._opener = os.getpid()
         self._closer = weakref.finalize(self, _drop, self._native, self._id, self._opener)
         self._closer.atexit = False  # then `native` closes what is open
-        named = transports.names_calls(self.transport)
-        self._target = Target(self.config, self.program_name, named)
-        if self.transport != "abstract":
+        self._target = Target(self.config, self.program_name, chosen.names_calls)
+        if self._native is not None:
             named_buffers[self.program_name] = self
 
     def __repr__(self) -> str:

@@ -8,14 +8,14 @@ from collections.abc import Iterator
 
 import jax
 
-from jax_sm_free import transports, ucx
 from jax_sm_free.doctor.findings import Finding, note, ok, problem
+from jax_sm_free.transports import nvshmem, ucx
 
 
 def check_nvshmem() -> Iterator[Finding]:
     """GPUs of several processes need it."""
     try:
-        path = transports.nvshmem_library()
+        path = nvshmem.library()
     except ImportError:
         needed = jax.default_backend() == "gpu" and jax.process_count() > 1
         yield _missing("NVSHMEM", "nvidia-nvshmem-cu13", needed)

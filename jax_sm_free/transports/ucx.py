@@ -1,4 +1,4 @@
-"""Opening a buffer over CPU devices of several processes: the wire between them, and its limits."""
+"""Transport "ucx": messages between processes, over what UCX finds between them."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import logging
 import pathlib
 from typing import Any
 
-from jax.sharding import Mesh
-
-from jax_sm_free import identity, limits, networks
-from jax_sm_free.bootstrap import Bootstrap, facts_of
-from jax_sm_free.config import Config
-from jax_sm_free.native import Native
+from jax_sm_free import limits, networks
+from jax_sm_free.bootstrap import Bootstrap
+from jax_sm_free.transports.devices import places
+from jax_sm_free.transports.several_processes import Meeting, SeveralProcesses
+from jax_sm_free.transports.transport import Request
 
 _log = logging.getLogger(__name__)
 
-# How long a process may take to be heard of once all have connected: TCP asks four times in it.
+# Seconds in which this process must hear of each other one, once all have connected. TCP tries four
+# times within them.
 _CONNECT_S = 20.0
 
 
@@ -38,106 +38,88 @@ def has_rdma(path: str) -> bool:
     return not modules.is_dir() or any(modules.glob("libuct_ib*"))
 
 
-def open_buffer(
-    native: Native,
-    mesh: Mesh,
-    axes: tuple[str, ...],
-    config: Config,
-    places: list[tuple[int, int, int] | None],
-    process_of_rank: list[list[int]],
-    description: str,
-) -> tuple[int, str]:
-    """Opens this process's part of a buffer. Collective.
+class Ucx(SeveralProcesses):
+    """Connects CPU devices of several processes: by shared memory, TCP or RDMA, as UCX chooses.
 
     Buffers of the same processes and the same `timeout_s` share one wire for as long as one of them
     is open.
-
-    Args:
-      native: the extension.
-      mesh: the devices.
-      axes: of the mesh, along which the ranks are.
-      config: the sizes.
-      places: of this process's devices, as for `Native.open_buffer`.
-      process_of_rank: JAX's index of each rank's process, by [group][rank].
-      description: what the name of the buffer begins with.
-
-    Returns:
-      The number and the name of the buffer, the same in all processes.
-
-    Raises:
-      RuntimeError: in all processes, if one cannot open it or cannot be reached by another.
     """
-    buffer_id = wire = None
-    try:
-        with Bootstrap(mesh, config.timeout_s) as bootstrap:
-            bootstrap.compare(facts_of(mesh, axes, config, "ucx", description))
-            key = f"{bootstrap.processes} {config.timeout_s}"
-            wire = native.find_wire(key)
+
+    name = "ucx"
+    platform = "cpu"
+    names_calls = True
+
+    def _open_part(self, request: Request, meeting: Meeting) -> None:
+        """Opens this process's part, and connects it.
+
+        Raises:
+          RuntimeError: in all processes, if one of them cannot reach another one.
+        """
+        native, bootstrap = request.native.module, meeting.bootstrap
+        key = f"{bootstrap.processes} {request.config.timeout_s}"
+        # A wire that was opened with `key`, has all its peers and is still open; else None. It
+        # stays open for as long as a buffer uses it or `wire` refers to it.
+        wire = native.find_wire(key)
+        try:
             wire_id = None if wire is None else native.wire_id(wire)
             offers = _tell(bootstrap, wire_id)
-            buffer_id, name = identity.agree(
-                bootstrap.exchange, description, native.lowest_free_id()
-            )
             found: networks.Networks | None = None
             if wire is None or any(wire_id != offered for offered in offers):
                 found = networks.explore(lambda what: _tell(bootstrap, what), bootstrap.index)
-                wire = _open_wire(native, bootstrap, found, buffer_id, key, config.timeout_s)
+                wire = _open_wire(request, meeting, found, key)
             native.open_ucx_buffer(
-                buffer_id,
-                name,
-                config,
-                places,
+                meeting.buffer_id,
+                meeting.program_name,
+                request.config.sizes(),
+                places(request.mesh, request.axes),
                 bootstrap.index,
                 len(bootstrap.processes),
-                [[bootstrap.processes.index(p) for p in ranks] for ranks in process_of_rank],
+                meeting.process_of_rank,
                 wire,
             )
-            addresses = bootstrap.exchange(native.address(buffer_id))
-            unreached = native.connect(buffer_id, addresses, _CONNECT_S)
+            addresses = bootstrap.exchange(native.address(meeting.buffer_id))
+            unreached = native.connect(meeting.buffer_id, addresses, _CONNECT_S)
             if unreached:
                 raise RuntimeError(_describe(bootstrap, unreached, found))
-    except BaseException:
-        if buffer_id is not None:
-            native.close_buffer(buffer_id)
-        raise
-    finally:
-        del wire  # The traceback of an error would keep it open.
-    return buffer_id, name
+        finally:
+            del wire  # The traceback of an error would keep the wire open.
 
 
-def _open_wire(
-    native: Native,
-    bootstrap: Bootstrap,
-    found: networks.Networks,
-    wire_id: int,
-    key: str,
-    timeout_s: float,
-) -> Any:
-    path = library()
+def _open_wire(request: Request, meeting: Meeting, found: networks.Networks, key: str) -> Any:
+    """Makes this process's end of a wire. Later buffers find the wire by `key`."""
+    bootstrap, path = meeting.bootstrap, library()
     num_processes = len(bootstrap.processes)
     limits.check_descriptors(num_processes - 1)
     settings = _settings(found, bootstrap.index)
     if has_rdma(path) and (little := limits.why_little_locked_memory()):
         _log.warning("transport 'ucx': %s", little)
-    return native.open_wire(wire_id, key, bootstrap.index, num_processes, path, timeout_s, settings)
+    return request.native.module.open_wire(
+        meeting.buffer_id,  # No other wire has it, and it is the same in all processes.
+        key,
+        bootstrap.index,
+        num_processes,
+        path,
+        request.config.timeout_s,  # A host that does not answer for so long is lost.
+        list(settings.items()),
+    )
 
 
 def _settings(found: networks.Networks, index: int) -> dict[str, str]:
-    """What UCX is told because of this host. The variables of the environment go before it."""
+    """UCX's settings for this host. Variables of the environment take precedence over them."""
     settings = {}
     if useless := found.useless(index):
-        # Names what UCX shall not use, so that RDMA devices stay.
+        # Names the interfaces that UCX shall not use, so that it still uses RDMA devices.
         settings["NET_DEVICES"] = "^" + ",".join(useless)
         _log.info("transport 'ucx' leaves out %s: no other host answers there", ", ".join(useless))
     if missing := limits.why_no_shared_memory():
-        settings["TLS"] = "^cuda,posix,sysv"  # UCX would not start.
+        settings["TLS"] = "^cuda,posix,sysv"  # With shared memory, UCX would not start.
         if found.num_here(index) > 1:
             _log.warning("transport 'ucx': processes of this host exchange by TCP: %s", missing)
     return settings
 
 
 def _tell(bootstrap: Bootstrap, what: Any) -> list[Any]:
-    """What all processes tell, in their order; tuples become lists. Collective."""
+    """What all processes tell, in the order of the processes. Tuples become lists. Collective."""
     return [json.loads(told) for told in bootstrap.exchange(json.dumps(what).encode())]
 
 
