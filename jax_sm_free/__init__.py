@@ -4,12 +4,13 @@ The public names; see `Buffer` for the ops and `overlap` for placing compute.
 """
 
 from jax_sm_free.autodiff import DISPATCHED, DISPATCHED_ROWS
-from jax_sm_free.buffer import Buffer, FaultError
+from jax_sm_free.buffer import Buffer
 from jax_sm_free.config import Config
 from jax_sm_free.exporting import export_checks
 from jax_sm_free.grouped_matmul import grouped_matmul
 from jax_sm_free.inspection import Pair, Schedule, Step, inspect
 from jax_sm_free.layer import moe
+from jax_sm_free.lifetime import FaultError
 from jax_sm_free.memory import MemoryEstimate, estimate_memory, get_rdma_size_hint
 from jax_sm_free.opening import buffer_for
 from jax_sm_free.padding import pad_experts, padded_num_experts

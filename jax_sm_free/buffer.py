@@ -2,37 +2,27 @@
 
 from __future__ import annotations
 
-import os
 import weakref
-from types import NoneType, TracebackType
-from typing import Any, Literal, overload
+from types import NoneType
+from typing import Any, Literal, Self, overload
 
-import jax
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from jax_sm_free import autodiff, capacity, checks, receiving, stats, transports
+from jax_sm_free import capacity, checks, receiving, sending, transports
 from jax_sm_free.config import Config
-from jax_sm_free.native import Native
-from jax_sm_free.pending import Hook, Sent
-from jax_sm_free.primitives import RowType, Target
+from jax_sm_free.lifetime import Lifetime
+from jax_sm_free.pending import Sent
+from jax_sm_free.primitives import Target
 from jax_sm_free.results import Layout, Received, ReceivedTokens
-from jax_sm_free.stats import BufferStats
-from jax_sm_free.varying import vary_alike
+from jax_sm_free.whole_ops import Output, Rows, WholeOps, check_output
 
 # The buffers that somebody refers to, by what programs call them.
 named_buffers: weakref.WeakValueDictionary[str, Buffer] = weakref.WeakValueDictionary()
 
-Output = Literal["experts", "tokens"]
-Rows = Array | tuple[Array, Array]
 
-
-class FaultError(RuntimeError):
-    """An exchange went wrong: the text names rank, peer, op, what was expected and what seen."""
-
-
-class Buffer:
+class Buffer(WholeOps, Lifetime):
     """Expert-parallel dispatch and combine over one or several mesh axes.
 
     Every op is collective: all ranks of the group call it, in the same program, inside `jax.jit`
@@ -110,10 +100,9 @@ class Buffer:
           RuntimeError: naming a process of the mesh that could not open it, or that another one
             could not reach.
         """
-        self.mesh = mesh
-        self.axes = checks.check_mesh(mesh, axis)
-        self.config = Config(
-            ep_size=checks.group_size(mesh, self.axes),
+        axes = checks.check_mesh(mesh, axis)
+        config = Config(
+            ep_size=checks.group_size(mesh, axes),
             hidden=hidden,
             num_experts=num_experts,
             top_k=top_k,
@@ -128,19 +117,60 @@ class Buffer:
             timeout_s=timeout_s,
         )
         if recv_capacity is None and expert_capacity is None and capacity_factor is None:
-            capacity.warn_of_default(self.config)
+            capacity.warn_of_default(config)
+        self._open(mesh, axes, config, transport, name)
+
+    @classmethod
+    def from_config(
+        cls,
+        mesh: Mesh,
+        axis: str | tuple[str, ...],
+        config: Config,
+        *,
+        transport: str = "auto",
+        name: str | None = None,
+    ) -> Self:
+        """Opens a buffer of the sizes of a `Config`. Collective as `Buffer(...)` is.
+
+        The sizes are as in `buffer.config` of another buffer, or of a `Config` made by hand. There
+        is no warning for a large `recv_capacity`, because a `Config` always says its number.
+
+        Args:
+          mesh: as for `Buffer`.
+          axis: as for `Buffer`.
+          config: the sizes. Its `ep_size` is the number of devices along `axis`.
+          transport: as for `Buffer`.
+          name: as for `Buffer`.
+
+        Raises:
+          TypeError: if `config` is no `Config`.
+          ValueError: if `config` is for another number of ranks.
+          TypeError, ValueError, and others: as `Buffer` does.
+        """
+        axes = checks.check_mesh(mesh, axis)
+        checks.check_config("from_config", config, checks.group_size(mesh, axes))
+        buffer = cls.__new__(cls)
+        buffer._open(mesh, axes, config, transport, name)
+        return buffer
+
+    def _open(
+        self,
+        mesh: Mesh,
+        axes: tuple[str, ...],
+        config: Config,
+        transport: str,
+        name: str | None,
+    ) -> None:
         if not isinstance(name, (str, NoneType)):
             raise TypeError(f"expected name to be a string or None, got {name!r}")
-        self.name = name
+        self.mesh, self.axes, self.config, self.name = mesh, axes, config, name
         chosen = transports.choose(mesh, transport)
         self.transport = chosen.name
-        opened = chosen.open(mesh, self.axes, self.config, name)
-        self._native, self._id, self.program_name = opened
-        self._opener = os.getpid()
-        self._closer = weakref.finalize(self, _drop, self._native, self._id, self._opener)
-        self._closer.atexit = False  # then `native` closes what is open
-        self._target = Target(self.config, self.program_name, chosen.names_calls)
-        if self._native is not None:
+        opened = chosen.open(mesh, axes, config, name)
+        self.program_name = opened.program_name
+        Lifetime.__init__(self, opened)
+        self._target = Target(config, self.program_name, chosen.names_calls)
+        if opened.native is not None:
             named_buffers[self.program_name] = self
 
     def __repr__(self) -> str:
@@ -166,27 +196,8 @@ class Buffer:
         Returns:
           For `dispatch_recv`, once.
         """
-        op = "dispatch_send"
-        self._check_usable(op)
-        row_type = checks.check_rows(op, self.config, x)
-        values, *parts = x if isinstance(x, (tuple, list)) else (x,)
-        checks.check_topk(op, self.config, values.shape[0], topk_idx, topk_weights)
-        position = jax.lax.axis_index(checks.larger_axes(self.mesh) or self.axes)
-        # What comes of equal operands differs by rank, but not by group.
-        rank = jax.lax.axis_index(self.axes)
-        _, values, topk_idx, topk_weights, *parts = vary_alike(
-            rank, values, topk_idx, topk_weights, *parts
-        )
-        if parts:
-            values, *parts = autodiff.no_gradient(values, *parts)
-        scales = parts[0] if parts else receiving.no_scales(values, row_type)
-        token = autodiff.dispatch_send(
-            self._target, row_type, values, scales, topk_idx, topk_weights, position
-        )
-        # What the wire quantises has to be so on all ranks, this one's own rows too.
-        quantises = self.config.wire.quantises
-        own_rows = () if quantises else tuple(map(jax.lax.stop_gradient, (values, *parts)))
-        return Sent(token, topk_idx, own_rows, "dispatch", row_type)
+        self._check_usable("dispatch_send")
+        return sending.dispatch(self._target, self.mesh, self.axes, x, topk_idx, topk_weights)
 
     @overload
     def dispatch_recv(self, sent: Sent, output: Literal["experts"] = "experts") -> Received: ...
@@ -209,11 +220,9 @@ class Buffer:
         op = "dispatch_recv"
         self._check_usable(op)
         checks.check_sent(op, sent, "dispatch")
-        if output == "experts":
-            return receiving.by_expert(self._target, sent)
-        if output == "tokens":
-            return receiving.by_token(self._target, sent)
-        raise ValueError(f"{op}: expected output 'experts' or 'tokens', got {output!r}")
+        check_output(op, output)
+        receive = receiving.by_expert if output == "experts" else receiving.by_token
+        return receive(self._target, sent)
 
     def combine_send(self, y: Array, layout: Layout, weights: Array | None = None) -> Sent:
         """Sums each token's rows here and sends the sum back to the token's rank. Collective.
@@ -231,26 +240,8 @@ class Buffer:
         Returns:
           For `combine_recv`, once.
         """
-        op = "combine_send"
-        self._check_usable(op)
-        config = self.config
-        checks.check_layout(op, config, layout)
-        num_rows = config.recv_capacity if layout.output == "experts" else config.max_recv_tokens
-        checks.check_array(op, "y", y, config.dtype, (num_rows, config.hidden))
-        if weights is not None:
-            checks.check_array(op, "weights", weights, jnp.float32, (num_rows,))
-        y, rows, num_rows_from, topk_idx, *present = vary_alike(
-            y,
-            layout.rows,
-            layout.num_rows_from,
-            layout.topk_idx,
-            *(() if weights is None else (weights,)),
-        )
-        weights = present[0] if present else None
-        token = autodiff.combine_send(self._target, y, weights, rows, num_rows_from)
-        own_rows = (y, rows, num_rows_from, *(() if weights is None else (weights,)))
-        own_rows = tuple(map(jax.lax.stop_gradient, own_rows))
-        return Sent(token, topk_idx, own_rows, "combine", RowType(config.hidden, config.dtype))
+        self._check_usable("combine_send")
+        return sending.combine(self._target, y, layout, weights)
 
     def combine_recv(self, sent: Sent) -> Array:
         """Waits for the sums of a `combine_send` and adds them up. Collective.
@@ -279,164 +270,6 @@ class Buffer:
         """
         return PartitionSpec(self.mesh.axis_names)
 
-    # ------------------------------------------------------------------------------ whole ops
-
-    def dispatch(
-        self,
-        x: Rows,
-        topk_idx: Array,
-        topk_weights: Array,
-        *,
-        output: Output = "experts",
-        return_recv_hook: bool = False,
-    ) -> Any:
-        """`dispatch_send` and `dispatch_recv` in one go. Collective.
-
-        Args:
-          x: as for `dispatch_send`.
-          topk_idx: as for `dispatch_send`.
-          topk_weights: as for `dispatch_send`.
-          output: as for `dispatch_recv`.
-          return_recv_hook: whether to leave the receive to the caller.
-
-        Returns:
-          `Received` or `ReceivedTokens`; with `return_recv_hook` a `Hook`, whose call returns that.
-        """
-        if output not in ("experts", "tokens"):
-            raise ValueError(f"dispatch: expected output 'experts' or 'tokens', got {output!r}")
-        sent = self.dispatch_send(x, topk_idx, topk_weights)
-        hook = Hook(lambda s: self.dispatch_recv(s, output), sent)
-        return hook if return_recv_hook else hook()
-
-    def combine(
-        self,
-        y: Array,
-        layout: Layout,
-        *,
-        weights: Array | None = None,
-        return_recv_hook: bool = False,
-    ) -> Any:
-        """`combine_send` and `combine_recv` in one go. Collective.
-
-        Args:
-          y: as for `combine_send`.
-          layout: as for `combine_send`.
-          weights: as for `combine_send`.
-          return_recv_hook: whether to leave the receive to the caller.
-
-        Returns:
-          [T, hidden] of the buffer's dtype; with `return_recv_hook` a `Hook`, whose call returns
-          that.
-        """
-        hook = Hook(self.combine_recv, self.combine_send(y, layout, weights))
-        return hook if return_recv_hook else hook()
-
-    # ------------------------------------------------------------------------------- lifetime
-
-    @property
-    def is_closed(self) -> bool:
-        """Whether the buffer has been closed, so that its ops raise."""
-        return not self._closer.alive
-
-    def check(self) -> None:
-        """Raises the fault that the buffer has met, if there was one. Not collective.
-
-        On CPU that is the first fault since the last check; JAX has raised it too, when the
-        results of the program were asked for, as `jax.errors.JaxRuntimeError`, or as ValueError
-        where a process has one device: catch both, and call this. On GPUs the first fault stays:
-        results are NaN where it reached them, and every later check and call raises it. Wait for
-        results before the check, which waits for nothing.
-
-        Raises:
-          FaultError: always this type, with rank, peer, op, expected and seen.
-          RuntimeError: if the buffer is closed.
-        """
-        self._check_open("check")
-        if self._native is None:
-            return
-        fault = self._native.take_fault(self._id)
-        if fault is not None:
-            raise FaultError(fault)
-
-    def close(self) -> None:
-        """Frees the buffer's memory. Not collective; closing twice does nothing.
-
-        What still waits ends with an error, and so do programs that run this buffer's ops later. A
-        buffer that is garbage collected, and was not closed, ends nothing: see "Lifetime" in
-        docs/sharp_bits.md. In a forked child it does nothing: the memory and the connections are
-        the parent's.
-        """
-        if self._closer.detach() and self._native is not None and os.getpid() == self._opener:
-            self._native.close_buffer(self._id)
-
-    def __enter__(self) -> Buffer:
-        self._check_open("with")
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
-
-    def message_bytes(self, device: Any) -> int:
-        """Bytes that messages have taken so far on `device`. Not collective.
-
-        Compare with `estimate_memory(config).messages`, on GPUs with `stage` added. 0 for a device
-        outside the mesh, and for a mesh of devices that are not there.
-
-        Args:
-          device: a `jax.Device` of this process.
-
-        Raises:
-          TypeError: if `device` is no `jax.Device`.
-          RuntimeError: if the buffer is closed.
-        """
-        self._check_open("message_bytes")
-        if not isinstance(device, jax.Device):
-            raise TypeError(f"message_bytes: expected a jax.Device, got {device!r}")
-        if self._native is None:
-            return 0
-        return self._native.message_bytes(self._id, transports.ordinal(device))
-
-    def stats(self) -> BufferStats:
-        """What the ranks of this process have exchanged, and waited for, so far. Not collective.
-
-        Counted since the buffer was opened: subtract two snapshots. Waits for no result and no
-        kernel (on GPUs it copies a few hundred bytes from each device): what is under way is
-        counted in part. Wait for the results of a program first to have all of it.
-
-        Returns:
-          `BufferStats`, without ranks for a mesh of devices that are not there.
-
-        Raises:
-          RuntimeError: if the buffer is closed, or a device cannot be read.
-        """
-        self._check_open("stats")
-        if self._native is None:
-            return BufferStats(())
-        return stats.read(self._native, self._id, self.mesh)
-
-    def __copy__(self) -> Buffer:
-        """The same buffer, so that a copy of a module that holds it uses it, too."""
-        return self
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Buffer:
-        return self
-
-    # -------------------------------------------------------------------------------- inside
-
-    def _check_open(self, op: str) -> None:
-        if self.is_closed:
-            raise RuntimeError(f"{op}: expected an open buffer, got one that is closed")
-
     def _check_usable(self, op: str) -> None:
         self._check_open(op)
         checks.check_inside(op, self.mesh, self.axes)
-
-
-def _drop(native: Native | None, buffer_id: int, opener: int) -> None:
-    if native is not None and os.getpid() == opener:
-        native.drop_buffer(buffer_id)

@@ -135,6 +135,16 @@ def check_layout(op: str, config: Config, layout: Any) -> None:
     check_array(op, "layout.num_rows_from", layout.num_rows_from, jnp.int32, (config.ep_size,))
 
 
+def check_combine(config: Config, y: Any, layout: Any, weights: Any) -> None:
+    """Raises unless these are the operands of a `combine_send`."""
+    op = "combine_send"
+    check_layout(op, config, layout)
+    num_rows = config.recv_capacity if layout.output == "experts" else config.max_recv_tokens
+    check_array(op, "y", y, config.dtype, (num_rows, config.hidden))
+    if weights is not None:
+        check_array(op, "weights", weights, jnp.float32, (num_rows,))
+
+
 def check_sent(op: str, sent: Any, kind: str) -> None:
     if not isinstance(sent, Sent):
         raise TypeError(f"{op}: expected what {kind}_send returned, got {type(sent).__name__}")
@@ -154,6 +164,17 @@ def check_mesh(mesh: Any, axis: Any) -> tuple[str, ...]:
             f"got {axis!r}"
         )
     return axes
+
+
+def check_config(op: str, config: Any, ep_size: int) -> None:
+    """Raises unless `config` is a Config for groups of `ep_size` ranks."""
+    if not isinstance(config, Config):
+        raise TypeError(f"{op}: expected a Config, got {type(config).__name__}")
+    if config.ep_size != ep_size:
+        raise ValueError(
+            f"{op}: expected a Config with ep_size={ep_size}, the number of devices along the axis "
+            f"of the mesh, got ep_size={config.ep_size}"
+        )
 
 
 def larger_axes(mesh: Mesh) -> tuple[str, ...]:

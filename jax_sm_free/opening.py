@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copyreg
-import dataclasses
 import inspect
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from types import NoneType
 from typing import Any
 
@@ -59,11 +58,17 @@ def buffer_for(
     axes = checks.check_mesh(mesh, axis)
     name, transport = sizes.pop("name", None), sizes.pop("transport", "auto")
     config = Config(ep_size=checks.group_size(mesh, axes), **sizes)
-    key = mesh, axes, config, name, transport
+    return _find(
+        (mesh, axes, config, name, transport),
+        lambda: Buffer(mesh, axes, **sizes, name=name, transport=transport),
+    )
+
+
+def _find(key: Hashable, open_buffer: Callable[[], Buffer]) -> Buffer:
     with _lock:
         buffer = _buffers.get(key)
         if buffer is None or buffer.is_closed:
-            buffer = _buffers[key] = Buffer(mesh, axes, **sizes, name=name, transport=transport)
+            buffer = _buffers[key] = open_buffer()
         return buffer
 
 
@@ -113,16 +118,14 @@ def _reduce(buffer: Buffer) -> Any:
     mesh, devices = buffer.mesh, buffer.mesh.devices
     ids = tuple(device.id for device in devices.flat)
     where = devices.flat[0].platform, ids, devices.shape, mesh.axis_names, mesh.axis_types
-    sizes = {f.name: getattr(buffer.config, f.name) for f in dataclasses.fields(Config)}
-    del sizes["ep_size"]  # follows from the mesh
-    return _find_or_open, (buffer.program_name, where, buffer.axes, sizes, buffer.name)
+    return _find_or_open, (buffer.program_name, where, buffer.axes, buffer.config, buffer.name)
 
 
 def _find_or_open(
     program_name: str,
     where: tuple[Any, ...],
     axes: tuple[str, ...],
-    sizes: dict[str, Any],
+    config: Config,
     name: str | None,
 ) -> Buffer:
     """The buffer that was pickled, if it is open here; else the one for its arguments."""
@@ -130,7 +133,10 @@ def _find_or_open(
     buffer = named_buffers.get(program_name)
     if buffer is not None and not buffer.is_closed and buffer.mesh == mesh:
         return buffer
-    return buffer_for(axes, mesh, **sizes, name=name)
+    return _find(
+        (mesh, axes, config, name, "auto"),
+        lambda: Buffer.from_config(mesh, axes, config, name=name),
+    )
 
 
 def _mesh_of(

@@ -19,6 +19,7 @@ import pathlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 # The doctor needs little of a GPU that others may use.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
@@ -43,17 +44,20 @@ _ADDRESS = flags.DEFINE_string("coordinator_address", None, "host:port of proces
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of the cluster.", lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process.", lower_bound=0)
 _CLUSTER = flags.DEFINE_boolean("cluster", False, "Ask Slurm, Open MPI or Kubernetes for these.")
-_HIDDEN = flags.DEFINE_integer("hidden", 7168, "Columns of a row.")
-_EXPERTS = flags.DEFINE_integer("num_experts", 256, "Experts of all ranks.")
-_TOP_K = flags.DEFINE_integer("top_k", 8, "Experts of a token.")
-_TOKENS = flags.DEFINE_integer("max_tokens", 4096, "Tokens of a rank and call.")
-_CAPACITY = flags.DEFINE_integer("recv_capacity", None, "Expert rows of a rank; none: worst case.")
-_FACTOR = flags.DEFINE_float("capacity_factor", None, "The same over a balanced load's rows.")
-_SLOTS = flags.DEFINE_integer("num_slots", 2, "Exchanges in flight.")
-_ALIGNMENT = flags.DEFINE_integer("expert_alignment", 1, "Rows that groups are padded to.")
-_EXPERT_CAPACITY = flags.DEFINE_integer("expert_capacity", None, "Rows of each group.")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Of rows.")
-_WIRE = flags.DEFINE_string("wire_dtype", None, "What rows travel as, for example float8_e4m3fn.")
+# The flags that are arguments of `Config`, under its names.
+_SIZES = (
+    flags.DEFINE_integer("hidden", 7168, "Columns of a row."),
+    flags.DEFINE_integer("num_experts", 256, "Experts of all ranks."),
+    flags.DEFINE_integer("top_k", 8, "Experts of a token."),
+    flags.DEFINE_integer("max_tokens", 4096, "Tokens of a rank and call."),
+    flags.DEFINE_integer("recv_capacity", None, "Expert rows of a rank; none: worst case."),
+    flags.DEFINE_float("capacity_factor", None, "The same over a balanced load's rows."),
+    flags.DEFINE_integer("num_slots", 2, "Exchanges in flight."),
+    flags.DEFINE_integer("expert_alignment", 1, "Rows that groups are padded to."),
+    flags.DEFINE_integer("expert_capacity", None, "Rows of each group."),
+    flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Of rows."),
+    flags.DEFINE_string("wire_dtype", None, "What rows travel as, for example float8_e4m3fn."),
+)
 _PROBE_MIB = flags.DEFINE_integer("probe_mib", 0, "For bandwidths; 0: by platform.")
 _TIMEOUT_S = flags.DEFINE_float("timeout_s", 60.0, "Then what is not done yet is a problem.")
 _JSON = flags.DEFINE_string("json", None, "A file that process 0 writes the findings to.")
@@ -65,20 +69,8 @@ _DEFAULT_PROBE_MIB = {"cpu": 32, "gpu": 512}
 
 
 def _config() -> Config:
-    return Config(
-        ep_size=jax.device_count(),
-        hidden=_HIDDEN.value,
-        num_experts=_EXPERTS.value,
-        top_k=_TOP_K.value,
-        max_tokens=_TOKENS.value,
-        recv_capacity=_CAPACITY.value,
-        capacity_factor=_FACTOR.value,
-        num_slots=_SLOTS.value,
-        expert_alignment=_ALIGNMENT.value,
-        expert_capacity=_EXPERT_CAPACITY.value,
-        dtype=_DTYPE.value,
-        wire_dtype=_WIRE.value,
-    )
+    sizes: dict[str, Any] = {flag.name: flag.value for flag in _SIZES}
+    return Config(ep_size=jax.device_count(), **sizes)
 
 
 def _check_bandwidth() -> Iterator[Finding]:

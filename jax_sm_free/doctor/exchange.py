@@ -36,8 +36,8 @@ def check_against_reference(config: Config, timeout_s: float) -> Iterator[Findin
         timeout_s=timeout_s,
     )
     mesh = _mesh()
-    with _open(Buffer, config, mesh) as buffer:
-        theirs = _open(reference.Buffer, config, mesh)
+    with Buffer.from_config(mesh, _AXIS, config) as buffer:
+        theirs = reference.Buffer.from_config(mesh, _AXIS, config)
         runs = [_on_ranks(_round_trip(each), mesh) for each in (buffer, theirs)]
         differing = set()
         for seed in range(_ROUNDS):
@@ -74,7 +74,7 @@ def check_exchange(config: Config, num_bytes: int, timeout_s: float) -> Iterator
         timeout_s=timeout_s,
     )
     mesh = _mesh()
-    with _open(Buffer, small, mesh) as buffer:
+    with Buffer.from_config(mesh, _AXIS, small) as buffer:
         run = _on_ranks(lambda *args: buffer.dispatch(*args).x[:1], mesh)
         inputs = _next_ranks(small, mesh)
         jax.block_until_ready(run(*inputs))  # compiles
@@ -93,12 +93,6 @@ def check_exchange(config: Config, num_bytes: int, timeout_s: float) -> Iterator
 
 def _mesh() -> Mesh:
     return Mesh(np.array(jax.devices()), (_AXIS,))
-
-
-def _open(make: Callable[..., Any], config: Config, mesh: Mesh) -> Any:
-    sizes = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    del sizes["ep_size"]
-    return make(mesh, _AXIS, **sizes)
 
 
 def _round_trip(buffer: Any) -> Callable[..., Any]:

@@ -1,0 +1,134 @@
+"""`Lifetime`: what a buffer is from its opening to its end, apart from its ops."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+from jax.sharding import Mesh
+
+from jax_sm_free import stats, transports
+from jax_sm_free.native import Native
+from jax_sm_free.stats import BufferStats
+from jax_sm_free.transports import Opened
+
+
+class FaultError(RuntimeError):
+    """An exchange went wrong: the text names rank, peer, op, what was expected and what seen."""
+
+
+class Lifetime:
+    """A buffer of the extension that is open, or has been closed."""
+
+    mesh: Mesh
+
+    def __init__(self, opened: Opened) -> None:
+        self._native, self._id = opened.native, opened.buffer_id
+        self._opener = os.getpid()
+        self._closer = weakref.finalize(self, _drop, self._native, self._id, self._opener)
+        self._closer.atexit = False  # `native` closes what is open when Python ends.
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the buffer has been closed, so that its ops raise."""
+        return not self._closer.alive
+
+    def check(self) -> None:
+        """Raises the fault that the buffer has met, if there was one. Not collective.
+
+        On CPU that is the first fault since the last check; JAX has raised it too, when the
+        results of the program were asked for, as `jax.errors.JaxRuntimeError`, or as ValueError
+        where a process has one device: catch both, and call this. On GPUs the first fault stays:
+        results are NaN where it reached them, and every later check and call raises it. Wait for
+        results before the check, which waits for nothing.
+
+        Raises:
+          FaultError: always this type, with rank, peer, op, expected and seen.
+          RuntimeError: if the buffer is closed.
+        """
+        self._check_open("check")
+        if self._native is None:
+            return
+        fault = self._native.take_fault(self._id)
+        if fault is not None:
+            raise FaultError(fault)
+
+    def close(self) -> None:
+        """Frees the buffer's memory. Not collective; closing twice does nothing.
+
+        What still waits ends with an error, and so do programs that run this buffer's ops later. A
+        buffer that is garbage collected, and was not closed, ends nothing: see "Lifetime" in
+        docs/sharp_bits.md. In a forked child it does nothing: the memory and the connections are
+        the parent's.
+        """
+        if self._closer.detach() and self._native is not None and os.getpid() == self._opener:
+            self._native.close_buffer(self._id)
+
+    def __enter__(self) -> Self:
+        self._check_open("with")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def message_bytes(self, device: Any) -> int:
+        """Bytes that messages have taken so far on `device`. Not collective.
+
+        Compare with `estimate_memory(config).messages`, on GPUs with `stage` added. 0 for a device
+        outside the mesh, and for a mesh of devices that are not there.
+
+        Args:
+          device: a `jax.Device` of this process.
+
+        Raises:
+          TypeError: if `device` is no `jax.Device`.
+          RuntimeError: if the buffer is closed.
+        """
+        self._check_open("message_bytes")
+        if not isinstance(device, jax.Device):
+            raise TypeError(f"message_bytes: expected a jax.Device, got {device!r}")
+        if self._native is None:
+            return 0
+        return self._native.message_bytes(self._id, transports.ordinal(device))
+
+    def stats(self) -> BufferStats:
+        """What the ranks of this process have exchanged, and waited for, so far. Not collective.
+
+        Counted since the buffer was opened: subtract two snapshots. Waits for no result and no
+        kernel (on GPUs it copies a few hundred bytes from each device): what is under way is
+        counted in part. Wait for the results of a program first to have all of it.
+
+        Returns:
+          `BufferStats`, without ranks for a mesh of devices that are not there.
+
+        Raises:
+          RuntimeError: if the buffer is closed, or a device cannot be read.
+        """
+        self._check_open("stats")
+        if self._native is None:
+            return BufferStats(())
+        return stats.read(self._native, self._id, self.mesh)
+
+    def __copy__(self) -> Self:
+        """The same buffer, so that a copy of a module that holds it uses it, too."""
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        return self
+
+    def _check_open(self, op: str) -> None:
+        if self.is_closed:
+            raise RuntimeError(f"{op}: expected an open buffer, got one that is closed")
+
+
+def _drop(native: Native | None, buffer_id: int, opener: int) -> None:
+    if native is not None and os.getpid() == opener:
+        native.drop_buffer(buffer_id)
