@@ -98,7 +98,7 @@ class WholeOps(abc.ABC):
         topk_weights: Array,
         output: Output = "experts",
         return_recv_hook: bool = False,
-    ) -> Any:
+    ) -> Received | ReceivedTokens | Hook[Received] | Hook[ReceivedTokens]:
         """`dispatch_send` and `dispatch_recv` in one call. Collective.
 
         Args:
@@ -114,7 +114,7 @@ class WholeOps(abc.ABC):
         """
         check_output("dispatch", output)
         sent = self.dispatch_send(x, topk_idx, topk_weights)
-        hook = Hook(lambda sent: self.dispatch_recv(sent, output), sent)
+        hook: Hook[Any] = Hook(lambda sent: self.dispatch_recv(sent, output), sent)
         return hook if return_recv_hook else hook()
 
     @overload
@@ -157,7 +157,7 @@ class WholeOps(abc.ABC):
         layout: Layout,
         weights: Array | None = None,
         return_recv_hook: bool = False,
-    ) -> Any:
+    ) -> Array | Hook[Array]:
         """`combine_send` and `combine_recv` in one call. Collective.
 
         Args:
