@@ -18,7 +18,7 @@ from jax_sm_free.primitives import Target
 from jax_sm_free.results import Layout, Received, ReceivedTokens
 from jax_sm_free.whole_ops import Output, Rows, WholeOps, check_output
 
-# The buffers that somebody refers to, by what programs call them.
+# The buffers that the program still refers to, by the names that compiled programs have for them.
 named_buffers: weakref.WeakValueDictionary[str, Buffer] = weakref.WeakValueDictionary()
 
 
@@ -26,19 +26,20 @@ class Buffer(WholeOps, Lifetime):
     """Expert-parallel dispatch and combine over one or several mesh axes.
 
     Every op is collective: all ranks of the group call it, in the same program, inside `jax.jit`
-    and `jax.shard_map` over the buffer's axes. Shapes are those of one rank. Mesh axes besides the
-    buffer's make several groups, each on its own but for faults, which end a run in all of them.
+    and `jax.shard_map` over the buffer's axes. Shapes are those of one rank. If the mesh has other
+    axes besides the buffer's, it has several groups. Each group works on its own, but a fault ends
+    the run of all groups.
 
-    The ops raise TypeError or ValueError at trace time for a dtype, shape, mesh or sent value other
-    than the expected one, with both in the text, and RuntimeError if the buffer is closed. What
-    goes wrong when the program runs is a fault: see `check`.
+    The ops raise TypeError or ValueError at trace time if a dtype, shape, mesh or sent value is not
+    the expected one, with both in the text. They raise RuntimeError if the buffer is closed. An
+    error while the program runs is a fault: see `check`.
 
     Attributes:
       config: the sizes (`Config`).
       mesh, axes: where the ranks are. A rank is the position along `axes`, the first axis slowest.
-      transport: who moves the bytes.
-      name: what tells this buffer from equal ones, or None.
-      program_name: by what compiled programs find it (docs/saving.md).
+      transport: the name of what moves the bytes.
+      name: a text that tells this buffer from equal ones, or None.
+      program_name: the name by which compiled programs find the buffer (docs/saving.md).
     """
 
     def __init__(
@@ -63,42 +64,49 @@ class Buffer(WholeOps, Lifetime):
     ) -> None:
         """Opens the buffer. Collective where the mesh has devices of several processes.
 
-        All of them open it then, with the same arguments; it returns when all have. Takes no memory
-        for a mesh of devices that are not there (ahead-of-time compiling).
+        All of these processes open it, with the same arguments, and the call returns when all have
+        opened it. A buffer for devices that are only described, to compile programs ahead of time,
+        takes no memory.
 
         Args:
           mesh: the devices.
           axis: the mesh axis whose ranks share the experts, or several, slowest first.
           hidden: columns of a row.
-          num_experts: of the whole group; rank r owns the r-th block of num_experts / ep_size.
+          num_experts: experts of the whole group. Rank r owns the r-th block of num_experts /
+            ep_size experts.
           top_k: experts that a token names, 1 to 32.
           max_tokens: tokens per rank and call, at most.
-          recv_capacity: expert rows a rank can receive; None for `Config.worst_case_capacity`,
-            with a UserWarning where that is more than 4 times `Config.balanced_load`.
-          capacity_factor: instead of `recv_capacity`, the same over the balanced load, which is
+          recv_capacity: expert rows that a rank can receive. None stands for
+            `Config.worst_case_capacity`, with a UserWarning if that is more than 4 times
+            `Config.balanced_load`.
+          capacity_factor: sets `recv_capacity` to so many times the balanced load, which is
             max_tokens * top_k rows. `Config` says how it is rounded.
           num_slots: exchanges that may be in flight at once on a rank, 1 to 64.
           expert_alignment: groups are padded to a multiple of this many rows.
-          expert_capacity: rows of every group, whatever it gets; None for as many as it needs.
+          expert_capacity: rows of every group: further rows are dropped, missing rows are padding.
+            None makes each group as large as its rows need.
           dtype: of rows: bfloat16, float16 or float32.
-          wire_dtype: None for rows that travel in `dtype`, or float8_e4m3fn for rows that dispatch
-            quantises on their way, to half the bytes of bfloat16; see `Config` for the arithmetic.
-          transport: "auto"; "in_process" for CPU devices of this process, "ucx" for those of
-            several; "cuda_peer" for GPUs of this process, "nvshmem" for one of each of several.
-          timeout_s: seconds a receive waits before it is a fault. Where processes compile for
-            themselves, longer than a compilation: one that has its program, from JAX's persistent
-            cache for one, waits in the run for those that still compile.
+          wire_dtype: None for rows that travel in `dtype`. float8_e4m3fn for rows that dispatch
+            quantises on their way, to half the bytes of bfloat16; `Config` has the arithmetic.
+          transport: "auto" for the one that connects the devices: "in_process" for CPU devices of
+            this process, "ucx" for CPU devices of several processes, "cuda_peer" for GPUs of this
+            process, "nvshmem" for GPUs of several processes, one GPU of each. By its name, to get
+            an error if it is not that one.
+          timeout_s: seconds that a receive waits before it reports a fault. If each process
+            compiles for itself, this has to be longer than a compilation: a process that finds its
+            program in JAX's persistent cache waits in the run for those that still compile.
           name: tells this buffer from equal ones in a program that is saved in one process and runs
-            in another (docs/saving.md); None for the order in which equal ones are opened.
+            in another (docs/saving.md). With None the order in which equal buffers are opened tells
+            them apart.
 
         Raises:
-          TypeError, ValueError: for a bad argument, naming it, the expected and the given value; in
-            all processes, where they differ from each other.
+          TypeError, ValueError: for a bad argument, with its name, the expected and the given value
+            in the text. If arguments differ between processes, all processes raise.
           NotImplementedError: for devices that no transport of this build reaches.
-          ImportError: if the transport is "ucx" and the package libucx-cu13 is not there.
-          TimeoutError: naming a process of the mesh that did not open the buffer.
-          RuntimeError: naming a process of the mesh that could not open it, or that another one
-            could not reach.
+          ImportError: if the package of the transport is not installed.
+          TimeoutError: if a process of the mesh did not open the buffer, which the text names.
+          RuntimeError: if a process of the mesh could not open the buffer, or could not be reached
+            by another one. The text names it.
         """
         axes = checks.check_mesh(mesh, axis)
         config = Config(
@@ -183,18 +191,18 @@ class Buffer(WholeOps, Lifetime):
         """Packs each token once for every rank that owns one of its experts. Collective.
 
         Args:
-          x: [T, hidden] of the buffer's dtype, T <= max_tokens (a rank with fewer rows than others
-            pads: see `topk_idx`); or (values [T, A], scales [T, B])
-            of any dtypes of whole bytes, whose rows travel as they are and have no gradient (view
-            4-bit numbers as int8, two to one). A row of both together
-            is at most as wide as one of the buffer's (`Config.row_bytes`). A buffer with a
-            `wire_dtype` takes no pairs: it makes them itself.
-          topk_idx: i32 [T, top_k] in [-1, num_experts); -1 selects none. A row of -1 alone is
+          x: [T, hidden] of the buffer's dtype, with T <= max_tokens. T is the same on all ranks: a
+            rank with fewer tokens pads (see `topk_idx`). Or a pair (values [T, A], scales [T, B])
+            of any dtypes of whole bytes. The rows of a pair travel as they are, and have no
+            gradient. View 4-bit numbers as int8, two numbers in one. A row of values and its
+            scales together are at most as wide as a row of the buffer (`Config.row_bytes`). A
+            buffer with a `wire_dtype` takes no pair, because it quantises rows itself.
+          topk_idx: i32 [T, top_k] in [-1, num_experts); -1 selects none. A token with -1 only is
             padding: it is not sent, and combine returns zeros for it.
           topk_weights: f32 [T, top_k].
 
         Returns:
-          For `dispatch_recv`, once.
+          The sent value, for one `dispatch_recv`.
         """
         self._check_usable("dispatch_send")
         return sending.dispatch(self._target, self.mesh, self.axes, x, topk_idx, topk_weights)
@@ -211,8 +219,9 @@ class Buffer(WholeOps, Lifetime):
 
         Args:
           sent: what `dispatch_send` returned, through `overlap` or not.
-          output: "experts" for rows grouped by expert, cut to `recv_capacity`; "tokens" for one row
-            per (token, rank), which are at most ep_size * max_tokens and are never cut.
+          output: "experts" for rows grouped by expert, at most `recv_capacity` of them. "tokens"
+            for one row per (token, rank). These are at most ep_size * max_tokens, and none of them
+            is dropped.
 
         Returns:
           `Received` for "experts", `ReceivedTokens` for "tokens".
@@ -227,18 +236,19 @@ class Buffer(WholeOps, Lifetime):
     def combine_send(self, y: Array, layout: Layout, weights: Array | None = None) -> Sent:
         """Sums each token's rows here and sends the sum back to the token's rank. Collective.
 
-        sum_k weights[row_k] * y[row_k], in k order, in float32, cast once to the buffer's dtype.
+        The sum is that of weights[row_k] * y[row_k] over k, in k order, in float32, cast once to
+        the buffer's dtype.
 
         Args:
-          y: [recv_capacity, hidden] of the buffer's dtype, rows as in `Received.x`; for a layout of
-            `ReceivedTokens`, [ep_size * max_tokens, hidden].
-          layout: of the dispatch that these rows came with. It may be another buffer's, over the
-            same axes of the same mesh and equal in all that routing depends on: in all sizes but
-            `hidden`, `dtype`, `wire_dtype`, `num_slots` and `timeout_s`.
+          y: [recv_capacity, hidden] of the buffer's dtype, with rows as in `Received.x`. For a
+            layout of `ReceivedTokens`, [ep_size * max_tokens, hidden].
+          layout: of the dispatch that these rows came with. It may be that of another buffer over
+            the same axes of the same mesh, if the two have equal sizes. Only `hidden`, `dtype`,
+            `wire_dtype`, `num_slots` and `timeout_s` may differ, on which routing does not depend.
           weights: f32 [rows of y]; None for a plain sum.
 
         Returns:
-          For `combine_recv`, once.
+          The sent value, for one `combine_recv`.
         """
         self._check_usable("combine_send")
         return sending.combine(self._target, y, layout, weights)
@@ -250,8 +260,8 @@ class Buffer(WholeOps, Lifetime):
           sent: what `combine_send` returned, through `overlap` or not.
 
         Returns:
-          [T, hidden] of the buffer's dtype: the sum over the ranks of the token's experts, in rank
-          order, in float32, cast once; zero for a token that named no expert.
+          [T, hidden] of the buffer's dtype: for each token the sum over the ranks of its experts,
+          in rank order, in float32, cast once. A token that named no expert gets zeros.
         """
         op = "combine_recv"
         self._check_usable(op)
@@ -260,13 +270,14 @@ class Buffer(WholeOps, Lifetime):
 
     @property
     def sent_specs(self) -> PartitionSpec:
-        """For a `Sent` in `out_specs` and `in_specs`, where it crosses from shard_map to shard_map.
+        """The `out_specs` and `in_specs` of a `Sent` that crosses from shard_map to shard_map.
 
-        A send in one shard_map, `overlap` outside, where arrays are global and compute is sharded
-        by XLA, the recv in another shard_map, in the same program. Each array of a `Sent` has a
-        part for every device of the mesh, whatever its axes are, one after the other in its first
-        dimension: so have those of a `Layout`. For dispatch and combine, with and without
-        `check_vma`, and with the axes of the mesh automatic or explicit.
+        A send can be in one shard_map and its recv in another one of the same program, with
+        `overlap` between the two, outside of both. There arrays are global, and XLA shards the
+        compute. Each array of a `Sent`, and of a `Layout`, has a part for every device of the mesh,
+        one after the other in its first dimension, whatever the axes of the mesh are. This holds
+        for dispatch and combine, with and without `check_vma`, and for automatic and explicit axes
+        of the mesh.
         """
         return PartitionSpec(self.mesh.axis_names)
 

@@ -1,4 +1,4 @@
-"""Checks at trace time: every error says what was expected and what was got."""
+"""Checks of arguments and operands. Every error says what was expected and what was got."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from jax_sm_free.results import Layout
 
 
 def describe(array: Any) -> str:
-    """Dtype and shape, as in bfloat16[128, 7168]."""
+    """Dtype and shape of an array, as in bfloat16[128, 7168]; the type of anything else."""
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
         return type(array).__name__
     return f"{getattr(array.dtype, 'name', array.dtype)}{list(array.shape)}"
@@ -40,7 +40,7 @@ def check_array(op: str, name: str, array: Any, dtype: Any, shape: tuple[Any, ..
 def check_inside(op: str, mesh: Mesh, axes: tuple[str, ...]) -> None:
     """Raises unless the caller runs in a shard_map over the buffer's mesh, manual in every axis.
 
-    Axes of one device do not matter: there is nothing to partition.
+    Axes of one device need not be manual, because there is nothing to partition.
     """
     here = jax.sharding.get_abstract_mesh()
     manual = {
@@ -71,7 +71,7 @@ def check_inside(op: str, mesh: Mesh, axes: tuple[str, ...]) -> None:
 
 
 def check_rows(op: str, config: Config, x: Any) -> RowType:
-    """The type of the rows of x: [T, hidden], or (values [T, A], scales [T, B])."""
+    """Returns the type of the rows of x. Raises unless x is an operand of a `dispatch_send`."""
     if not isinstance(x, (tuple, list)):
         check_array(op, "x", x, config.dtype, ("T", config.hidden))
         return RowType(config.hidden, config.dtype)
@@ -106,7 +106,7 @@ def check_rows(op: str, config: Config, x: Any) -> RowType:
 
 
 def _has_whole_bytes(dtype: Any) -> bool:
-    """Whether elements are numbers of 8 bits or more: smaller ones share bytes."""
+    """Whether each element is a number of 8 bits or more. Smaller elements share bytes."""
     if dtype == jnp.bool_:
         return True
     if not jnp.issubdtype(dtype, jnp.number):
@@ -153,7 +153,7 @@ def check_sent(op: str, sent: Any, kind: str) -> None:
 
 
 def check_mesh(mesh: Any, axis: Any) -> tuple[str, ...]:
-    """The expert axes as a tuple, checked against the mesh."""
+    """Returns the expert axes as a tuple. Raises unless they are different axes of the mesh."""
     if not isinstance(mesh, Mesh):
         raise TypeError(f"expected mesh to be a jax.sharding.Mesh, got {type(mesh).__name__}")
     axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
@@ -178,7 +178,7 @@ def check_config(op: str, config: Any, ep_size: int) -> None:
 
 
 def larger_axes(mesh: Mesh) -> tuple[str, ...]:
-    """The axes of more than one device, in which shard_map has to be manual."""
+    """The axes of more than one device. shard_map has to be manual in these."""
     return tuple(name for name, size in mesh.shape.items() if size > 1)
 
 

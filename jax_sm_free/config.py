@@ -40,49 +40,51 @@ def round_up(value: int, multiple: int) -> int:
 class Config:
     """Sizes of one expert-parallel group. Frozen and hashable.
 
-    `recv_capacity` is always a number here. With `dataclasses.replace`, which hands that number on,
-    say `recv_capacity=None` to have it follow from the new sizes.
+    `recv_capacity` is always a number in a `Config`, and `dataclasses.replace` hands it on. Give
+    `recv_capacity=None` to `replace`, too, to have the capacity follow from the new sizes.
 
     Attributes:
-      ep_size: ranks in the group.
+      ep_size: ranks in the group; at most 32 on GPUs.
       hidden: columns of a row.
-      num_experts: experts of the whole group; a multiple of `ep_size`.
-      top_k: experts a token names, 1 to 32 (-1 in `topk_idx` for fewer).
+      num_experts: experts of the whole group; a multiple of `ep_size`, and at most 32767 - ep_size
+        on GPUs.
+      top_k: experts that a token names, 1 to 32. A token that names fewer has -1 in `topk_idx`.
       max_tokens: tokens per rank and call, at most.
-      recv_capacity: expert rows a rank can receive. None becomes `worst_case_capacity`, or what
-        `capacity_factor` says.
+      recv_capacity: expert rows that a rank can receive. None stands for `worst_case_capacity`,
+        or for the rows that `capacity_factor` gives.
       num_slots: exchanges that may be in flight at once, 1 to 64.
       expert_alignment: every expert's group is padded to a multiple of this many rows.
-      expert_capacity: rows of every expert's group, whatever it gets: what is more is dropped, what
-        is less is padded. `recv_capacity` is then num_local_experts times as much. None: groups
-        are as large as they need to be.
+      expert_capacity: rows of every expert's group. Rows that a group has no place for are
+        dropped, and places without a row are padding. `recv_capacity` is then num_local_experts
+        times as much. None makes each group as large as its rows need.
       dtype: bfloat16, float16 or float32; the dtype of rows that are summed.
-      timeout_s: seconds a receive waits for its peers before it is a fault.
-      wire_dtype: None, or float8_e4m3fn for rows that dispatch quantises (below).
+      timeout_s: seconds that a receive waits for its peers before it reports a fault.
+      wire_dtype: None, or float8_e4m3fn for rows that dispatch quantises, as described below.
 
-    `capacity_factor` is an argument alone. It sets `recv_capacity` to capacity_factor *
+    `capacity_factor` is an argument, and no attribute. It sets `recv_capacity` to capacity_factor *
     `balanced_load` rows, rounded up to whole rows and to `expert_alignment`, and never above
-    `worst_case_capacity`. The padding of groups takes place among these rows.
+    `worst_case_capacity`. The padding of groups takes some of these rows.
 
     With `wire_dtype=float8_e4m3fn` a dispatch sends each row of x as `hidden` values of one byte
-    and ceil(hidden / 128) scales of four; recv.x is in `dtype` again. For each 128 columns of a row
-    (the last group may be shorter), in float32, each operation IEEE and rounded to nearest:
+    and ceil(hidden / 128) scales of four bytes each. recv.x is in `dtype` again. The arithmetic is
+    that of float32, for each 128 columns of a row (or fewer, at the end of the row). Each operation
+    is as in IEEE 754, rounded to nearest:
 
         amax  = max(max |x|, 1e-4)
         scale = amax / 448                           448 is the largest float8_e4m3fn
-        value = float8_e4m3fn(x / scale)             ties to even; never beyond 448
+        value = float8_e4m3fn(x / scale)             ties to even; at most 448
         recv.x = dtype(float32(value) * scale)
 
     The scales are those of DeepEP's per-token cast (https://github.com/deepseek-ai/DeepEP,
-    tests/utils.py, per_token_cast_to_fp8), which multiplies by 448 / amax where this divides.
-    The bits are the same on every platform and in `reference`. A group with
-    a NaN or an infinity arrives as NaN, all of it. Only the rows of the forward dispatch are
-    quantised: combine, and the gradients of both, travel in `dtype`, and the gradient passes the
-    quantisation as if it were the identity.
+    tests/utils.py, per_token_cast_to_fp8), but for a rounding: DeepEP multiplies by 448 / amax, and
+    this divides by the scale. The bits are the same on every platform and in `reference`. Where one
+    of 128 columns is a NaN or an infinity, all 128 arrive as NaN. Only the rows of the forward
+    dispatch are quantised. The rows of a combine, and the gradients of both, travel in `dtype`. The
+    gradient passes the quantisation as if it were the identity.
 
     Raises:
-      TypeError, ValueError: for a value out of range, naming it and the range; for a
-        `capacity_factor` beside a `recv_capacity` or an `expert_capacity`.
+      TypeError, ValueError: for a value out of range, with the value and the range in the text;
+        for a `capacity_factor` beside a `recv_capacity` or an `expert_capacity`.
     """
 
     ep_size: int = field(metadata=int_in(1))
@@ -161,12 +163,12 @@ class Config:
 
     @property
     def balanced_load(self) -> int:
-        """Expert rows of a rank where all ranks have `max_tokens` and the router spreads evenly."""
+        """Expert rows of a rank if all ranks have `max_tokens` and the router spreads evenly."""
         return self.max_tokens * self.top_k
 
     @property
     def worst_case_capacity(self) -> int:
-        """Expert rows a rank receives at most from tokens that name no expert twice.
+        """The most expert rows that a rank receives from tokens that name no expert twice.
 
         Every token of every rank then names as many of the rank's experts as it can: ep_size *
         max_tokens * min(top_k, num_local_experts) rows, and up to expert_alignment - 1 rows of
@@ -178,7 +180,7 @@ class Config:
 
     @property
     def max_recv_tokens(self) -> int:
-        """Token rows a rank receives at most: one for every token of the group."""
+        """The most token rows that a rank receives: one for every token of the group."""
         return self.ep_size * self.max_tokens
 
     @property

@@ -1,4 +1,4 @@
-"""`Lifetime`: what a buffer is from its opening to its end, apart from its ops."""
+"""`Lifetime`: a buffer from its opening to its end, with all that is not an op."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from jax_sm_free.transports import Opened
 
 
 class FaultError(RuntimeError):
-    """An exchange went wrong: the text names rank, peer, op, what was expected and what seen."""
+    """An exchange went wrong. The text has rank, peer and op, and what was expected and seen."""
 
 
 class Lifetime:
@@ -39,14 +39,15 @@ class Lifetime:
     def check(self) -> None:
         """Raises the fault that the buffer has met, if there was one. Not collective.
 
-        On CPU that is the first fault since the last check; JAX has raised it too, when the
-        results of the program were asked for, as `jax.errors.JaxRuntimeError`, or as ValueError
-        where a process has one device: catch both, and call this. On GPUs the first fault stays:
-        results are NaN where it reached them, and every later check and call raises it. Wait for
-        results before the check, which waits for nothing.
+        Wait for the results of a program first: the check itself waits for nothing.
+
+        On CPU it raises the first fault since the last check. JAX has raised the same fault where
+        the program's results were needed: as `jax.errors.JaxRuntimeError`, or as ValueError if the
+        process has one device. Catch both, and call this. On GPUs the first fault stays. Results
+        that it reached are NaN, and every later check and call raises it.
 
         Raises:
-          FaultError: always this type, with rank, peer, op, expected and seen.
+          FaultError: for a fault of any kind.
           RuntimeError: if the buffer is closed.
         """
         self._check_open("check")
@@ -59,10 +60,10 @@ class Lifetime:
     def close(self) -> None:
         """Frees the buffer's memory. Not collective; closing twice does nothing.
 
-        What still waits ends with an error, and so do programs that run this buffer's ops later. A
-        buffer that is garbage collected, and was not closed, ends nothing: see "Lifetime" in
-        docs/sharp_bits.md. In a forked child it does nothing: the memory and the connections are
-        the parent's.
+        A recv that still waits ends with an error, and so does a program that runs this buffer's
+        ops later. A buffer that is garbage collected without having been closed ends no program:
+        see "Lifetime" in docs/sharp_bits.md. In a forked child, closing does nothing, because the
+        memory and the connections belong to the parent process.
         """
         if self._closer.detach() and self._native is not None and os.getpid() == self._opener:
             self._native.close_buffer(self._id)
@@ -82,8 +83,9 @@ class Lifetime:
     def message_bytes(self, device: Any) -> int:
         """Bytes that messages have taken so far on `device`. Not collective.
 
-        Compare with `estimate_memory(config).messages`, on GPUs with `stage` added. 0 for a device
-        outside the mesh, and for a mesh of devices that are not there.
+        Compare them with `estimate_memory(config).messages`, and on GPUs with the sum of `messages`
+        and `stage`. A device outside the mesh has 0 bytes, and so have devices that are only
+        described.
 
         Args:
           device: a `jax.Device` of this process.
@@ -100,14 +102,15 @@ class Lifetime:
         return self._native.message_bytes(self._id, transports.ordinal(device))
 
     def stats(self) -> BufferStats:
-        """What the ranks of this process have exchanged, and waited for, so far. Not collective.
+        """A snapshot of what the ranks of this process have exchanged so far. Not collective.
 
-        Counted since the buffer was opened: subtract two snapshots. Waits for no result and no
-        kernel (on GPUs it copies a few hundred bytes from each device): what is under way is
-        counted in part. Wait for the results of a program first to have all of it.
+        The counts begin where the buffer opens: subtract two snapshots. Taking one waits for no
+        result and for no kernel, so that exchanges that are on their way are counted in part. Wait
+        for the results of a program first to have all of its exchanges. On GPUs a snapshot copies a
+        few hundred bytes from each device.
 
         Returns:
-          `BufferStats`, without ranks for a mesh of devices that are not there.
+          `BufferStats`, without ranks if the devices are only described.
 
         Raises:
           RuntimeError: if the buffer is closed, or a device cannot be read.
@@ -118,7 +121,7 @@ class Lifetime:
         return stats.read(self._native, self._id, self.mesh)
 
     def __copy__(self) -> Self:
-        """The same buffer, so that a copy of a module that holds it uses it, too."""
+        """The same buffer, so that the copy of a module uses the buffer of the module."""
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

@@ -13,16 +13,16 @@ class MemoryEstimate:
     """Bytes per rank; `total` is their sum.
 
     Attributes:
-      messages: messages to this rank of `num_slots` exchanges in flight, all of the largest size:
-        with rows in `dtype`, whatever the `wire_dtype`, because combine sends those. They live
-        outside XLA's memory. On CPU they are taken only as far as rows are really sent,
-        and each of the four kinds of exchange (dispatch, combine and the gradients of both) has
-        `num_slots` of its own, so that a program with all of them in flight at once can take more.
-        On GPUs all is taken when the buffer is made.
-      stage: the same for messages that leave this rank. On GPUs alone: on CPU a packed message is
-        handed over.
-      recv: the result of one `dispatch_recv(output="experts")`, in XLA's memory: rows, weights,
-        group sizes, counts and the layout.
+      messages: messages to this rank of `num_slots` exchanges in flight, all of the largest size.
+        The rows are counted in `dtype`, whatever the `wire_dtype`, because combine sends rows in
+        `dtype`. Messages live outside XLA's memory. On CPU a buffer takes only the memory of rows
+        that are really sent. And each of the four kinds of exchange (dispatch, combine and the
+        gradients of both) has `num_slots` of its own there, so that a program with all of them in
+        flight at once can take more. On GPUs the buffer takes all of this memory when it opens.
+      stage: the same for messages that leave this rank. Only GPUs need it: on CPU a rank hands its
+        packed message over.
+      recv: the result of one `dispatch_recv(output="experts")`, in XLA's memory. These are rows,
+        weights, group sizes, counts and the layout.
     """
 
     messages: int
@@ -41,13 +41,13 @@ def _check_config(op: str, config: Any) -> None:
 
 
 def estimate_memory(config: Config) -> MemoryEstimate:
-    """Bytes a rank needs, before anything is allocated. Not collective.
+    """The bytes that a rank needs, before anything is allocated. Not collective.
 
     Args:
       config: the sizes; `Buffer(...).config`, or a `Config` made by hand.
 
     Returns:
-      What follows from the sizes alone, whatever is routed where.
+      An estimate that follows from the sizes alone, whatever the tokens name.
 
     Raises:
       TypeError: if `config` is no `Config`.
@@ -66,7 +66,7 @@ def estimate_memory(config: Config) -> MemoryEstimate:
 
 
 def get_rdma_size_hint(config: Config) -> int:
-    """Bytes of one rank's messages that may cross a NIC: those to the other ranks. Not collective.
+    """Bytes of one rank's messages to other ranks, which may cross a NIC. Not collective.
 
     Args:
       config: as for `estimate_memory`.

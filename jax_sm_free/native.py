@@ -1,4 +1,4 @@
-"""The extension, of which this is the only importer: its buffers, and its handlers for XLA."""
+"""The extension: its buffers, and its handlers for XLA. No other module imports it."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ class Native:
         Args:
           config: the sizes.
           places: each device's (group, rank, mesh position).
-          name: by which programs find it.
+          name: by which programs find the buffer.
         """
         return int(self.module.open_buffer(name, config.sizes(), places))
 
     def lowest_free_id(self) -> int:
-        """The lowest number above those of all buffers so far."""
+        """The lowest number above the numbers of all buffers so far."""
         return int(self.module.lowest_free_id())
 
     def close_buffer(self, buffer_id: int) -> None:
-        """Frees a buffer; whoever waits on it ends with an error. Closing twice does nothing."""
+        """Frees a buffer; a recv that waits on it ends with an error. May be called twice."""
         self.module.close_buffer(buffer_id)
 
     def drop_buffer(self, buffer_id: int) -> None:
-        """Frees a buffer as soon as no program is left that may still run on it."""
+        """Frees a buffer as soon as no program may still run on it."""
         self.module.drop_buffer(buffer_id)
 
     def take_fault(self, buffer_id: int) -> str | None:
@@ -57,11 +57,11 @@ class Native:
         return None if fault is None else str(fault)
 
     def message_bytes(self, buffer_id: int, device: int) -> int:
-        """Bytes of messages that one rank has taken so far, in use or kept for reuse."""
+        """Bytes of messages that a device's rank has taken so far, in use or kept for reuse."""
         return int(self.module.message_bytes(buffer_id, device))
 
     def stats(self, buffer_id: int, device: int) -> dict[str, Any]:
-        """What the rank of a device has counted: the fields of `RankStats`, nanoseconds as ints."""
+        """What the rank of a device has counted: the fields of `RankStats`, with nanoseconds."""
         return dict(self.module.stats(buffer_id, device))
 
 
@@ -69,7 +69,7 @@ class Native:
 def _load(platform: str) -> Any:
     try:
         module = importlib.import_module(f"jax_sm_free._{platform}")
-        # Python's end closes what is open, so that the peers of this process hear of it.
+        # Closes all open buffers when Python ends, so that the peers of this process hear of it.
         weakref.finalize(module, _close_all, module.close_all, os.getpid())
         return module
     except ImportError as error:
@@ -79,8 +79,8 @@ def _load(platform: str) -> Any:
 
 
 def _close_all(close_all: Callable[[], None], opener: int) -> None:
-    # A forked child has the module, but neither the threads nor the connections of its buffers:
-    # those are its parent's, which goes on using them.
+    # A forked child has the module, but not the threads and connections of the buffers. These
+    # belong to the parent process, which still uses them.
     if os.getpid() == opener:
         close_all()
 
@@ -96,7 +96,7 @@ def register_cpu() -> None:
 
 @functools.cache
 def register_cuda() -> None:
-    """Registers handlers of platform "CUDA"; without CUDA in the build, enough to compile."""
+    """Registers handlers of platform "CUDA". A build without CUDA has some that only compile."""
     try:
         handlers = _load("cuda").handlers()
     except NotImplementedError:

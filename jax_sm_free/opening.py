@@ -1,4 +1,4 @@
-"""`buffer_for`: buffers that are found by their arguments, and so survive copying and pickling."""
+"""`buffer_for`: finds a buffer by its arguments, also after copying and pickling."""
 
 from __future__ import annotations
 
@@ -28,28 +28,31 @@ _buffers: dict[Hashable, Buffer] = {}
 def buffer_for(
     axis: str | tuple[str, ...], mesh: Mesh | AbstractMesh | None = None, **sizes: Any
 ) -> Buffer:
-    """The open buffer for these arguments, opened at the first call with equal ones.
+    """The open buffer for these arguments. The first call with equal arguments opens it.
 
-    A layer calls it where it needs its buffer, also while JAX traces. Opening is collective where
-    the mesh has devices of several processes: all of them call it, in the same order, as they do
-    where all trace the same program.
+    A layer calls `buffer_for` where it needs its buffer, also while JAX traces. Opening is
+    collective where the mesh has devices of several processes: all of them make the same calls in
+    the same order. They do so if all trace the same program.
 
-    The buffer stays open until the process ends, or until `close()`, after which the next call
-    opens another. Layers that call it with equal arguments share one buffer, and with it
-    `num_slots`: the exchanges that may be in flight at once.
+    The buffer stays open until the process ends, or until `close()`. After that the next call opens
+    another one. Layers that call it with equal arguments share one buffer, and so share its
+    `num_slots`, the exchanges that may be in flight at once.
 
-    Without `mesh` a function is for one mesh: JAX traces it once for all meshes of `jax.set_mesh`
-    that have the same shape. On the devices of another one it ends in a fault (docs/sharp_bits.md).
+    A function that calls `buffer_for` without `mesh` works for one mesh only, because JAX traces it
+    once for all meshes of `jax.set_mesh` that have the same shape. On the devices of another mesh
+    it ends in a fault (docs/sharp_bits.md).
 
     Args:
       axis: as for `Buffer`.
-      mesh: the devices; None for the mesh in force, of `jax.set_mesh(mesh)` or `with mesh:`. An
-        AbstractMesh, such as a layer sees under `jax.jit`, stands for a mesh in force of its shape.
-      **sizes: as for `Buffer`: hidden, num_experts, top_k, max_tokens, and what else it takes.
+      mesh: the devices. None for the mesh in force, of `jax.set_mesh(mesh)` or `with mesh:`. An
+        AbstractMesh, such as a layer sees under `jax.jit`, stands for the mesh in force, which has
+        to have the same shape.
+      **sizes: the other arguments of `Buffer`: hidden, num_experts, top_k, max_tokens, and all that
+        have defaults.
 
     Raises:
-      ValueError: if no mesh with devices is in force, or one of another shape than the AbstractMesh
-        of the code around.
+      ValueError: if no mesh with devices is in force, or if it has another shape than the
+        AbstractMesh of the code around.
       TypeError, ValueError, and others: as `Buffer` does.
     """
     if mesh is None or isinstance(mesh, AbstractMesh):
@@ -106,7 +109,7 @@ def _mesh_in_force(expected: AbstractMesh | None) -> Mesh:
     )
 
 
-# What pickle keeps of a buffer, so that a module that holds one can be pickled.
+# Pickling a buffer, so that a module that holds one can be pickled.
 
 
 def _reduce(buffer: Buffer) -> Any:
@@ -128,7 +131,7 @@ def _find_or_open(
     config: Config,
     name: str | None,
 ) -> Buffer:
-    """The buffer that was pickled, if it is open here; else the one for its arguments."""
+    """The buffer that was pickled, if it is open here; else the buffer for its arguments."""
     mesh = _mesh_of(*where)
     buffer = named_buffers.get(program_name)
     if buffer is not None and not buffer.is_closed and buffer.mesh == mesh:

@@ -1,4 +1,4 @@
-"""The ops over all ranks: bit for bit those of the reference, and how fast rows leave a rank."""
+"""Runs the ops over all ranks: compares them with the reference, and measures their speed."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from jax_sm_free.doctor import waits
 from jax_sm_free.doctor.findings import Finding, ok, problem
 
 _AXIS = "ep"
-# The reference brings all tokens to each rank.
+# The reference brings all tokens to each rank, so that the comparison has to be small.
 _MAX_TOKENS, _MAX_HIDDEN = 64, 1024
 _ROUNDS, _TIMED = 3, 10
 
 
 def check_against_reference(config: Config, timeout_s: float) -> Iterator[Finding]:
-    """Dispatch and combine of random tokens, in small. Collective."""
+    """Compares dispatch and combine of random tokens, at small sizes. Collective."""
     config = dataclasses.replace(
         config,
         hidden=min(config.hidden, _MAX_HIDDEN),
@@ -165,10 +165,10 @@ def _differing_ranks(got: Any, want: Any) -> set[int]:
 
 
 def interval(run: Callable[[], Any]) -> float:
-    """Seconds from the end of one run to that of the next, the median of all but the first.
+    """Seconds from the end of one run to the end of the next: the median of all but the first.
 
-    Not how long a run takes: of a process that begins later than its peers, much of the exchange
-    has happened by then.
+    The time of a single run would be too short in a process that begins later than its peers,
+    because a part of the exchange has happened before it begins.
     """
     run()
     ends = []

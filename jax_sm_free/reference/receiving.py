@@ -16,15 +16,18 @@ from jax_sm_free.results import Layout, Received, ReceivedTokens
 
 @dataclasses.dataclass(frozen=True)
 class Arrivals:
-    """Every (token, k) of the group as one rank sees it; M = ep_size * T, E = local experts.
+    """Every (token, k) of the group as one rank sees it.
+
+    In the shapes, M is ep_size * T, E is the number of local experts, and R is ep_size *
+    max_tokens.
 
     Attributes:
-      x: [M, ...] arrays, by source rank, then token.
-      expert: i32 [M, top_k], local expert; E where the entry is not for this rank.
+      x: [M, ...] arrays, in order of source rank, then token.
+      expert: i32 [M, top_k], the local expert; E where the entry is not for this rank.
       weights: f32 [M, top_k].
-      token_rows: i32 [R], which of the M tokens is the i-th token row received; M past the last.
-      num_rows_from: i32 [ep_size].
-      counts: i32 [E].
+      token_rows: i32 [R], which of the M tokens is the i-th token row received; -1 past the last.
+      num_rows_from: i32 [ep_size], token rows received from each rank.
+      counts: i32 [E], rows sent to each local expert.
     """
 
     x: Any
