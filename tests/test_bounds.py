@@ -18,7 +18,8 @@ from jax_sm_free.reference import float8
 from jax_sm_free.transports.in_process import InProcess
 from jax_sm_free.transports.ucx import Ucx
 
-# One more than GPUs support, and the error.
+CONFIG = make_config(2)
+# Sizes of which one is larger by one than GPUs support, and the error.
 TOO_MANY_RANKS = make_config(33, num_experts=66), r"ep_size must be at most 32 on GPUs, got 33"
 TOO_MANY_EXPERTS = (
     make_config(4, num_experts=32764),
@@ -95,3 +96,9 @@ def test_cpp_has_the_same_numbers():
     assert constant("kMinAmax") == float8.MIN_AMAX
     assert constant("kMaxFloat8") == float8.MAX_FLOAT8
     assert float(jnp.finfo(wire_format.FLOAT8.dtype).max) == float8.MAX_FLOAT8
+
+
+@pytest.mark.skipif(not CC.exists(), reason="reads the C++ sources of a checkout")
+def test_cpp_has_the_sizes_that_python_gives():
+    struct = (CC / "config.h").read_text().partition("struct Config {")[2].partition("};")[0]
+    assert set(re.findall(r"^  \w+ (\w+) = ", struct, re.MULTILINE)) == set(CONFIG.sizes())
