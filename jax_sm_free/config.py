@@ -92,7 +92,7 @@ class Config:
     num_experts: int = field(metadata=int_in(1))
     top_k: int = field(metadata=int_in(1, MAX_TOP_K))
     max_tokens: int = field(metadata=int_in(1))
-    # Any: None is an argument alone, and `__post_init__` replaces it.
+    # An int as soon as `__post_init__` has replaced None.
     recv_capacity: Any = field(default=None, metadata=int_or_none(0))
     num_slots: int = field(default=2, metadata=int_in(1, MAX_NUM_SLOTS))
     expert_alignment: int = field(default=1, metadata=int_in(1))
