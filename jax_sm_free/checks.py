@@ -62,11 +62,11 @@ def check_inside(op: str, mesh: Mesh, axes: tuple[str, ...]) -> None:
         names = ", ".join(map(repr, left_out))
         raise ValueError(
             f"{op}: expected shard_map to be manual in every axis of the mesh {want}, got one that "
-            f"leaves out {names}, over which XLA partitions no call with a side effect; leave "
-            "axis_names out and give each axis its place in in_specs and out_specs, or put this "
-            f"call into a shard_map of its own: jax.shard_map(f, axis_names={{{names}}}, "
-            "in_specs=jax.P(), out_specs=jax.P(), check_vma=False), with check_vma=False in the "
-            "shard_map around it, too, for gradients"
+            f"leaves out {names}, where XLA cannot partition a call with a side effect; either "
+            "call shard_map without axis_names, and name each axis in in_specs and out_specs; or "
+            f"put this call into a shard_map of its own: jax.shard_map(f, axis_names={{{names}}}, "
+            "in_specs=jax.P(), out_specs=jax.P(), check_vma=False); gradients then need "
+            "check_vma=False in the shard_map around it, too"
         )
 
 

@@ -119,8 +119,8 @@ def _for_gpus(rows: Array, weights: Array) -> str:
         return "mosaic"
     if any(device.platform == "gpu" for device in jax.devices()):
         warnings.warn(
-            "grouped_matmul: jax.lax.ragged_dot, which is slow on GPUs, takes the place of JAX's "
-            f"Pallas kernels: {reason}. An expert_capacity is the fast way without them.",
+            "grouped_matmul: uses jax.lax.ragged_dot, which is slow on GPUs, and not JAX's Pallas "
+            f"kernels: {reason}. An expert_capacity makes products fast without these kernels.",
             stacklevel=3,
         )
     return "ragged_dot"

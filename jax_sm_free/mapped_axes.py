@@ -84,7 +84,7 @@ def _check_slots(name: str, num_slots: int, mapped: tuple[int, ...]) -> None:
     sizes = " x ".join(map(str, reversed(mapped)))
     advice = "make the mapped axis part of the token axis"
     if 1 <= num_places <= MAX_NUM_SLOTS:
-        advice += f", or open the buffer with num_slots={num_places}, with memory for as many"
+        advice += f", or open the buffer with num_slots={num_places}, which takes more memory"
     raise ValueError(
         f"{name}: expected jax.vmap over 1 to {num_slots} places (num_slots), got {sizes}: each "
         f"place is an exchange of its own, and {num_places} of them would be in flight at once; "

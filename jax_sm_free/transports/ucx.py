@@ -134,6 +134,6 @@ def _describe(
         texts.append(text)
     return (
         f"expected process {bootstrap.processes[bootstrap.index]} to reach all others by UCX, but "
-        f"did not reach {'; '.join(texts)}. UCX_NET_DEVICES=eth0, for one, chooses the network, "
-        "UCX_TLS=tcp the transport, and UCX_LOG_LEVEL=info shows what UCX chose"
+        f"did not reach {'; '.join(texts)}. Set UCX_NET_DEVICES=eth0, for example, to choose the "
+        "network, UCX_TLS=tcp to choose the transport, and UCX_LOG_LEVEL=info to see UCX's choice"
     )
