@@ -8,7 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from typing import Any
 
-from jax_sm_free import ucx
+from jax_sm_free.transports import ucx
 
 _TEST = ("-t", "ucp_am_bw", "-s", str(1 << 20), "-n", "200")
 _MIB = 2.0**20  # which is what it calls MB

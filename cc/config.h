@@ -1,5 +1,5 @@
-// Sizes of one expert-parallel group. Checked in Python (jax_sm_free/config.py) before they get
-// here.
+// Sizes of one expert-parallel group. Python checks them (jax_sm_free/config.py, bounds.py) before
+// they get here.
 
 #ifndef JAX_SM_FREE_CC_CONFIG_H_
 #define JAX_SM_FREE_CC_CONFIG_H_

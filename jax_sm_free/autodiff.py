@@ -1,7 +1,8 @@
 """The mirrored VJPs: the gradient of a send is a receive, and of a receive a send.
 
-The token carries the cotangent, so that the backward pass is split like the forward pass: what
-`overlap` placed between send and recv has its gradient computed between the mirrored two.
+The token carries the cotangent, so that the backward pass is split like the forward pass. The
+gradient of compute that `overlap` placed between a send and its recv is computed between the
+mirrored send and recv.
 
     forward                      backward
     dispatch_send  ->  token     dispatch_backward_recv  <-  token
@@ -11,10 +12,10 @@ The token carries the cotangent, so that the backward pass is split like the for
 
 No residual of a send comes out of the send itself, so that dead code elimination drops a send and
 its recv together or not at all. A recv of the forward pass also takes the rows that its send had,
-of which this rank's own need not travel; all of the gradient goes through the token.
+because this rank's own rows need not travel. All of the gradient goes through the token.
 
-What a dispatch receives has a name for the policies of `jax.checkpoint`, inside of the rules for
-gradients: what the backward pass keeps is then what a policy saves by that name.
+The results of a dispatch get a name for the policies of `jax.checkpoint` inside of the rules for
+gradients. So the backward pass keeps the arrays that a policy saves by that name.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ from jax.ad_checkpoint import checkpoint_name
 from jax_sm_free import primitives
 from jax_sm_free.primitives import RowType, Target
 
-# The name of what a dispatch has received. `jax.checkpoint` saves it with a policy such as
-# jax.checkpoint_policies.save_only_these_names(smf.DISPATCHED), and does not dispatch again then.
+# The name of all that a dispatch has received. With a policy such as
+# jax.checkpoint_policies.save_only_these_names(smf.DISPATCHED), `jax.checkpoint` saves it, and the
+# backward pass does not dispatch again.
 DISPATCHED = "smf_dispatched"
-# A second name of the rows among it, recv.x, for policies that offload these to the host's memory
-# and save the rest, which is small and wanted first, on the device:
+# A second name of the rows, recv.x. A policy can offload the rows to the host's memory, and save
+# the rest on the device, which is small and needed first:
 #   jax.checkpoint_policies.save_and_offload_only_these_names(
 #       names_which_can_be_saved=[smf.DISPATCHED],
 #       names_which_can_be_offloaded=[smf.DISPATCHED_ROWS],
@@ -44,10 +46,10 @@ DISPATCHED_ROWS = "smf_dispatched_rows"
 
 
 def _name(results: tuple[Array, ...]) -> tuple[Array, ...]:
-    """Names what a dispatch has received: values and scales of the rows, and all that follows.
+    """Names the results of a dispatch: values and scales of the rows, and all that follows.
 
-    The rows' own name is the outer one. So a policy for DISPATCHED alone saves them, and one that
-    offloads DISPATCHED_ROWS does not save them, too.
+    The rows' own name is the outer one. So a policy for DISPATCHED alone saves the rows, and a
+    policy that offloads DISPATCHED_ROWS does not also save them.
     """
     values, scales, *rest = (checkpoint_name(result, DISPATCHED) for result in results)
     rows = (checkpoint_name(part, DISPATCHED_ROWS) for part in (values, scales))
@@ -59,7 +61,7 @@ def _name(results: tuple[Array, ...]) -> tuple[Array, ...]:
 class _Shape:
     """A residual of which the backward pass needs the shape alone.
 
-    Arrays without elements are kept so: JAX 0.11.2 ends the process where one leaves a shard_map.
+    Empty arrays are kept in this form, because JAX 0.11.2 crashes where one leaves a shard_map.
     """
 
     shape: tuple[int, ...] = dataclasses.field(metadata={"static": True})
@@ -71,7 +73,7 @@ def _keep(array: Array) -> Array | _Shape:
 
 
 def _give_back(kept: Array | _Shape, like: Array) -> Array:
-    """What was kept, or an array without rows that varies over the mesh axes that `like` does."""
+    """The array that was kept, or an empty array that varies over the mesh axes of `like`."""
     if not isinstance(kept, _Shape):
         return kept
     nothing = like.reshape(-1)[:0].reshape(0, *(1 for _ in kept.shape[1:]))
@@ -80,7 +82,7 @@ def _give_back(kept: Array | _Shape, like: Array) -> Array:
 
 @jax.custom_vjp
 def no_gradient(values: Array, scales: Array) -> tuple[Array, Array]:
-    """The identity, for quantised rows; an error where something asks for their gradient."""
+    """The identity, for quantised rows. Raises TypeError if a program needs their gradient."""
     return values, scales
 
 
@@ -126,7 +128,7 @@ dispatch_send.defvjp(_dispatch_send_fwd, _dispatch_send_bwd)
 
 
 def _gradient_rows(target: Target, row_type: RowType) -> tuple[int, Any]:
-    """Columns and dtype of the rows that travel back: none for quantised rows."""
+    """Columns and dtype of the rows that travel back. Quantised rows have 0 columns."""
     return (0 if row_type.has_scales else row_type.columns), target.config.dtype
 
 
@@ -183,13 +185,13 @@ dispatch_recv_tokens.defvjp(_dispatch_recv_tokens_fwd, _dispatch_recv_tokens_bwd
 def combine_send(
     target: Target, y: Array, weights: Array | None, rows: Array, num_rows_from: Array
 ) -> Array:
-    """Without weights: a plain sum, whose gradient needs neither y nor weights kept."""
+    """Without weights it is a plain sum, for whose gradient neither y nor weights are kept."""
     present = no_weights(y) if weights is None else weights
     return primitives.combine_send(target, y, present, rows, num_rows_from)
 
 
 def no_weights(y: Array) -> Array:
-    """f32 [0], varying over the mesh axes that y varies over."""
+    """f32 [0], which varies over the mesh axes that y varies over."""
     return y[:0].reshape(-1).astype(jnp.float32)
 
 

@@ -1,10 +1,10 @@
 """Grouped matrix products on CPU, at the cost of the rows in use.
 
-On CPU, `jax.lax.ragged_dot` multiplies every row by every group's matrix, and then takes zero
-times what is of another group: that is E times the work for E groups, and one group's NaN reaches
-all rows. Here a loop over the groups takes as many blocks of rows as the group's size asks for. The
-last block of a group may reach into the next one; what it computes there is selected away. Rows
-past the last group cost nothing but their zeros.
+On CPU, `jax.lax.ragged_dot` multiplies every row by every group's matrix, and then multiplies the
+products with other groups' matrices by zero. For E groups that is E times the work, and a NaN of
+one group reaches all rows. Here a loop over the groups takes as many blocks of rows as each group
+needs. The last block of a group may reach into the next group, and its results there are discarded.
+Rows past the last group cost no work, they stay zero.
 """
 
 from __future__ import annotations
@@ -19,21 +19,22 @@ from jax import Array
 from jax_sm_free.varying import vary_alike
 
 # Rows of a block. A group takes large blocks as long as it fills them, and small ones for the rest.
-# Of (512, 64), (256, 32), (128, 16), (64, 16) and single sizes, these were fastest, or within the
-# noise of the fastest, for groups of 16 to 256 rows and matrices from [32, 64] to [512, 1024].
+# These sizes were the fastest, or within the noise of the fastest, among (512, 64), (256, 32),
+# (128, 16), (64, 16) and single sizes. That was for groups of 16 to 256 rows and matrices from
+# [32, 64] to [512, 1024].
 BLOCKS = (128, 16)
 
 
 def _wide(*dtypes: Any) -> Any:
-    """float32, or float64 where one of these floats is: JAX promotes none of 8 bits itself."""
+    """float32, or float64 if one of the dtypes is. JAX itself promotes no floats of 8 bits."""
     return max(jnp.dtype(jnp.float32), *dtypes, key=lambda dtype: dtype.itemsize)
 
 
 def _as_bits(array: Array) -> Array:
-    """Narrow floats as integers of their bits.
+    """Floats narrower than float32 as integers of their bits.
 
-    XLA:CPU computes in float32 what is said in narrower floats, slices and updates of slices
-    included: it would convert the whole array for every block.
+    XLA:CPU computes in float32 where a program has narrower floats, also slices and updates of
+    slices. So it would convert the whole array for every block.
     """
     if array.dtype.itemsize >= 4:
         return array
@@ -51,9 +52,10 @@ def _over_blocks(
     end: Array,
     num_rows: int,
 ) -> Array:
-    """Takes rows begin to end in blocks: carry = step(size, start, mine, carry).
+    """Takes rows begin to end in blocks, by carry = step(size, start, mine, carry) for each block.
 
-    A block is `size` rows from `start` on, of which mine, bool [size, 1], says which to take.
+    A block has `size` rows from `start` on. `mine`, bool [size, 1], is true for the rows of the
+    block that are among begin to end and have not been taken yet.
     """
     if num_rows == 0:
         return carry

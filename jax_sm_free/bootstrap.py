@@ -1,7 +1,8 @@
 """Several processes open one buffer together: they meet in jax.distributed's key-value store.
 
-Every process of the mesh writes a value under a key of its own, reads those of all others, and
-waits at a barrier whose name is the digest of all values: who passes it has read what all have.
+Every process of the mesh writes a value under a key of its own and reads the values of all others.
+It then waits at a barrier whose name is the digest of all values. So a process that passes the
+barrier knows that all processes have read the same values.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ from jax.sharding import Mesh
 from jax_sm_free.config import Config
 from jax_sm_free.version import __version__
 
-# How long processes wait for each other at least: one may still be importing, or compiling.
+# Processes wait for each other for at least so long: one may still import modules, or compile.
 MIN_TIMEOUT_S = 60.0
 
 _VALUE, _ERROR = b"+", b"!"
 _NONCE_BYTES = 16
 
-# Openings that have ended, by the processes that took part: equal on all of them.
+# How many openings have ended, by the processes that took part. All of these count the same number.
 _num_opened: collections.Counter[tuple[int, ...]] = collections.Counter()
 
 
@@ -40,8 +41,8 @@ class Bootstrap:
             bootstrap.compare(facts)
             addresses = bootstrap.exchange(address)
 
-    Leaving waits until all have left. Where one raises inside, all others do at their next call,
-    naming it; nothing stays in the store.
+    Leaving waits until all have left. Where one process raises inside, all others raise at their
+    next call, with its number in the text. Nothing stays in the store.
 
     Attributes:
       processes: the process indices of the mesh's devices, ascending.
@@ -49,10 +50,10 @@ class Bootstrap:
     """
 
     def __init__(self, mesh: Mesh, timeout_s: float = MIN_TIMEOUT_S) -> None:
-        """Meets nobody yet.
+        """Finds the processes, and exchanges nothing yet.
 
         Args:
-          mesh: some of whose devices are of this process.
+          mesh: a mesh with devices of this process.
           timeout_s: seconds that one call waits for the others, at least MIN_TIMEOUT_S.
 
         Raises:
@@ -71,8 +72,8 @@ class Bootstrap:
         names = ",".join(map(str, self.processes))
         self._prefix = f"jax_sm_free/{names}/{_num_opened[self.processes]}"
         self._round = 0
-        self._met = True  # in every call so far
-        self._all_know = False  # that the opening has failed
+        self._met = True  # whether the processes have met in every call so far
+        self._all_know = False  # whether all processes know that the opening has failed
 
     def exchange(self, payload: bytes) -> list[bytes]:
         """Gives `payload` to all processes. Collective.
@@ -81,8 +82,8 @@ class Bootstrap:
           The payloads of all processes, in the order of `processes`.
 
         Raises:
-          TimeoutError: naming a process that did not come.
-          RuntimeError: naming a process that failed while it opened the buffer.
+          TimeoutError: if a process did not come, with its number in the text.
+          RuntimeError: if a process failed while it opened the buffer, with its number and error.
         """
         return self._exchange(_VALUE, payload)
 
@@ -90,12 +91,12 @@ class Bootstrap:
         """Raises unless the facts are the same in all processes. Collective.
 
         Args:
-          facts: what has to be equal, by name; values are compared as text. All processes give the
-            same names.
+          facts: the values that have to be equal, by name. They are compared as text. All
+            processes give the same names.
 
         Raises:
-          ValueError: in all processes, naming two of them, the first fact that differs, and both
-            values.
+          ValueError: in all processes, if a fact differs. The text has the first such fact, two
+            processes, and the values of both.
         """
         names = list(facts)
         own = "\n".join(str(facts[name]).replace("\n", " ") for name in names)
@@ -133,14 +134,14 @@ class Bootstrap:
         except TimeoutError as late:
             error.add_note(f"and the other processes could not be told: {late}")
         except RuntimeError:
-            pass  # this one's own text, read back
+            pass  # It is the text that this process has just written.
 
     def _exchange(self, kind: bytes, payload: bytes) -> list[bytes]:
         deadline = time.monotonic() + self._timeout_s
         prefix = f"{self._prefix}/{self._round}"
         self._round += 1
         own_key = f"{prefix}/{self.index}"
-        # What an earlier opening may have left, where not all processes came, is overwritten.
+        # An earlier opening, to which not all processes came, may have left a value here.
         value = kind + os.urandom(_NONCE_BYTES) + payload
         self._client.key_value_set_bytes(own_key, value, allow_overwrite=True)
         try:
@@ -186,7 +187,7 @@ class Bootstrap:
 def facts_of(
     mesh: Mesh, axes: tuple[str, ...], config: Config, transport: str, description: str
 ) -> dict[str, Any]:
-    """What all processes have to agree on, by name, for `Bootstrap.compare`."""
+    """The facts that all processes have to agree on, by name, for `Bootstrap.compare`."""
     return {
         "jax_sm_free": __version__,
         "jax": jax.__version__,

@@ -1,4 +1,4 @@
-"""What sends are called, where ranks are in several processes: cc/call_site.h says why."""
+"""The names of sends where ranks are in several processes (cc/call_site.h says why)."""
 
 from __future__ import annotations
 
@@ -11,19 +11,21 @@ from typing import Any
 
 import numpy as np
 
-# Sends lowered so far in each module, by something that lives as long as its lowering. (What a
-# module keeps alive would do, too, but jax.export takes all of that for callbacks of the host.)
+# Counts the sends lowered so far in each module. The key lives as long as the module's lowering.
+# (The module itself cannot keep a count alive, because jax.export takes that for a host callback.)
 _num_sends: weakref.WeakKeyDictionary[Any, Iterator[int]] = weakref.WeakKeyDictionary()
 
-# Lowerings of each call in this process. A program lowers a call once, so they tell programs apart.
+# Counts the lowerings of each call in this process. A program lowers a call once, so that this
+# number tells programs apart.
 _lowerings: dict[tuple[str, str, str], Iterator[int]] = collections.defaultdict(itertools.count)
 
 
 def names_of(name: str, buffer: str, ctx: Any) -> dict[str, Any]:
-    """The attributes by which all processes call a send alike, for its lowering in `ctx`.
+    """The attributes that name a send in the same way in all processes, for its lowering in `ctx`.
 
-    The same wherever the same program is lowered, so that caches of compiled programs still hit;
-    but for "lowering", which tells equal programs of this process apart and no other process sees.
+    All but one are the same wherever the same program is lowered, so that caches of compiled
+    programs still hit. The exception is "lowering", which tells equal programs of this process
+    apart. Other processes do not see it.
     """
     number = next(_num_sends.setdefault(ctx.module_context.shape_poly_state, itertools.count()))
     program = ctx.module_context.module.operation.attributes["sym_name"].value
@@ -38,7 +40,7 @@ def names_of(name: str, buffer: str, ctx: Any) -> dict[str, Any]:
 
 
 def _lowering(ctx: Any, key: tuple[str, str, str]) -> int:
-    # What is exported may be loaded in a process that has counted lowerings of its own.
+    # A process that loads an exported program has counted lowerings of its own.
     if ctx.module_context.lowering_parameters.for_export:
         return secrets.randbits(62)
     return next(_lowerings[key])

@@ -1,7 +1,7 @@
-"""How many rows a rank has room for: by a factor, or by default, which warns where that is much.
+"""How many rows a rank has room for: by a factor, and a warning where the default is large.
 
-The *balanced load* of a rank is max_tokens * top_k expert rows: what each gets where all ranks have
-`max_tokens` tokens and the router spreads them evenly.
+The *balanced load* of a rank is max_tokens * top_k expert rows. Each rank gets so many rows if all
+ranks have `max_tokens` tokens and the router spreads them evenly.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     from jax_sm_free.config import Config
 
-# The default is told of where it is more than this many times the balanced load.
+# The default warns if it is more than this many times the balanced load.
 MUCH = 4
 
 
@@ -34,13 +34,13 @@ def rows_of_factor(capacity_factor: Any, balanced: int, alignment: int, most: in
         raise TypeError(f"capacity_factor must be a number above 0, got {capacity_factor!r}")
     if not (math.isfinite(capacity_factor) and capacity_factor > 0):
         raise ValueError(f"capacity_factor must be a finite number above 0, got {capacity_factor}")
-    # By its decimal digits: as floats, 1.1 * 50 is more than 55.
+    # Takes the factor by its decimal digits, because 1.1 * 50 in floats is more than 55.
     rows = math.ceil(fractions.Fraction(str(capacity_factor)) * balanced)
     return min(-(-rows // alignment) * alignment, most)
 
 
 def warn_of_default(config: Config) -> None:
-    """Warns the caller of this package where `config` has much more room than the balanced load."""
+    """Warns the caller of this package if `config` has much more room than the balanced load."""
     balanced = config.balanced_load
     if config.recv_capacity <= MUCH * balanced:
         return
@@ -61,7 +61,7 @@ def warn_of_default(config: Config) -> None:
 
 
 def _frames_of_this_package() -> int:
-    """How many frames, from the caller of this function on, are of this package."""
+    """How many frames of the stack, from the caller of this function on, are of this package."""
     package, count = __name__.partition(".")[0], 0
     frame = sys._getframe(1)
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:

@@ -1,4 +1,4 @@
-"""Checks at trace time: every error says what was expected and what was got."""
+"""Checks of arguments and operands. Every error says what was expected and what was got."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 
 from jax_sm_free.config import Config
+from jax_sm_free.pending import Sent
 from jax_sm_free.primitives import RowType
 from jax_sm_free.results import Layout
-from jax_sm_free.schedule import Sent
 
 
 def describe(array: Any) -> str:
-    """Dtype and shape, as in bfloat16[128, 7168]."""
+    """Dtype and shape of an array, as in bfloat16[128, 7168]; the type of anything else."""
     if not hasattr(array, "shape") or not hasattr(array, "dtype"):
         return type(array).__name__
     return f"{getattr(array.dtype, 'name', array.dtype)}{list(array.shape)}"
@@ -40,7 +40,7 @@ def check_array(op: str, name: str, array: Any, dtype: Any, shape: tuple[Any, ..
 def check_inside(op: str, mesh: Mesh, axes: tuple[str, ...]) -> None:
     """Raises unless the caller runs in a shard_map over the buffer's mesh, manual in every axis.
 
-    Axes of one device do not matter: there is nothing to partition.
+    Axes of one device need not be manual, because there is nothing to partition.
     """
     here = jax.sharding.get_abstract_mesh()
     manual = {
@@ -62,20 +62,20 @@ def check_inside(op: str, mesh: Mesh, axes: tuple[str, ...]) -> None:
         names = ", ".join(map(repr, left_out))
         raise ValueError(
             f"{op}: expected shard_map to be manual in every axis of the mesh {want}, got one that "
-            f"leaves out {names}, over which XLA partitions no call with a side effect; leave "
-            "axis_names out and give each axis its place in in_specs and out_specs, or put this "
-            f"call into a shard_map of its own: jax.shard_map(f, axis_names={{{names}}}, "
-            "in_specs=jax.P(), out_specs=jax.P(), check_vma=False), with check_vma=False in the "
-            "shard_map around it, too, for gradients"
+            f"leaves out {names}, where XLA cannot partition a call with a side effect; either "
+            "call shard_map without axis_names, and name each axis in in_specs and out_specs; or "
+            f"put this call into a shard_map of its own: jax.shard_map(f, axis_names={{{names}}}, "
+            "in_specs=jax.P(), out_specs=jax.P(), check_vma=False); gradients then need "
+            "check_vma=False in the shard_map around it, too"
         )
 
 
 def check_rows(op: str, config: Config, x: Any) -> RowType:
-    """The type of the rows of x: [T, hidden], or (values [T, A], scales [T, B])."""
+    """Returns the type of the rows of x. Raises unless x is an operand of a `dispatch_send`."""
     if not isinstance(x, (tuple, list)):
         check_array(op, "x", x, config.dtype, ("T", config.hidden))
         return RowType(config.hidden, config.dtype)
-    if config.wire_dtype is not None:
+    if config.wire.quantises:
         raise TypeError(
             f"{op}: expected x {config.dtype.name}[T, {config.hidden}], which a buffer with "
             f"wire_dtype={config.wire_dtype.name} quantises itself, got a tuple of {len(x)} parts"
@@ -106,7 +106,7 @@ def check_rows(op: str, config: Config, x: Any) -> RowType:
 
 
 def _has_whole_bytes(dtype: Any) -> bool:
-    """Whether elements are numbers of 8 bits or more: smaller ones share bytes."""
+    """Whether each element is a number of 8 bits or more. Smaller elements share bytes."""
     if dtype == jnp.bool_:
         return True
     if not jnp.issubdtype(dtype, jnp.number):
@@ -135,6 +135,16 @@ def check_layout(op: str, config: Config, layout: Any) -> None:
     check_array(op, "layout.num_rows_from", layout.num_rows_from, jnp.int32, (config.ep_size,))
 
 
+def check_combine(config: Config, y: Any, layout: Any, weights: Any) -> None:
+    """Raises unless these are the operands of a `combine_send`."""
+    op = "combine_send"
+    check_layout(op, config, layout)
+    num_rows = config.recv_capacity if layout.output == "experts" else config.max_recv_tokens
+    check_array(op, "y", y, config.dtype, (num_rows, config.hidden))
+    if weights is not None:
+        check_array(op, "weights", weights, jnp.float32, (num_rows,))
+
+
 def check_sent(op: str, sent: Any, kind: str) -> None:
     if not isinstance(sent, Sent):
         raise TypeError(f"{op}: expected what {kind}_send returned, got {type(sent).__name__}")
@@ -143,7 +153,7 @@ def check_sent(op: str, sent: Any, kind: str) -> None:
 
 
 def check_mesh(mesh: Any, axis: Any) -> tuple[str, ...]:
-    """The expert axes as a tuple, checked against the mesh."""
+    """Returns the expert axes as a tuple. Raises unless they are different axes of the mesh."""
     if not isinstance(mesh, Mesh):
         raise TypeError(f"expected mesh to be a jax.sharding.Mesh, got {type(mesh).__name__}")
     axes = tuple(axis) if isinstance(axis, (tuple, list)) else (axis,)
@@ -156,8 +166,19 @@ def check_mesh(mesh: Any, axis: Any) -> tuple[str, ...]:
     return axes
 
 
+def check_config(op: str, config: Any, ep_size: int) -> None:
+    """Raises unless `config` is a Config for groups of `ep_size` ranks."""
+    if not isinstance(config, Config):
+        raise TypeError(f"{op}: expected a Config, got {type(config).__name__}")
+    if config.ep_size != ep_size:
+        raise ValueError(
+            f"{op}: expected a Config with ep_size={ep_size}, the number of devices along the axis "
+            f"of the mesh, got ep_size={config.ep_size}"
+        )
+
+
 def larger_axes(mesh: Mesh) -> tuple[str, ...]:
-    """The axes of more than one device, in which shard_map has to be manual."""
+    """The axes of more than one device. shard_map has to be manual in these."""
     return tuple(name for name, size in mesh.shape.items() if size > 1)
 
 

@@ -8,14 +8,14 @@ from jax_sm_free.primitives import OP_NAMES
 
 
 def export_checks() -> list[export.DisabledSafetyCheck]:
-    """The checks to turn off where a program with our ops is exported. Not collective.
+    """The checks of `jax.export` to turn off for a program with our ops. Not collective.
 
-    jax.export knows which custom calls of JAX stay compatible, and has no way to be told of others
-    but this one. Ours stay so within a minor version of jax_sm_free.
+    `jax.export` refuses custom calls that it does not know, because they may change. Ours stay
+    compatible within a minor version of jax_sm_free.
 
         exported = jax.export.export(jax.jit(step), disabled_checks=smf.export_checks())(*args)
 
     Returns:
-      For `disabled_checks` of `jax.export.export`.
+      The value for `disabled_checks` of `jax.export.export`.
     """
     return [export.DisabledSafetyCheck.custom_call(f"smf_{name}") for name in OP_NAMES]

@@ -1,4 +1,4 @@
-"""`grouped_matmul`: each expert's rows times the expert's matrix, by what is fast where it runs."""
+"""`grouped_matmul`: each expert's rows times the expert's matrix, by the fastest way there is."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def grouped_matmul(
 ) -> Array:
     """Multiplies each expert's rows by the expert's matrix. Not collective.
 
-    Row i of the result is rows[i] @ weights[recv.expert[i]], summed in float32; a row past the last
-    group is zero. Gradients of first order flow to rows and weights. `jax.vmap` runs one product
-    behind the other, but for "batched".
+    Row i of the result is rows[i] @ weights[recv.expert[i]], summed in float32. Rows past the last
+    group are zero. There are gradients of first order with respect to rows and weights. `jax.vmap`
+    runs one product after the other, except for "batched".
 
     | implementation | what it is | where |
     | --- | --- | --- |
@@ -43,15 +43,16 @@ def grouped_matmul(
     | "mosaic" | JAX's Pallas kernels for Hopper GPUs | see the errors below |
     | "ragged_dot" | `jax.lax.ragged_dot` | anywhere; slow on GPUs |
 
-    "auto" is "batched" for a buffer with an `expert_capacity`. Else it is "blocked" on CPU, where
-    one expert's NaN stays among its own rows; on GPUs "mosaic" where that can be, or "ragged_dot",
-    with a warning that says why. A process without GPUs, which compiles for GPUs that are not
-    there, compiles "ragged_dot", and does not warn. docs/experts.md has what each costs.
+    "auto" is "batched" for a buffer with an `expert_capacity`. For other buffers it is "blocked" on
+    CPU, where a NaN of one expert reaches only that expert's rows. On GPUs it is "mosaic" if that
+    is possible, or else "ragged_dot", with a warning that gives the reason. A process without GPUs
+    that compiles for GPUs compiles "ragged_dot", and does not warn. docs/experts.md has the cost of
+    each.
 
     Args:
       rows: [recv_capacity, A] of a float dtype, grouped as `recv.x`.
-      weights: [num_local_experts, A, B] of a float dtype; they are cast to the dtype of rows.
-      recv: what the rows came from.
+      weights: [num_local_experts, A, B] of a float dtype. They are cast to the dtype of rows.
+      recv: the result of the dispatch from which the rows come.
       implementation: see above.
 
     Returns:
@@ -60,9 +61,9 @@ def grouped_matmul(
     Raises:
       TypeError, ValueError: at trace time, for a dtype or a shape other than these, for an unknown
         implementation, and for "batched" without an `expert_capacity`.
-      NotImplementedError: for "mosaic" where JAX has no such kernel, the process has a GPU that is
-        not Hopper's or none, the dtype is not bfloat16 or float16, A or B is no multiple of 128,
-        recv_capacity no multiple of 8, or `jax.shard_map` has check_vma=True.
+      NotImplementedError: for "mosaic" if JAX has no such kernel, if the devices of the process are
+        not all Hopper GPUs, if the dtype is not bfloat16 or float16, if A or B is no multiple of
+        128, if recv_capacity is no multiple of 8, or if `jax.shard_map` has check_vma=True.
     """
     _check(rows, weights, recv)
     if implementation not in _CHOICES:
@@ -118,19 +119,19 @@ def _for_gpus(rows: Array, weights: Array) -> str:
         return "mosaic"
     if any(device.platform == "gpu" for device in jax.devices()):
         warnings.warn(
-            "grouped_matmul: jax.lax.ragged_dot, which is slow on GPUs, takes the place of JAX's "
-            f"Pallas kernels: {reason}. An expert_capacity is the fast way without them.",
+            "grouped_matmul: uses jax.lax.ragged_dot, which is slow on GPUs, and not JAX's Pallas "
+            f"kernels: {reason}. An expert_capacity makes products fast without these kernels.",
             stacklevel=3,
         )
     return "ragged_dot"
 
 
 def _by_platform(step: str, names: tuple[str, str], *operands: Array) -> Any:
-    """Runs a function of one module on CPU, and that of another elsewhere.
+    """Runs a function of one module on CPU, and that of another module elsewhere.
 
-    Under `jax.vmap` one call runs behind the other: the batched loops of "blocked" would run to the
-    longest one's end, and `jax.lax.ragged_dot` has no rule for rows mapped beside weights that are
-    not.
+    Under `jax.vmap` one call runs after the other, for two reasons. Loops of "blocked" that are
+    batched would all run as long as the longest one. And `jax.lax.ragged_dot` has no batching rule
+    for mapped rows with weights that are not mapped.
     """
     on_cpu, elsewhere = (getattr(_MODULES[name], step) for name in names)
 
@@ -147,10 +148,10 @@ def multiply(names: tuple[str, str], rows: Array, weights: Array, group_sizes: A
     """The product, by the module of the first name on CPU and that of the second elsewhere.
 
     Args:
-      names: of `_MODULES`.
+      names: keys of `_MODULES`.
       rows: [M, A].
       weights: [E, A, B] of the same dtype.
-      group_sizes: i32 [E], rows of each group; they lie one behind the other from row 0.
+      group_sizes: i32 [E], rows of each group. The groups follow each other from row 0 on.
 
     Returns:
       [M, B].

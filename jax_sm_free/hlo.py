@@ -1,7 +1,7 @@
 """A reader of compiled HLO text: instructions in schedule order, and where a value comes from.
 
-It knows only as much of HLO as finding our calls takes: names, opcodes, operands and called
-computations. What it does not know it skips.
+The reader knows only the parts of HLO that are needed to find our calls: names, opcodes, operands
+and called computations. It skips all other text.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ _CALLED = re.compile(
     r"(\{[^}]*\}|%?[\w.\-]+)"
 )
 
-# An instruction, behind the instructions that called its computation: (computation, name) of each.
+# The place of an instruction in the program: the (computation, name) of each instruction that
+# called the computation around it, outermost first, and then its own.
 Place = tuple[tuple[str, str], ...]
-# Which part of a result that is a tuple, perhaps of tuples: () for all of it.
+# A part of a result that is a tuple, perhaps of tuples. () is the whole result.
 Index = tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
 class Instruction:
-    """One line of a computation; `attributes` is what follows the operands, as text."""
+    """One line of a computation. `attributes` is the text behind the operands."""
 
     name: str
     opcode: str
@@ -39,19 +40,19 @@ class Instruction:
 
     @functools.cached_property
     def target(self) -> str:
-        """Of a custom call; else empty."""
+        """The target of a custom call; empty for other instructions."""
         found = re.search(r'custom_call_target="([^"]*)"', self.attributes)
         return found[1] if found else ""
 
     @functools.cached_property
     def called(self) -> tuple[str, ...]:
-        """Names of the computations that it calls, without a loop's condition."""
+        """Names of the computations that it calls, without the condition of a loop."""
         head = self.attributes.partition("metadata=")[0]
         lists = (names for _, names in _CALLED.findall(head))
         return tuple(name for names in lists for name in re.findall(r"[\w.\-]+", names))
 
     def is_op(self, opcode: str) -> bool:
-        """Whether it is this operation, called at once or asynchronously."""
+        """Whether it is this operation, or the start of the same operation done asynchronously."""
         return self.opcode in (opcode, f"{opcode}-start")
 
 
@@ -91,14 +92,14 @@ def parse(text: str) -> Module:
     """Reads one module.
 
     Raises:
-      ValueError: if `text` is none.
+      ValueError: if `text` is no HLO.
     """
     module = Module()
     current = None
     for line in text.splitlines():
         if line.startswith("HloModule"):
             if current is not None:
-                break  # a second module
+                break  # This is a second module.
             module.is_scheduled = "is_scheduled=true" in line
         elif found := _HEADER.match(line):
             current = module.computations[found[2]] = Computation()
@@ -132,7 +133,7 @@ def _parse_instruction(name: str, rest: str) -> Instruction | None:
 
 
 def _closing(text: str, start: int) -> int:
-    """Just behind the parenthesis that closes the one at `start`."""
+    """The position behind the parenthesis that closes the one at `start`."""
     depth = 0
     for found in re.finditer(r"[()]", text[start:]):
         depth += 1 if found[0] == "(" else -1
@@ -151,9 +152,10 @@ def _operands(text: str) -> Iterator[str]:
 
 
 def walk(module: Module, enters: Callable[[Instruction], bool]) -> Iterator[Place]:
-    """Every instruction in schedule order, and behind one that `enters` says what it calls.
+    """All instructions in schedule order.
 
-    A loop's body comes once, and so does every branch of a conditional.
+    Behind an instruction for which `enters` is true come those of the computations that it calls.
+    The body of a loop comes once, and so does every branch of a conditional.
     """
 
     def visit(computation: str, callers: Place) -> Iterator[Place]:
@@ -168,10 +170,11 @@ def walk(module: Module, enters: Callable[[Instruction], bool]) -> Iterator[Plac
 
 
 def origins(module: Module, place: Place, index: Index, is_origin: frozenset[Place]) -> set[Place]:
-    """The places of `is_origin` that a value can come from.
+    """The places of `is_origin` from which a value can come.
 
-    Through tuples, copies, barriers, fusions and async wrappers, in and out of calls and branches,
-    and round loops. A slice, too, comes from all that was put together into what it is taken of.
+    The search goes through tuples, copies, barriers, fusions and async wrappers, into and out of
+    calls and branches, and round loops. A slice of a concatenation counts as coming from all its
+    parts.
     """
     found = set()
     seen = {(place, index)}
@@ -192,7 +195,7 @@ def operand(place: Place, name: str) -> Place:
 
 
 def _step_back(module: Module, place: Place, index: Index) -> Iterator[tuple[Place, Index]]:
-    """Where part `index` of a result was just before; nothing if it was made here."""
+    """Where part `index` of a result was one step before; nothing if it was made here."""
     instruction = module.at(place)
     operands = [operand(place, name) for name in instruction.operands]
     if instruction.opcode == "parameter":
@@ -213,7 +216,7 @@ def _step_back(module: Module, place: Place, index: Index) -> Iterator[tuple[Pla
     elif instruction.opcode.endswith("-start"):
         yield from _step_into_start(module, place, operands, index)
     elif instruction.opcode in ("while", "call", "fusion", "conditional"):
-        if instruction.opcode == "while":  # not one round
+        if instruction.opcode == "while":  # The loop may run no round.
             yield operands[0], index
         for called in module.called(place):
             yield (*place, (called, module.computations[called].root)), index
@@ -222,7 +225,7 @@ def _step_back(module: Module, place: Place, index: Index) -> Iterator[tuple[Pla
 def _step_into_start(
     module: Module, place: Place, operands: list[Place], index: Index
 ) -> Iterator[tuple[Place, Index]]:
-    """The result of a start is ((operands), result, ...); of a copy-start it is both operand."""
+    """From the result of a start, ((operands), result, ...). A copy-start has its operand twice."""
     if module.at(place).opcode == "copy-start":
         yield operands[0], index[1:]
     elif index[:1] == (0,) and len(index) > 1:
@@ -233,16 +236,16 @@ def _step_into_start(
 
 
 def _step_out(module: Module, place: Place, index: Index) -> Iterator[tuple[Place, Index]]:
-    """From a parameter to what the caller passed for it."""
+    """From a parameter to the operand that the caller passed for it."""
     caller = place[:-1]
     if not caller:
         return
     instruction = module.at(caller)
     called = module.called(caller)
     number = int(module.at(place).operands[0])
-    if instruction.opcode == "conditional":  # the branch number, then one operand for each branch
+    if instruction.opcode == "conditional":  # It has the branch number, and an operand per branch.
         number = 1 + called.index(place[-1][0])
-    if instruction.opcode == "while":  # a later round
+    if instruction.opcode == "while":  # In a later round, the body's result is the parameter.
         for body in called:
             yield (*caller, (body, module.computations[body].root)), index
     yield operand(caller, instruction.operands[number]), index

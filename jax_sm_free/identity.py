@@ -1,12 +1,12 @@
-"""What a compiled program calls its buffer, so that it runs on no other one.
+"""The name by which a compiled program finds its buffer, so that it runs on no other buffer.
 
-A name says all that a program's shapes and its routing follow from, and ends in a number:
+A name holds the sizes from which the program's shapes and its routing follow, and ends in a number:
 
     axes ep of mesh (dp=2, ep=4), transport in_process, hidden=16, num_experts=8, ... #0
 
-Buffers that are equal in this are numbered as they are opened. So a program that was saved, or
-exported, finds its buffer in every process that opens equal buffers in the same order, and a
-program that was made for a closed buffer does not find the one that was opened after it.
+Buffers with equal sizes are numbered in the order in which they open. So a program that was saved,
+or exported, finds its buffer in every process that opens equal buffers in the same order. And a
+program that was made for a buffer that has been closed does not find a later buffer in its place.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _num_opened: collections.Counter[tuple[str, bool]] = collections.Counter()
 def describe(
     name: str | None, mesh: Mesh, axes: tuple[str, ...], transport: str, config: Config
 ) -> str:
-    """What equal buffers have in common, as text."""
+    """The text that equal buffers have in common."""
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     sizes = config.sizes() | {"dtype": config.dtype.name}
-    del sizes["timeout_s"]  # a program is the same with any
+    del sizes["timeout_s"]  # A program does not depend on it.
     facts = [
         *([] if name is None else [f"name {name}"]),
         f"axes {' '.join(axes)} of mesh ({shape})",
@@ -42,8 +42,8 @@ def describe(
 def take_name(description: str, number: int = 0, is_abstract: bool = False) -> str:
     """The name of one more buffer, with the lowest free number from `number` on.
 
-    Buffers for devices that are not there (`is_abstract`) are numbered apart: what was compiled for
-    them runs elsewhere, on buffers that are opened there.
+    Buffers of devices that are only described (`is_abstract`) have numbers of their own. A program
+    for them runs in another process, on a buffer that is opened there.
     """
     key = description, is_abstract
     with _lock:
@@ -58,9 +58,9 @@ def agree(
     """An id and a name that no process has used, so that all compile the same program. Collective.
 
     Args:
-      exchange: gives bytes to all processes, and returns those of all.
-      description: the same in all processes.
-      lowest_free_id: above the ids of all buffers of this process.
+      exchange: gives bytes to all processes, and returns the bytes of all.
+      description: the text of `describe`, which is the same in all processes.
+      lowest_free_id: a number above the ids of all buffers of this process.
     """
     with _lock:
         own = f"{lowest_free_id} {_num_opened[description, False]}"

@@ -1,7 +1,8 @@
 """`inspect`: what the compiler made of an overlap, read from a compiled program.
 
-A compiled module holds its schedule: the lines of a computation are in the order in which they are
-issued. XLA:GPU keeps it. XLA:CPU does not: there only the flow of data orders calls.
+A compiled module holds its schedule: the lines of a computation stand in the order in which they
+are issued. XLA:GPU keeps this order. XLA:CPU does not keep it: there only the flow of data orders
+calls.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ class Step:
     """One of our calls, or a matrix product, in a schedule.
 
     Attributes:
-      kind: "send", "recv" or "gemm". A gemm is a dot, convolution or ragged dot, a fusion that
-        contains one, or a call of a library or a hand-written kernel (cuBLAS, cuDNN, Triton,
-        Mosaic).
-      op: "dispatch_send", "combine_backward_recv", ...; of a gemm its opcode.
+      kind: "send", "recv" or "gemm". A gemm is a dot, a convolution or a ragged dot, a fusion that
+        contains one of these, or a call of a library or a hand-written kernel (cuBLAS, cuDNN,
+        Triton, Mosaic).
+      op: the op of our call, such as "dispatch_send"; the opcode of a gemm.
       name: of the HLO instruction.
-      callers: names of the loops, calls and conditionals that it lies in, outermost first.
-      buffer: which of the program's buffers our call is for, numbered by first use; None for a
-        gemm.
-      op_name: what of the JAX program it was made of, as far as XLA tells.
+      callers: names of the loops, calls and conditionals around the step, outermost first.
+      buffer: the number of the buffer that our call is for, in order of first use in the program;
+        None for a gemm.
+      op_name: the operation of the JAX program that became this step, as far as XLA tells.
     """
 
     kind: Kind
@@ -57,10 +58,10 @@ class Pair:
 
     Attributes:
       send: the send.
-      recv: the recv that the send's token reaches: the next one, if it reaches several; None if it
-        reaches none.
-      gemms: steps between the two. If the token is carried to the next round of a loop, those from
-        the send to the end of the loop, and from its beginning to the recv.
+      recv: the recv that the send's token reaches; the next one if the token reaches several; None
+        if it reaches none.
+      gemms: the gemms between the two. If a loop carries the token to its next round, these are the
+        gemms from the send to the end of the loop, and from its beginning to the recv.
     """
 
     send: Step
@@ -72,19 +73,19 @@ class Pair:
 class Schedule:
     """Our calls and the gemms of a compiled program, in schedule order.
 
-    What a loop runs comes once, as do all branches of a conditional.
+    The steps of a loop are listed once, and so are the steps of each branch of a conditional.
 
     Attributes:
-      steps: all of them.
-      pairs: one for each send, in the order of the sends.
-      unmatched: sends whose token reaches no recv, and recvs whose token is of no send.
+      steps: all steps.
+      pairs: one pair for each send, in the order of the sends.
+      unmatched: sends whose token reaches no recv, and recvs whose token comes from no send.
       repeated: recvs whose token another recv of the same loop or branch takes, too. Such a
         program ends in a fault.
-      copied: for each operation of the JAX program that stands several times in one loop or branch,
-        these calls. XLA has unrolled the loop, or runs the exchange several times; or the program
-        makes the call in a loop of Python, whose rounds have one `Step.op_name`.
-      num_slots: the most exchanges of one buffer that are in flight at once: what `Buffer` needs as
-        its `num_slots`. 0 without our calls.
+      copied: the calls that stand several times in one loop or branch, for each operation of the
+        JAX program. Either XLA has unrolled the loop, or it runs the exchange several times, or the
+        program makes the call in a loop of Python, whose rounds have the same `Step.op_name`.
+      num_slots: the most exchanges of one buffer that are in flight at once. `Buffer` needs at
+        least so many as its `num_slots`. 0 without our calls.
     """
 
     steps: tuple[Step, ...]
@@ -96,11 +97,11 @@ class Schedule:
 
     @property
     def counts(self) -> dict[str, int]:
-        """How often each of our ops stands in the program, sends and recvs, loops counted once."""
+        """How often each of our sends and recvs stands in the program. A loop counts once."""
         return dict(Counter(step.op for step in self.steps if step.kind != "gemm"))
 
     def __str__(self) -> str:
-        """The timeline, one step a line, indented by what it lies in."""
+        """The timeline: one line for each step, indented by the loops and calls around it."""
         lines = []
         callers: tuple[str, ...] = ()
         for step in self.steps:
@@ -127,21 +128,21 @@ class Schedule:
 
 
 def inspect(compiled: Any) -> Schedule:
-    """Reads from a compiled program where our calls lie, and the matrix products between them.
+    """Reads from a compiled program where our calls are, and the matrix products between them.
 
-    On CUDA this is the order in which the program is issued. XLA:CPU does not keep the order that
-    it prints: there the pairs mean something, but what lies between them may run before or after,
-    and `num_slots` is what that one order would need.
+    On CUDA the order is that in which the program is issued. XLA:CPU does not keep the order that
+    it prints. There the pairs are right, but the steps between them may run before or after, and
+    `num_slots` is for the printed order only.
 
     Args:
       compiled: what `jax.jit(f).lower(...).compile()` returned, or its HLO text.
 
     Returns:
-      The schedule; without our calls, the gemms alone.
+      The schedule. In a program without our calls it has gemms only.
 
     Raises:
       TypeError: if `compiled` is neither.
-      ValueError: if it has no schedule (a lowered program that was not compiled), or is no HLO.
+      ValueError: if `compiled` has no schedule (it was lowered, but not compiled), or is no HLO.
     """
     module = hlo.parse(_text_of(compiled))
     if not module.is_scheduled:
@@ -170,9 +171,10 @@ def _text_of(compiled: Any) -> str:
 
 
 def _is_entered(module: hlo.Module, instruction: hlo.Instruction) -> bool:
-    """Whether what it calls is part of the timeline.
+    """Whether the computations that an instruction calls are part of the timeline.
 
-    Newer XLA:GPU puts a call that reads slices of a loop's state into a fusion with the slices.
+    A fusion is, if it has one of our calls: newer XLA:GPU puts a call that reads slices of a loop's
+    state into a fusion with the slices.
     """
     if instruction.is_op("fusion"):
         return module.contains(instruction, _is_ours)
@@ -210,9 +212,9 @@ def _is_gemm(instruction: hlo.Instruction) -> bool:
 
 
 def _senders(module: hlo.Module, steps: dict[hlo.Place, Step]) -> dict[Step, frozenset[Step]]:
-    """For each recv the sends that its token, the first operand, can come from.
+    """For each recv the sends from which its token, the first operand, can come.
 
-    The tokens of a mapped send travel as one array: a recv takes the one of its own place.
+    The tokens of a mapped send travel as one array. A recv takes the token of its own place.
     """
     sends = frozenset(place for place, step in steps.items() if step.kind == "send")
     senders = {}
@@ -230,9 +232,9 @@ def _mapped(step: Step) -> list[str]:
 
 
 def _frame(module: hlo.Module, place: hlo.Place) -> hlo.Place:
-    """The loops and branches that an instruction lies in: (computation, caller) of each.
+    """The loops and branches around an instruction: (computation, caller) of each.
 
-    What lies in the same ones runs equally often.
+    Instructions in the same loops and branches run equally often.
     """
     depths = range(1, len(place))
     enters = (
@@ -270,7 +272,7 @@ def _schedule(
 
 
 def _alike(steps: Sequence[Step], key: Callable[[Step], Any]) -> list[tuple[Step, ...]]:
-    """The steps that have a key in common with others, those of each such key together."""
+    """The steps that have the same key as another step, grouped by key."""
     groups: dict[Any, list[Step]] = {}
     for step in steps:
         groups.setdefault(key(step), []).append(step)
@@ -278,12 +280,13 @@ def _alike(steps: Sequence[Step], key: Callable[[Step], Any]) -> list[tuple[Step
 
 
 def _pair(steps: tuple[Step, ...], position: int, recvs: list[int]) -> Pair:
-    """The pair of the send at `position`; its token reaches the recvs at the positions `recvs`."""
+    """The pair of the send at `position`, whose token reaches the recvs at positions `recvs`."""
     send = steps[position]
     if not recvs:
         return Pair(send, None)
 
-    # Where a loop hands tokens on to its next round, that round's recv before one behind the loop.
+    # If a loop hands a token on to its next round, the recv of that round is nearer than a recv
+    # behind the loop.
     def distance(recv: int) -> tuple[int, bool, int]:
         return -_num_common(send.callers, steps[recv].callers), recv < position, recv
 
@@ -300,7 +303,7 @@ def _pair(steps: tuple[Step, ...], position: int, recvs: list[int]) -> Pair:
 
 
 def _num_slots(steps: tuple[Step, ...], senders: dict[Step, frozenset[Step]]) -> int:
-    """The most sends of one buffer without their recv at any time."""
+    """The most sends of one buffer that wait for their recv at any time."""
     in_flight: list[Step] = []
     most = 0
     for step in steps:
@@ -308,13 +311,13 @@ def _num_slots(steps: tuple[Step, ...], senders: dict[Step, frozenset[Step]]) ->
             in_flight.append(step)
             most = max(most, Counter(s.buffer for s in in_flight)[step.buffer])
         elif step.kind == "recv":
-            # Where several sends reach a recv, one of each round of a loop, it takes the oldest.
+            # If several sends reach a recv, one of each round of a loop, it takes the oldest one.
             for send in [s for s in in_flight if s in senders[step]][:1]:
                 in_flight.remove(send)
     return most
 
 
 def _num_common(a: tuple[str, ...], b: tuple[str, ...]) -> int:
-    """The length of the longest beginning that both have."""
+    """The length of the longest common beginning."""
     same = (x == y for x, y in zip(a, b, strict=False))
     return sum(1 for _ in itertools.takewhile(bool, same))

@@ -12,7 +12,7 @@ from jax import Array
 from jax_sm_free.buffer import Buffer
 from jax_sm_free.checks import describe
 from jax_sm_free.config import Config
-from jax_sm_free.schedule import Sent, overlap
+from jax_sm_free.pending import Sent, overlap
 
 Shared = Callable[[Array], Array] | tuple[Callable[[Array], Any], Callable[[Any], Array]]
 
@@ -30,7 +30,7 @@ def moe(
 ) -> Any:
     """Dispatches tokens, runs the experts, combines their results. Collective.
 
-    Runs inside `jax.shard_map`, as the ops of `Buffer` do, and has gradients to `x`,
+    Call it inside `jax.shard_map`, as the ops of `Buffer`. It has gradients with respect to `x`,
     `topk_weights`, and all that `experts` and `shared` close over.
 
         weights, topk_idx = jax.lax.top_k(jax.nn.softmax(x @ router), top_k)
@@ -44,25 +44,26 @@ def moe(
     Args:
       x: [..., hidden] of the buffer's dtype; all leading dimensions together are at most
         `max_tokens` tokens.
-      topk_idx: of an integer dtype, [..., top_k], in [-1, num_experts); -1 selects none. Of what
-        is outside, a fault names -2 or num_experts where the dtype is not int32.
+      topk_idx: of an integer dtype, [..., top_k], in [-1, num_experts); -1 selects none. If the
+        dtype is not int32, a fault for an index out of range names -2 or num_experts in its place.
       topk_weights: of a float dtype, [..., top_k]; they travel and multiply as float32.
       experts: a function of a `Received`, which returns [recv_capacity, hidden] of the buffer's
-        dtype, rows as in `Received.x`. `Received.expert` has each row's expert.
-      buffer: who exchanges.
+        dtype, with rows as in `Received.x`. `Received.expert` has each row's expert.
+      buffer: the buffer that exchanges the tokens.
       shared: compute that every token gets, added to the result. A function of `x` to [..., hidden]
-        runs while the dispatch travels. A pair (first, second) runs first(x) while the dispatch
-        travels, and second(first(x)), which is added, while the combine travels. What they close
-        over is placed with them, in the backward pass, too.
-      apply_weights: whether combine multiplies rows by their weights. With False `experts` has done
-        so itself, times `recv.weights`: before its last product, where rows are narrow, that costs
-        less, and the backward pass need not keep what `experts` returns.
+        runs while the dispatch travels. Of a pair (first, second), first(x) runs while the dispatch
+        travels, and second(first(x)), which is added, runs while the combine travels. What these
+        functions close over is placed with them, in the backward pass, too.
+      apply_weights: whether combine multiplies rows by their weights. With False, `experts` has to
+        multiply by `recv.weights` itself. That costs less before its last product, where rows are
+        narrow, and the backward pass need not keep what `experts` returns.
       has_aux: whether `experts` returns (rows, aux), for example to report `recv.dropped`.
 
     Returns:
       [..., hidden]: for each token the sum of weight * row over its experts, plus what `shared`
-      returns. Its dtype is the buffer's, or with `shared` what JAX promotes that and the dtype of
-      its result to. With `has_aux` a pair of that and the `aux` of `experts`.
+      returns. The dtype is the buffer's. With `shared` it is the dtype to which JAX promotes the
+      buffer's dtype and that of the result of `shared`. With `has_aux` the result is a pair of this
+      array and the `aux` of `experts`.
 
     Raises:
       TypeError, ValueError: at trace time, for a dtype or a shape other than these.
@@ -92,7 +93,7 @@ def moe(
 
 
 def _halves(shared: Any) -> tuple[Any, Any]:
-    """What runs beside the dispatch, and what beside the combine; None where there is nothing."""
+    """The functions that run beside the dispatch and beside the combine; None for no function."""
     if shared is None or callable(shared):
         return shared, None
     if isinstance(shared, tuple) and len(shared) == 2 and all(map(callable, shared)):
@@ -104,7 +105,7 @@ def _halves(shared: Any) -> tuple[Any, Any]:
 
 
 def _as_int32(topk_idx: Array, num_experts: int) -> Array:
-    """The same indices as int32. One that int32 cannot hold is out of range, and stays so."""
+    """The same indices as int32. An index out of int32's range becomes another one out of range."""
     if topk_idx.dtype != jnp.int32:
         info = jnp.iinfo(topk_idx.dtype)
         topk_idx = topk_idx.clip(max(info.min, -2), min(info.max, num_experts))
@@ -112,7 +113,7 @@ def _as_int32(topk_idx: Array, num_experts: int) -> Array:
 
 
 def _rows_and_aux(returned: Any, has_aux: bool, config: Config) -> tuple[Array, Any]:
-    """What `experts` has returned, checked: the rows, and `aux` or None."""
+    """Checks what `experts` has returned, and takes it apart: the rows, and `aux` or None."""
     y, aux = returned, None
     if has_aux:
         if not isinstance(returned, (tuple, list)) or len(returned) != 2:
@@ -133,7 +134,7 @@ def _rows_and_aux(returned: Any, has_aux: bool, config: Config) -> tuple[Array, 
 
 
 def _beside(sent: Sent, fn: Callable[[Any], Any] | None, arg: Any) -> tuple[Any, Sent]:
-    """fn(arg) while `sent` travels, with what fn closes over held there as well."""
+    """Computes fn(arg) while `sent` travels. What fn closes over is held there as well."""
     if fn is None:
         return None, sent
     closed, consts = jax.closure_convert(fn, arg)

@@ -1,4 +1,4 @@
-"""Limits of the system that UCX would meet without a word: looked at before it does."""
+"""Limits of the system on which UCX would fail without an error. Here they are checked before."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import os
 import pathlib
 import resource
 
-# What a wire of UCX takes for itself, and for each peer: sockets of both ends, on two networks.
+# File descriptors that a wire of UCX takes for itself, and for each peer. Those of a peer are the
+# sockets of both ends, on two networks.
 _WIRE_DESCRIPTORS, _PEER_DESCRIPTORS = 16, 4
-# Of a wire: its segments for messages, and the queue before them.
+# Shared memory of a wire: its segments for messages, and the queue in front of them.
 _SHARED_BYTES = 18 << 20
 
 _IPC_PRIVATE, _IPC_CREAT, _IPC_RMID = 0, 0o1000, 0
@@ -17,10 +18,10 @@ _CAP_IPC_LOCK = 14
 
 
 def check_descriptors(num_peers: int) -> None:
-    """Raises where connections to `num_peers` processes would run out of file descriptors.
+    """Raises if there are too few file descriptors for connections to `num_peers` processes.
 
     Raises:
-      RuntimeError: with how many are needed, and how many there are.
+      RuntimeError: with the number that is needed, and the number that is free.
     """
     limit, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     used = len(os.listdir("/proc/self/fd"))
@@ -33,7 +34,7 @@ def check_descriptors(num_peers: int) -> None:
 
 
 def why_no_shared_memory() -> str | None:
-    """Why System V's shared memory, by which processes of a host exchange, cannot be had."""
+    """Why processes of this host cannot exchange by System V shared memory; None if they can."""
     libc = ctypes.CDLL(None, use_errno=True)
     segment = libc.shmget(_IPC_PRIVATE, ctypes.c_size_t(_SHARED_BYTES), _IPC_CREAT | 0o600)
     if segment < 0:
@@ -46,13 +47,13 @@ def why_no_shared_memory() -> str | None:
 
 
 def why_little_locked_memory() -> str | None:
-    """Why RDMA devices, if there are any, may be refused the memory of messages."""
+    """Why this process may lock too little memory for its RDMA devices; None if that is enough."""
     if not any(pathlib.Path("/sys/class/infiniband").glob("*")):
         return None
     limit, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     if limit == resource.RLIM_INFINITY or _has_capability(_CAP_IPC_LOCK):
         return None
-    return f"RDMA wants `ulimit -l unlimited`, it is {limit // 1024} KiB"
+    return f"expected `ulimit -l unlimited` for RDMA, got {limit // 1024} KiB"
 
 
 def _has_capability(number: int) -> bool:

@@ -1,8 +1,8 @@
 """`jax.vmap` of the custom calls: one call for each place of the mapped axis.
 
-The calls of a mapped send come before those of its mapped recv, so all these exchanges are in
-flight at once. They stand in the order of the axis, the same on all ranks, and each has its place
-in its name, by which `inspection` tells them apart.
+The calls of a mapped send come before those of its mapped recv, so that all these exchanges are in
+flight at once. The calls stand in the order of the axis, which is the same on all ranks. Each call
+has its place on the axis in its name, by which `inspection` tells the calls apart.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ import jax.numpy as jnp
 from jax.extend import core
 from jax.interpreters import batching
 
-from jax_sm_free.config import MAX_NUM_SLOTS
+from jax_sm_free.bounds import MAX_NUM_SLOTS
 from jax_sm_free.varying import vary_alike
 
-PLACE = "smf_place_"  # and a number, in the name of a call, for each axis of more places than one
+# The name of a call has this text and a number for each mapped axis of more than one place.
+PLACE = "smf_place_"
 
 
 def _named(place: int) -> Any:
@@ -30,8 +31,8 @@ def _named(place: int) -> Any:
 def define(name: str, primitive: core.Primitive) -> None:
     """Gives the primitive of one FFI target its rule for `jax.vmap`.
 
-    Its parameters are those of a call, and `num_slots` and `mapped`: the sizes of the axes that are
-    mapped already, inner ones first.
+    The rule uses two parameters of the primitive. `num_slots` is that of the buffer, and `mapped`
+    has the sizes of the axes that are mapped already, inner ones first.
     """
 
     def call_each(
@@ -67,9 +68,10 @@ def define(name: str, primitive: core.Primitive) -> None:
 
 
 def _varying_alike(operands: Sequence[Any]) -> list[Any]:
-    """What is not mapped varies over fewer mesh axes than what is, with an `spmd_axis_name`.
+    """Makes all operands vary over the same mesh axes, but for the scalar one.
 
-    The position in the mesh, the one operand that is a scalar, does not count: it varies over all.
+    With an `spmd_axis_name`, operands that are not mapped vary over fewer mesh axes than those that
+    are mapped. The one scalar operand is the position in the mesh, which varies over all axes.
     """
     cast = iter(vary_alike(*(operand for operand in operands if operand.ndim)))
     return [next(cast) if operand.ndim else operand for operand in operands]
@@ -82,7 +84,7 @@ def _check_slots(name: str, num_slots: int, mapped: tuple[int, ...]) -> None:
     sizes = " x ".join(map(str, reversed(mapped)))
     advice = "make the mapped axis part of the token axis"
     if 1 <= num_places <= MAX_NUM_SLOTS:
-        advice += f", or open the buffer with num_slots={num_places}, with memory for as many"
+        advice += f", or open the buffer with num_slots={num_places}, which takes more memory"
     raise ValueError(
         f"{name}: expected jax.vmap over 1 to {num_slots} places (num_slots), got {sizes}: each "
         f"place is an exchange of its own, and {num_places} of them would be in flight at once; "

@@ -18,7 +18,7 @@ _KERNELS = "jax.experimental.pallas.ops.gpu"
 _DTYPES = ("bfloat16", "float16")
 _CAPABILITY = "9.0"
 _ROWS_MULTIPLE = 8
-# The fastest of those tried on an H200 (benchmarks/experts.py).
+# The fastest of the sizes that were tried on an H200 (benchmarks/experts.py).
 _BLOCKS = {
     "block_m": 128,
     "block_n": 128,
@@ -78,6 +78,6 @@ def _product(left: Array, weights: Array, group_sizes: Array, *, transpose_rhs: 
     out = kernel.ragged_dot(
         left, weights, group_sizes=group_sizes, transpose_rhs=transpose_rhs, **_BLOCKS
     )
-    # The kernel writes nothing past the last group.
+    # The kernel does not write the rows past the last group.
     in_use = jnp.arange(left.shape[0], dtype=jnp.int32) < jnp.sum(group_sizes)
     return jnp.where(in_use[:, None], out, jnp.zeros((), out.dtype))

@@ -1,7 +1,8 @@
-"""Which network interfaces lead from host to host: tried, not guessed.
+"""Finds out by trying which network interfaces lead from host to host.
 
-UCX takes every interface that is up and has a route to where it shall go. A bridge that several
-hosts have under one address (docker0), or a second network that is not joined, has that, too.
+UCX uses every interface that is up and has a route to the address of the peer. Some such interfaces
+do not lead to the peer: a bridge that several hosts have under one address (docker0), or a second
+network that is not connected.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-# How long a host may take to answer.
+# Seconds that a host may take to answer.
 _ANSWER_S = 2.0
 _AT_ONCE = 64
 
@@ -32,9 +33,9 @@ class Attempt:
     """One interface of another host, tried from this one.
 
     Attributes:
-      host, interface: what was tried: the number of a host, and a name there.
-      by: the interface of this host that it was reached by; empty if it was not.
-      error: why it was not reached.
+      host, interface: the number of the other host, and the name of its interface.
+      by: the interface of this host by which the other one was reached; empty if it was not.
+      error: why the other interface was not reached.
     """
 
     host: int
@@ -49,8 +50,8 @@ class Host:
 
     Attributes:
       name: of the host.
-      interfaces: IPv4 addresses by name, of what is up and leads out of the host.
-      attempts: to reach other hosts from here.
+      interfaces: IPv4 addresses of the interfaces that are up and lead out of the host, by name.
+      attempts: of this host, to reach other hosts.
     """
 
     name: str
@@ -59,10 +60,10 @@ class Host:
 
 
 class Networks:
-    """What processes found out together, the same in all of them."""
+    """What the processes found out together. It is the same in all of them."""
 
     def __init__(self, host_of: list[int], hosts: list[Host]) -> None:
-        """host_of: by process, the place among `hosts`."""
+        """`host_of` has for each process the place of its host in `hosts`."""
         self._host_of = host_of
         self._hosts = hosts
 
@@ -71,9 +72,10 @@ class Networks:
         return self._host_of.count(self._host_of[process])
 
     def useless(self, process: int) -> list[str]:
-        """Interfaces of the process's host that lead to no other one, in either direction.
+        """Interfaces of the process's host that lead to no other host, in either direction.
 
-        Empty if none does: then it is not known which are.
+        The list is empty if no interface leads to another host, because then it is not known which
+        ones are useless.
         """
         here = self._host_of[process]
         useful = {attempt.by for attempt in self._hosts[here].attempts}
@@ -83,7 +85,7 @@ class Networks:
         return sorted(set(names) - useful) if useful & set(names) else []
 
     def describe(self, process: int, other: int) -> str:
-        """How process `other` was tried to be reached from `process`, and what came of it."""
+        """The attempts to reach process `other` from `process`, and their outcomes, as text."""
         here, there = self._hosts[self._host_of[process]], self._host_of[other]
         if here is self._hosts[there]:
             return f"both on host {here.name}"
@@ -102,7 +104,7 @@ def explore(tell: Callable[[Any], Sequence[Any]], process: int) -> Networks:
 
     Args:
       tell: gives something to all processes and returns what all gave, by process.
-      process: the number of this one.
+      process: the number of this process.
     """
     with _Listener() as listener:
         told = tell(
@@ -121,7 +123,7 @@ def explore(tell: Callable[[Any], Sequence[Any]], process: int) -> Networks:
         if process in speakers and len(speakers) > 1:
             others = [(i, told[s]) for i, s in enumerate(speakers) if s != process]
             attempts = _try(others, told[process]["interfaces"])
-        # Nobody stops listening before all have tried.
+        # No process stops listening before all have tried.
         tried = tell([dataclasses.astuple(attempt) for attempt in attempts])
     hosts = [
         Host(told[s]["name"], told[s]["interfaces"], [Attempt(*attempt) for attempt in tried[s]])
@@ -147,7 +149,7 @@ def interfaces() -> dict[str, str]:
 
 
 def _place() -> list[str]:
-    """The same in processes of the same interfaces; a sandbox may show less than all of it."""
+    """The same text in processes that have the same interfaces. A sandbox may hide some of it."""
     place = [socket.gethostname()]
     with contextlib.suppress(OSError):
         place.append(pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip())
@@ -172,7 +174,7 @@ def _try(others: Sequence[tuple[int, Any]], own: dict[str, str]) -> list[Attempt
 
 
 def _ask(address: str, port: int, answer: str) -> str:
-    """The address by which this host reaches a listener; OSError if it does not."""
+    """The address by which this host reaches a listener. Raises OSError if it does not."""
     with socket.create_connection((address, port), _ANSWER_S) as connection:
         got = b""
         while len(got) < len(answer) and (more := connection.recv(len(answer) - len(got))):
@@ -183,7 +185,7 @@ def _ask(address: str, port: int, answer: str) -> str:
 
 
 class _Listener:
-    """Answers whoever connects, on all interfaces, until it is left."""
+    """Answers all connections, on all interfaces, inside of its `with` block."""
 
     def __init__(self) -> None:
         self.answer = secrets.token_hex(8)

@@ -1,12 +1,11 @@
-"""`buffer_for`: buffers that are found by their arguments, and so survive copying and pickling."""
+"""`buffer_for`: finds a buffer by its arguments, also after copying and pickling."""
 
 from __future__ import annotations
 
 import copyreg
-import dataclasses
 import inspect
 import threading
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from types import NoneType
 from typing import Any
 
@@ -29,28 +28,31 @@ _buffers: dict[Hashable, Buffer] = {}
 def buffer_for(
     axis: str | tuple[str, ...], mesh: Mesh | AbstractMesh | None = None, **sizes: Any
 ) -> Buffer:
-    """The open buffer for these arguments, opened at the first call with equal ones.
+    """The open buffer for these arguments. The first call with equal arguments opens it.
 
-    A layer calls it where it needs its buffer, also while JAX traces. Opening is collective where
-    the mesh has devices of several processes: all of them call it, in the same order, as they do
-    where all trace the same program.
+    A layer calls `buffer_for` where it needs its buffer, also while JAX traces. Opening is
+    collective where the mesh has devices of several processes: all of them make the same calls in
+    the same order. They do so if all trace the same program.
 
-    The buffer stays open until the process ends, or until `close()`, after which the next call
-    opens another. Layers that call it with equal arguments share one buffer, and with it
-    `num_slots`: the exchanges that may be in flight at once.
+    The buffer stays open until the process ends, or until `close()`. After that the next call opens
+    another one. Layers that call it with equal arguments share one buffer, and so share its
+    `num_slots`, the exchanges that may be in flight at once.
 
-    Without `mesh` a function is for one mesh: JAX traces it once for all meshes of `jax.set_mesh`
-    that have the same shape. On the devices of another one it ends in a fault (docs/sharp_bits.md).
+    A function that calls `buffer_for` without `mesh` works for one mesh only, because JAX traces it
+    once for all meshes of `jax.set_mesh` that have the same shape. On the devices of another mesh
+    it ends in a fault (docs/sharp_bits.md).
 
     Args:
       axis: as for `Buffer`.
-      mesh: the devices; None for the mesh in force, of `jax.set_mesh(mesh)` or `with mesh:`. An
-        AbstractMesh, such as a layer sees under `jax.jit`, stands for a mesh in force of its shape.
-      **sizes: as for `Buffer`: hidden, num_experts, top_k, max_tokens, and what else it takes.
+      mesh: the devices. None for the mesh in force, of `jax.set_mesh(mesh)` or `with mesh:`. An
+        AbstractMesh, such as a layer sees under `jax.jit`, stands for the mesh in force, which has
+        to have the same shape.
+      **sizes: the other arguments of `Buffer`: hidden, num_experts, top_k, max_tokens, and all that
+        have defaults.
 
     Raises:
-      ValueError: if no mesh with devices is in force, or one of another shape than the AbstractMesh
-        of the code around.
+      ValueError: if no mesh with devices is in force, or if it has another shape than the
+        AbstractMesh of the code around.
       TypeError, ValueError, and others: as `Buffer` does.
     """
     if mesh is None or isinstance(mesh, AbstractMesh):
@@ -59,11 +61,17 @@ def buffer_for(
     axes = checks.check_mesh(mesh, axis)
     name, transport = sizes.pop("name", None), sizes.pop("transport", "auto")
     config = Config(ep_size=checks.group_size(mesh, axes), **sizes)
-    key = mesh, axes, config, name, transport
+    return _find(
+        (mesh, axes, config, name, transport),
+        lambda: Buffer(mesh, axes, **sizes, name=name, transport=transport),
+    )
+
+
+def _find(key: Hashable, open_buffer: Callable[[], Buffer]) -> Buffer:
     with _lock:
         buffer = _buffers.get(key)
         if buffer is None or buffer.is_closed:
-            buffer = _buffers[key] = Buffer(mesh, axes, **sizes, name=name, transport=transport)
+            buffer = _buffers[key] = open_buffer()
         return buffer
 
 
@@ -101,7 +109,7 @@ def _mesh_in_force(expected: AbstractMesh | None) -> Mesh:
     )
 
 
-# What pickle keeps of a buffer, so that a module that holds one can be pickled.
+# Pickling a buffer, so that a module that holds one can be pickled.
 
 
 def _reduce(buffer: Buffer) -> Any:
@@ -113,24 +121,25 @@ def _reduce(buffer: Buffer) -> Any:
     mesh, devices = buffer.mesh, buffer.mesh.devices
     ids = tuple(device.id for device in devices.flat)
     where = devices.flat[0].platform, ids, devices.shape, mesh.axis_names, mesh.axis_types
-    sizes = {f.name: getattr(buffer.config, f.name) for f in dataclasses.fields(Config)}
-    del sizes["ep_size"]  # follows from the mesh
-    return _find_or_open, (buffer.program_name, where, buffer.axes, sizes, buffer.name)
+    return _find_or_open, (buffer.program_name, where, buffer.axes, buffer.config, buffer.name)
 
 
 def _find_or_open(
     program_name: str,
     where: tuple[Any, ...],
     axes: tuple[str, ...],
-    sizes: dict[str, Any],
+    config: Config,
     name: str | None,
 ) -> Buffer:
-    """The buffer that was pickled, if it is open here; else the one for its arguments."""
+    """The buffer that was pickled, if it is open here; else the buffer for its arguments."""
     mesh = _mesh_of(*where)
     buffer = named_buffers.get(program_name)
     if buffer is not None and not buffer.is_closed and buffer.mesh == mesh:
         return buffer
-    return buffer_for(axes, mesh, **sizes, name=name)
+    return _find(
+        (mesh, axes, config, name, "auto"),
+        lambda: Buffer.from_config(mesh, axes, config, name=name),
+    )
 
 
 def _mesh_of(

@@ -1,4 +1,4 @@
-"""A number of experts that the ranks cannot share evenly: experts of padding make up for it."""
+"""Experts of padding, for a number of experts that the ranks cannot share evenly."""
 
 from __future__ import annotations
 
@@ -8,33 +8,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_sm_free.config import check_int, round_up
+from jax_sm_free.bounds import check_int
+from jax_sm_free.config import round_up
 
 
 def padded_num_experts(num_experts: int, ep_size: int) -> int:
     """The smallest multiple of `ep_size` that is not below `num_experts`. Not collective.
 
-    Open the buffer with it, and let the router go on choosing among the `num_experts` real ones:
-    what is behind them belongs to the last ranks and is never chosen. `pad_experts` gives their
-    weights the same number. `recv.group_sizes` and `recv.counts` then have an entry for each expert
-    of padding, which is 0 (with an `expert_capacity`, or an `expert_alignment`, as for any expert
-    without rows).
+    Open the buffer with this number, and let the router go on choosing among the `num_experts` real
+    experts. The experts behind them are padding: they belong to the last ranks, and no token names
+    them. `pad_experts` gives the weights of the experts the same number. `recv.group_sizes` and
+    `recv.counts` then have an entry for each expert of padding, which is that of any expert without
+    rows: 0, or the `expert_capacity` as a group size.
 
     Args:
       num_experts: experts of the model, at least 1.
       ep_size: ranks that share them, at least 1.
 
     Raises:
-      TypeError, ValueError: for a number that is none, or below 1.
+      TypeError, ValueError: for an argument that is no integer, or is below 1.
     """
     return round_up(check_int("num_experts", num_experts, 1), check_int("ep_size", ep_size, 1))
 
 
 def pad_experts(weights: Any, ep_size: int) -> Any:
-    """Weights with bytes of zero for the experts that `padded_num_experts` adds. Not collective.
+    """Adds weights of zero for the experts that `padded_num_experts` adds. Not collective.
 
-    Call it where the experts' weights have all their experts, outside of `jax.shard_map`. Gradients
-    go to the real experts.
+    Call it outside of `jax.shard_map`, on weights that have all experts. Gradients go to the real
+    experts.
 
     Args:
       weights: a pytree of arrays [num_experts, ...].

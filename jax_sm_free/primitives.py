@@ -1,8 +1,8 @@
 """The custom calls as JAX primitives: their results' types, and their lowering.
 
-Operands arrive checked (`buffer.py`), and all vary over the same mesh axes. A call has an HLO side
-effect but no JAX effect: XLA neither merges nor hoists it, and scan, remat and custom_vjp still
-take it.
+The operands have been checked (`sending.py`), and all vary over the same mesh axes. A call has an
+HLO side effect, so that XLA neither merges nor hoists it. It has no JAX effect, so that scan, remat
+and custom_vjp take it.
 
 XLA:GPU has passes that repeat or remove a call although it has a side effect. An optimization
 barrier over all operands, and one for each result, keeps these passes away:
@@ -39,7 +39,7 @@ TOKEN_SIZE = 8
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """The buffer that a call is for: its sizes, and the name by which its handler finds it."""
+    """The buffer that a call is for: its sizes, and the name by which the handler finds it."""
 
     config: Config
     buffer: str
@@ -66,7 +66,7 @@ class RowType:
 
 
 def _result_aval(operand: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-    """A type of `shape` and `dtype` that varies over the mesh axes that `operand` varies over."""
+    """A type of `shape` and `dtype` that varies over the same mesh axes as `operand`."""
     sharding = operand.sharding.update(spec=PartitionSpec(*(None for _ in shape)))
     return operand.update(shape=shape, dtype=jnp.dtype(dtype), weak_type=False, sharding=sharding)
 
@@ -74,8 +74,8 @@ def _result_aval(operand: Any, shape: tuple[int, ...], dtype: Any) -> Any:
 def _define(name: str, spans_processes: bool) -> core.Primitive:
     """The primitive of one FFI target.
 
-    It is bound with the name of its `buffer`, with `results`, their shapes and dtypes, and with
-    what `mapped_axes` goes by.
+    Its parameters are the name of its `buffer`, the shapes and dtypes of its `results`, and the two
+    that `mapped_axes` needs.
     """
     is_named = spans_processes and name.endswith("_send")
     primitive = core.Primitive(f"smf_{name}")
@@ -96,7 +96,7 @@ def _define(name: str, spans_processes: bool) -> core.Primitive:
 
     primitive.def_abstract_eval(abstract_eval)
     primitive.def_impl(functools.partial(_run_eagerly, primitive))
-    # Of equal calls in a module, one lowering would do, but for the names.
+    # Equal calls of a module share one lowering, but each named send needs a name of its own.
     mlir.register_lowering(primitive, lower, cacheable=not is_named)
     mlir.register_lowering(primitive, lower_for_gpus, platform="cuda", cacheable=not is_named)
     mapped_axes.define(name, primitive)
@@ -151,7 +151,7 @@ def dispatch_recv(
     target: Target,
     rows: RowType,
     token: Array,
-    own_values: Array,  # [T, columns], what was sent; T is 0 where the wire quantises
+    own_values: Array,  # [T, columns], the rows that were sent; T is 0 where the wire quantises
     own_scales: Array,  # [T, scale_columns]
 ) -> tuple[Array, ...]:
     """values, scales, group_sizes, counts, weights, dropped, layout rows, layout num_rows_from."""

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 from jax import Array
 
 from jax_sm_free import autodiff
+from jax_sm_free.pending import Sent
 from jax_sm_free.primitives import RowType, Target
 from jax_sm_free.results import Layout, Received, ReceivedTokens
-from jax_sm_free.schedule import Sent
 
 
 def by_expert(target: Target, sent: Sent) -> Received:
@@ -42,7 +42,7 @@ def by_token(target: Target, sent: Sent) -> ReceivedTokens:
 
 
 def sums(target: Target, sent: Sent) -> Array:
-    # A shard_map that takes an empty array ends the process of JAX 0.11.2, so none is in a Sent.
+    # A Sent has no empty arrays, because JAX 0.11.2 crashes where a shard_map takes one.
     y, rows, num_rows_from, *weights = sent.own_rows
     weights = weights or [autodiff.no_weights(y)]
     own_rows = (y, *weights, rows, num_rows_from)
@@ -61,14 +61,15 @@ def _layout(topk_idx: Array, rows: Array, num_rows_from: Array, output: str) -> 
 def _plain(integers: Array) -> Array:
     """The same integers, whose gradient JAX does not track.
 
-    It tracks that of all that a rule for gradients returns, integers too. With a mesh axis as
-    `spmd_axis_name` it then gets the types of these wrong; an operation on integers ends it.
+    JAX tracks the gradient of all results of a rule for gradients, integers too. With a mesh axis
+    as `spmd_axis_name` it then gets the types of integers wrong. An operation on integers ends the
+    tracking.
     """
     return integers | 0
 
 
 def _own_rows(sent: Sent) -> tuple[Array, Array]:
-    """Values and scales of a dispatch; both without rows where its recv needs none."""
+    """Values and scales of a dispatch. Both have no rows where its recv needs none."""
     values, *scales = sent.own_rows or (
         jnp.broadcast_to(sent.topk_idx[:0, :1], (0, sent.row_type.columns)).astype(
             sent.row_type.dtype

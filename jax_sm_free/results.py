@@ -1,4 +1,4 @@
-"""What the receiving ops return: pytrees of per-rank arrays."""
+"""The results of the receiving ops: pytrees of per-rank arrays."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from jax import Array
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """Where a dispatch put its rows; opaque to users, who hand it on to `combine_send`.
+    """Where a dispatch put its rows. Hand it on to `combine_send`, and do not look inside.
 
-    With R = ep_size * max_tokens, token rows are numbered by source rank, then source token.
+    In the shapes, R is ep_size * max_tokens. Token rows are numbered by source rank, then source
+    token.
 
     Attributes:
-      topk_idx: i32 [T, top_k], what this rank dispatched by.
+      topk_idx: i32 [T, top_k], by which this rank dispatched.
       rows: i32 [R, fanout]. For each token row received, the rows of `recv.x` that belong to it,
-        in k order; -1 where there is none (another rank's expert, or dropped).
-        fanout is top_k for output="experts" and 1 for output="tokens".
+        in k order. An entry is -1 where there is no such row, because the expert is another rank's
+        or the row was dropped. fanout is top_k for output="experts" and 1 for output="tokens".
       num_rows_from: i32 [ep_size], token rows received from each rank.
-      output: "experts" or "tokens", the form it was received in (static).
+      output: "experts" or "tokens", the form in which the rows were received (static).
     """
 
     topk_idx: Array
@@ -38,17 +39,18 @@ class Received:
     """Rows grouped by expert, as `jax.lax.ragged_dot` takes them.
 
     Attributes:
-      x: [recv_capacity, hidden], or a (values, scales) pair, as it was sent. By local expert, then
-        source rank, then source token, then k. Padding rows and rows past the last group are bytes
-        of zero. That is 2**-127 for scales of float8_e8m0fnu, a type without a zero.
+      x: [recv_capacity, hidden], or a (values, scales) pair, as it was sent. The rows are in order
+        of local expert, then source rank, then source token, then k. Padding rows and rows past the
+        last group are bytes of zero. As scales of float8_e8m0fnu, a dtype without a zero, such
+        bytes are 2**-127.
       group_sizes: i32 [num_local_experts], rows of each group, padding included.
-      counts: i32 [num_local_experts], rows that were sent to each expert: no padding, drops
-        included.
-      weights: f32 [recv_capacity], the row's weight; zero for padding.
-      dropped: i32 [], expert rows that `recv_capacity` had no place for; by default such of
-        tokens that name an expert twice.
+      counts: i32 [num_local_experts], rows that were sent to each expert. Dropped rows count,
+        padding does not.
+      weights: f32 [recv_capacity], the weight of each row; zero for padding.
+      dropped: i32 [], expert rows for which `recv_capacity` had no place. With the default
+        capacity, only tokens that name an expert twice can cause such rows.
       layout: for `combine_send`.
-      expert_capacity: rows of every group, where the buffer has groups of one size; else None
+      expert_capacity: rows of every group, if the buffer has groups of one size; else None
         (static).
     """
 
@@ -64,7 +66,7 @@ class Received:
     def expert(self) -> Array:
         """i32 [recv_capacity], the local expert of each row: `bias[recv.expert]` is a row's bias.
 
-        A row past the last group has the last expert.
+        Rows past the last group count as the last expert's.
         """
         ends = jnp.cumsum(self.group_sizes)
         rows = jnp.arange(self.weights.shape[0], dtype=jnp.int32)
@@ -75,13 +77,15 @@ class Received:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class ReceivedTokens:
-    """One row for each (token, rank): DeepEP's own form.
+    """One row for each (token, rank): the form in which DeepEP gives the rows.
 
-    With R = ep_size * max_tokens; rows past `num_tokens` are zero.
+    In the shapes, R is ep_size * max_tokens. Rows past `num_tokens` are zero.
 
     Attributes:
-      x: [R, hidden], or a (values, scales) pair. By source rank, then source token.
-      topk_idx: i32 [R, top_k], local experts in k order of the source; -1 for another rank's.
+      x: [R, hidden], or a (values, scales) pair. The rows are in order of source rank, then source
+        token.
+      topk_idx: i32 [R, top_k], local experts in the k order of the source; -1 for an expert of
+        another rank.
       topk_weights: f32 [R, top_k]; zero where topk_idx is -1.
       counts: i32 [num_local_experts], expert rows of each expert.
       num_tokens: i32 [], rows in use.

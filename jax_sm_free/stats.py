@@ -1,4 +1,4 @@
-"""What `Buffer.stats` returns: what ranks have exchanged, and for whom they have waited."""
+"""`BufferStats`: what ranks have exchanged, and for which ranks they have waited."""
 
 from __future__ import annotations
 
@@ -18,27 +18,30 @@ class RankStats:
     """What one rank has counted since its buffer was opened. No number ever falls.
 
     Entry p of a tuple is about rank p of the same group. Bytes are those of token rows as they
-    travel (of a `wire_dtype`: values and scales), without headers and routing. What a rank has for
-    itself is counted, too, though it never leaves the rank.
+    travel, without headers and routing. With a `wire_dtype` these are values and scales. Rows that
+    a rank has for itself are counted, too, although they never leave the rank.
 
-    A recv *waits* while it can do nothing because what it needs next has not come. Meanwhile time
-    runs for each rank of which that is not there: from when the recv began to wait to when it finds
-    it there. So of the ranks that it waits for at once, the last to come gets the most, and one
-    whose message was there before the recv gets none. A wait counts when it has ended, in vain or
-    not. On CPU a recv waits once, for all messages. On GPUs it may do so several times: for the
-    news of all messages, which goes ahead of the rows, and then for rows, in parts where messages
-    are large, while it unpacks in between; the waits add up. Neither waiting for other groups of
-    the mesh (on CPU) counts for a rank, nor what XLA puts between a send and its recv.
+    A recv *waits* while it can do nothing because the message that it needs next has not come.
+    Time runs for each rank whose message the recv still needs, from the beginning of the wait until
+    the recv finds that message. So if a recv waits for several ranks at once, the last rank to come
+    gets the most time. A rank whose message was there before the recv gets none. A wait counts when
+    it has ended, also if it ended with a fault.
+
+    On CPU a recv waits once, for all messages. On GPUs it may wait several times. It waits for
+    notices, which go ahead of the rows and say how many there are. It then waits for the rows.
+    Large messages come in parts, and the recv unpacks between two waits. The waits add up. Waiting
+    for other groups of the mesh, which a recv does on CPU, counts for no rank. Nor does the compute
+    that XLA puts between a send and its recv.
 
     Attributes:
       device: the rank's device, as JAX prints it.
       group: number of the group, the position along the mesh axes that are not the buffer's.
       rank: in the group.
-      exchanges: of each kind ("dispatch", "combine" and their gradients, "dispatch_backward" and
-        "combine_backward"), how many a recv of this rank has taken.
+      exchanges: how many exchanges of each kind a recv of this rank has taken. The kinds are
+        "dispatch" and "combine", and their gradients "dispatch_backward" and "combine_backward".
       bytes_sent: to each rank; counted when a send packs them.
       bytes_received: from each rank; counted when a recv takes the exchange.
-      rows_dropped: expert rows that did not fit here: the sum of all `Received.dropped`.
+      rows_dropped: expert rows that had no place here: the sum of all `Received.dropped`.
       waited_s: seconds that recvs of this rank have waited for each rank.
     """
 
@@ -71,11 +74,11 @@ class RankStats:
 class BufferStats:
     """A snapshot of what the ranks of this process have counted since the buffer was opened.
 
-    `after - before` is what was counted between two snapshots. `str()` is a table, `as_dict()` is
-    for a dashboard.
+    Subtract two snapshots, `after - before`, to get what was counted between them. `str()` gives a
+    table, and `as_dict()` gives data for a dashboard.
 
     Attributes:
-      ranks: by group and rank; none where the devices of the mesh are not there.
+      ranks: by group and rank; empty for devices that are only described.
     """
 
     ranks: tuple[RankStats, ...]
@@ -91,7 +94,7 @@ class BufferStats:
         return BufferStats(tuple(rank - earlier for rank, earlier in pairs))
 
     def as_dict(self) -> dict[str, Any]:
-        """Dictionaries, tuples, strings and numbers, which `json.dumps` takes."""
+        """The snapshot as dictionaries, tuples, strings and numbers, which `json.dumps` takes."""
         return dataclasses.asdict(self)
 
     def __str__(self) -> str:
@@ -126,7 +129,7 @@ def read(native: Native, buffer_id: int, mesh: Mesh) -> BufferStats:
     return BufferStats(tuple(sorted(ranks, key=lambda rank: (rank.group, rank.rank))))
 
 
-# How a table says it.
+# The names of the kinds in a table.
 _SHORT_KINDS = {
     "dispatch": "dispatch",
     "combine": "combine",
@@ -153,7 +156,7 @@ _BY_PEER: dict[str, Callable[[RankStats], list[str]]] = {
 def _table(
     head: tuple[str, ...], ranks: tuple[RankStats, ...], cells: Callable[[RankStats], list[str]]
 ) -> str:
-    """A line for each rank, named in the first column; the others are right-aligned."""
+    """A line for each rank: its name, and right-aligned columns behind it."""
     many = len({rank.group for rank in ranks}) > 1
     lines = [list(head)]
     for rank in ranks:

@@ -1,4 +1,4 @@
-"""Values of one type over the mesh, for calls whose operands have to have it."""
+"""Gives the operands of a call one type over the mesh axes, where the call needs that."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from jax import Array
 def vary_alike(*arrays: Array) -> tuple[Array, ...]:
     """Makes all arrays vary over the mesh axes that one of them varies over.
 
-    Under shard_map's check_vma, values that are equal on all ranks have another type; the cast's
-    transpose sums their gradients over the ranks, as it must be.
+    Under shard_map's check_vma, values that are equal on all ranks have a type of their own. The
+    transpose of the cast sums their gradients over the ranks, which is the right gradient.
     """
     varying = [axes_of(array) for array in arrays]
     every = frozenset[str]().union(*varying)
@@ -24,7 +24,7 @@ def vary_alike(*arrays: Array) -> tuple[Array, ...]:
 
 
 def axes_of(array: Array) -> frozenset[str]:
-    """The mesh axes that an array varies over, by its type."""
+    """The mesh axes that an array varies over, as its type says."""
     aval: Any = jax.typeof(array)
     if hasattr(aval, "manual_axis_type"):
         return aval.manual_axis_type.varying

@@ -90,9 +90,8 @@ def make_config(ep_size: int = SOME_RANKS, **sizes: Any) -> Config:
 
 def open_buffer(config: Config, mesh: Any = None, axis: Any = "ep", module: Any = smf) -> Any:
     """A buffer of the library, or of the reference, with these sizes."""
-    names = [field.name for field in dataclasses.fields(config) if field.name != "ep_size"]
-    sizes = {name: getattr(config, name) for name in names}
-    return module.Buffer(mesh if mesh is not None else mesh_of(config.ep_size), axis, **sizes)
+    mesh = mesh_of(config.ep_size) if mesh is None else mesh
+    return module.Buffer.from_config(mesh, axis, config)
 
 
 def on_ranks(fn: Callable[..., Any], mesh: Any, **kwargs: Any) -> Callable[..., Any]:

@@ -171,7 +171,7 @@ def test_a_program_of_either_api_reads_the_same():
     """The reference takes the library's place, public method by public method."""
 
     def public(cls):
-        return {name for name in vars(cls) if not name.startswith("_")}
+        return {name for name in dir(cls) if not name.startswith("_")}
 
     assert public(reference.Buffer) <= public(smf.Buffer)
     assert public(smf.Buffer) - public(reference.Buffer) == {"is_closed", "message_bytes", "stats"}

@@ -20,9 +20,10 @@ import pytest
 import support
 
 import jax_sm_free
-from jax_sm_free import reference, transports, ucx
+from jax_sm_free import reference
 from jax_sm_free.doctor import exchange, libraries, machine, network, waits
 from jax_sm_free.doctor.findings import Examination, note, ok, problem, report
+from jax_sm_free.transports import nvshmem, ucx
 
 SMALL = ["--hidden=32", "--num_experts=16", "--top_k=2", "--max_tokens=16", "--probe_mib=1"]
 TOPICS = ["software", "devices", "peer access", "NVSHMEM", "UCX", "network", "memory", "bandwidth"]
@@ -280,7 +281,7 @@ def test_libraries_that_several_processes_need(monkeypatch):
     def is_not_there():
         raise ImportError("there is no such package")
 
-    monkeypatch.setattr(transports, "nvshmem_library", is_not_there)
+    monkeypatch.setattr(nvshmem, "library", is_not_there)
     monkeypatch.setattr(ucx, "library", is_not_there)
     checks = {"cpu": libraries.check_ucx, "gpu": libraries.check_nvshmem}
     for platform, check in checks.items():

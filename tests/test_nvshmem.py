@@ -10,6 +10,7 @@ import pytest
 from support import make_config
 
 from jax_sm_free import transports
+from jax_sm_free.transports import nvshmem
 
 CONFIG = make_config(2)
 
@@ -26,7 +27,7 @@ def mesh_of(*processes):
 
 @pytest.mark.parametrize("transport", ["auto", "nvshmem"])
 def test_connects_gpus_of_several_processes(transport):
-    assert transports.choose(mesh_of(0, 1), transport) == "nvshmem"
+    assert transports.choose(mesh_of(0, 1), transport).name == "nvshmem"
 
 
 @pytest.mark.parametrize(
@@ -39,22 +40,17 @@ def test_the_transport_that_fits_is_named(processes, transport, right):
         transports.choose(mesh_of(*processes), transport)
 
 
-@pytest.fixture
-def _without_extension(monkeypatch):
-    monkeypatch.setattr(transports, "Native", lambda platform: None)
-
-
-@pytest.mark.usefixtures("_without_extension")
-def test_two_gpus_of_a_process_are_refused():
+@pytest.mark.parametrize("transport", ["auto", "nvshmem"])
+def test_two_gpus_of_a_process_are_refused(transport):
     with pytest.raises(ValueError, match="one GPU of each process, got 2 of process 1"):
-        transports.open_buffer("nvshmem", mesh_of(0, 1, 1), ("ep",), CONFIG, "any")
+        transports.choose(mesh_of(0, 1, 1), transport)
 
 
-@pytest.mark.usefixtures("_without_extension")
 def test_a_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "nvidia", None)
+    transport = transports.choose(mesh_of(0, 1), "nvshmem")
     with pytest.raises(ImportError, match="pip install nvidia-nvshmem-cu13"):
-        transports.open_buffer("nvshmem", mesh_of(0, 1), ("ep",), CONFIG, "any")
+        transport.open(mesh_of(0, 1), ("ep",), CONFIG, "any")
 
 
 def test_the_library_is_found_in_its_package(monkeypatch, tmp_path):
@@ -64,4 +60,4 @@ def test_the_library_is_found_in_its_package(monkeypatch, tmp_path):
     for name in [name for name in sys.modules if name.split(".")[0] == "nvidia"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr(sys, "path", [str(tmp_path)])
-    assert transports.nvshmem_library() == str(library)
+    assert nvshmem.library() == str(library)

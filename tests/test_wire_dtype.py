@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from support import P, make_config, make_inputs, make_rows
 
 import jax_sm_free as smf
-from jax_sm_free import float8_wire, reference
+from jax_sm_free import reference
+from jax_sm_free.reference import float8
 
 pytestmark = pytest.mark.long
 
@@ -56,7 +57,7 @@ def with_hook(api, *args):
     return hook(), waited
 
 
-through_reference = jax.jit(jax.vmap(float8_wire.through_float8))
+through_reference = jax.jit(jax.vmap(float8.through_float8))
 
 
 def check_rows(config, program, x, *inputs):
@@ -246,8 +247,8 @@ def test_the_reference_needs_no_exact_division(seed, monkeypatch):
         sizes.append(a.size)
         return a / b * (1 + jnp.resize(noise, a.shape))
 
-    monkeypatch.setattr(float8_wire, "_roughly_divide", roughly)
-    got = jax.jit(lambda x: float8_wire.through_float8(x))(x)
+    monkeypatch.setattr(float8, "_roughly_divide", roughly)
+    got = jax.jit(lambda x: float8.through_float8(x))(x)
     assert sizes == [x.size // 128, x.size]
     support.assert_same_bits(got, over_the_wire(x))
 

@@ -18,7 +18,6 @@ import pdoc
 
 PAGES = sorted(pathlib.Path().glob("*.md")) + sorted(pathlib.Path("docs").glob("*.md"))
 FILES = [str(page) for page in PAGES if page.name not in ("CHANGELOG.md", "CONTRIBUTING.md")]
-MODULES = ["jax_sm_free", "jax_sm_free.reference"]
 _BLOCK = re.compile(r"^```python(?: raises=(\w+))?\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\((?!https?://)([^)#\s]+)")
 _RAISING = """\
@@ -83,8 +82,9 @@ def main(out: str) -> int:
     if failed:
         print(f"blocks failed in {', '.join(failed)}", file=sys.stderr)
         return 1
-    pdoc.render.configure(docformat="google", show_source=False)
-    pdoc.pdoc(*MODULES, output_directory=pathlib.Path(out))
+    templates = pathlib.Path(__file__).with_name("pdoc")
+    pdoc.render.configure(docformat="google", show_source=False, template_directory=templates)
+    pdoc.pdoc("jax_sm_free", output_directory=pathlib.Path(out))
     print(pathlib.Path(out, "jax_sm_free.html"))
     return 0
 

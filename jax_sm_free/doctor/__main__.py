@@ -1,13 +1,13 @@
-"""Says in a minute whether a machine or a cluster is ready, and why not.
+"""Says within a minute whether a machine or a cluster is ready, and if not, why.
 
     python -m jax_sm_free.doctor                        # all devices of this process
     python -m jax_sm_free.doctor --hidden=4096 --num_experts=64 --max_tokens=2048
     python -m jax_sm_free.doctor --coordinator_address=host0:1234 --num_processes=2 --process_id=0
     srun -N2 python -m jax_sm_free.doctor --cluster     # places from Slurm
 
-With several processes each examines its own devices, all run the same ops together, and process 0
-prints what all have found. The exit status is 0 if all is well, 1 if there is a problem in one of
-them, in every process.
+With several processes, each process examines its own devices, all of them run the same ops
+together, and process 0 prints the findings of all. The exit status of every process is 0 if none of
+them has a problem, and 1 if one of them has.
 """
 
 from __future__ import annotations
@@ -19,14 +19,16 @@ import pathlib
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
-# The doctor needs little of a GPU that others may use.
+# The doctor needs little memory of a GPU, which other programs may use.
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 
 import jax
 from absl import app, flags, logging
 
-from jax_sm_free.config import DTYPES, Config
+from jax_sm_free.bounds import DTYPES
+from jax_sm_free.config import Config
 from jax_sm_free.doctor import bandwidth, exchange, libraries, machine, network, processes
 from jax_sm_free.doctor.findings import (
     Examination,
@@ -42,42 +44,33 @@ _ADDRESS = flags.DEFINE_string("coordinator_address", None, "host:port of proces
 _NUM_PROCESSES = flags.DEFINE_integer("num_processes", None, "Of the cluster.", lower_bound=1)
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of this process.", lower_bound=0)
 _CLUSTER = flags.DEFINE_boolean("cluster", False, "Ask Slurm, Open MPI or Kubernetes for these.")
-_HIDDEN = flags.DEFINE_integer("hidden", 7168, "Columns of a row.")
-_EXPERTS = flags.DEFINE_integer("num_experts", 256, "Experts of all ranks.")
-_TOP_K = flags.DEFINE_integer("top_k", 8, "Experts of a token.")
-_TOKENS = flags.DEFINE_integer("max_tokens", 4096, "Tokens of a rank and call.")
-_CAPACITY = flags.DEFINE_integer("recv_capacity", None, "Expert rows of a rank; none: worst case.")
-_FACTOR = flags.DEFINE_float("capacity_factor", None, "The same over a balanced load's rows.")
-_SLOTS = flags.DEFINE_integer("num_slots", 2, "Exchanges in flight.")
-_ALIGNMENT = flags.DEFINE_integer("expert_alignment", 1, "Rows that groups are padded to.")
-_EXPERT_CAPACITY = flags.DEFINE_integer("expert_capacity", None, "Rows of each group.")
-_DTYPE = flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Of rows.")
-_WIRE = flags.DEFINE_string("wire_dtype", None, "What rows travel as, for example float8_e4m3fn.")
+# The flags that are arguments of `Config`, under its names.
+_SIZES = (
+    flags.DEFINE_integer("hidden", 7168, "Columns of a row."),
+    flags.DEFINE_integer("num_experts", 256, "Experts of all ranks."),
+    flags.DEFINE_integer("top_k", 8, "Experts of a token."),
+    flags.DEFINE_integer("max_tokens", 4096, "Tokens of a rank and call."),
+    flags.DEFINE_integer("recv_capacity", None, "Expert rows of a rank; none: worst case."),
+    flags.DEFINE_float("capacity_factor", None, "The same over a balanced load's rows."),
+    flags.DEFINE_integer("num_slots", 2, "Exchanges in flight."),
+    flags.DEFINE_integer("expert_alignment", 1, "Rows that groups are padded to."),
+    flags.DEFINE_integer("expert_capacity", None, "Rows of each group."),
+    flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Of rows."),
+    flags.DEFINE_string("wire_dtype", None, "What rows travel as, for example float8_e4m3fn."),
+)
 _PROBE_MIB = flags.DEFINE_integer("probe_mib", 0, "For bandwidths; 0: by platform.")
 _TIMEOUT_S = flags.DEFINE_float("timeout_s", 60.0, "Then what is not done yet is a problem.")
 _JSON = flags.DEFINE_string("json", None, "A file that process 0 writes the findings to.")
 
-# How long a process that is done waits for the others, beyond their time.
+# Seconds that a process waits for the others beyond the time that they have.
 _GATHER_S = 10.0
 _MEETING = "processes"
 _DEFAULT_PROBE_MIB = {"cpu": 32, "gpu": 512}
 
 
 def _config() -> Config:
-    return Config(
-        ep_size=jax.device_count(),
-        hidden=_HIDDEN.value,
-        num_experts=_EXPERTS.value,
-        top_k=_TOP_K.value,
-        max_tokens=_TOKENS.value,
-        recv_capacity=_CAPACITY.value,
-        capacity_factor=_FACTOR.value,
-        num_slots=_SLOTS.value,
-        expert_alignment=_ALIGNMENT.value,
-        expert_capacity=_EXPERT_CAPACITY.value,
-        dtype=_DTYPE.value,
-        wire_dtype=_WIRE.value,
-    )
+    sizes: dict[str, Any] = {flag.name: flag.value for flag in _SIZES}
+    return Config(ep_size=jax.device_count(), **sizes)
 
 
 def _check_bandwidth() -> Iterator[Finding]:
@@ -98,7 +91,8 @@ def _probe_bytes() -> int:
 
 def _examine(examination: Examination) -> None:
     """Runs all checks, first those that need no other process."""
-    patience_s = _TIMEOUT_S.value / 3  # of a receive: a fault says more than the end of time
+    # A receive that reports a fault says more than a check that ran out of time.
+    patience_s = _TIMEOUT_S.value / 3
     examination.run("software", machine.check_software)
     examination.run("devices", machine.check_devices)
     examination.run("peer access", machine.check_peer_access)
@@ -128,7 +122,7 @@ def _conclude(examination: Examination, deadline: float) -> int:
 
 
 def _give_up(examination: Examination) -> None:
-    """Ends the process where a check hangs: that cannot be interrupted, only left."""
+    """Ends the process if a check hangs, because a check cannot be interrupted."""
     if examination.running == _MEETING:
         told = f"not all of them met within {_TIMEOUT_S.value:g} s: was each one started, and does "
         examination.add(_MEETING, problem(f"{told}\nprocess 0 listen where they look for it?"))
@@ -159,7 +153,7 @@ def main(argv: Sequence[str]) -> int:
     timer.cancel()
     status = _conclude(examination, deadline)
     if status and jax.process_count() > 1:
-        os._exit(status)  # JAX's shutdown would wait for a process that has gone
+        os._exit(status)  # JAX's shutdown would wait for a process that has ended.
     return status
 
 

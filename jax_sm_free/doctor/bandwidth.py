@@ -19,7 +19,12 @@ _ROUNDS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Bandwidths:
-    """Bytes per second: local copy, read and written bytes together; egress of a GPU; or None."""
+    """Bytes per second.
+
+    Attributes:
+      local: of a copy on one device, the bytes read and the bytes written together.
+      link: that leave each device; None for one device.
+    """
 
     local: float
     link: float | None
@@ -31,7 +36,7 @@ def measure(devices: list[Any], num_bytes: int) -> Bandwidths:
 
 
 def measure_host(num_bytes: int) -> float:
-    """Bytes per second, read and written, of one thread that copies `num_bytes`; pages are warm."""
+    """Bytes per second, read and written, of one thread that copies `num_bytes` in warm pages."""
     source, target = (np.ones(num_bytes, np.uint8) for _ in range(2))
 
     def copy() -> None:
@@ -52,10 +57,10 @@ def _best(run: Callable[[], Any]) -> float:
 
 
 def _local(device: Any, num_bytes: int) -> float:
-    """The faster of a kernel that reads and writes, and XLA's copy."""
+    """Bytes per second of a kernel that reads and writes, or of XLA's copy if that is faster."""
     x = jax.device_put(jnp.zeros(num_bytes // 4, jnp.float32), device)
 
-    # Launched back to back, so that the cost of launching is hidden.
+    # The copies are launched back to back, so that the cost of launching is hidden.
     def seconds(fn: Callable[[Array], Array]) -> float:
         return _best(lambda: [fn(x) for _ in range(_REPEATS)])
 
@@ -64,10 +69,10 @@ def _local(device: Any, num_bytes: int) -> float:
 
 
 def _link(devices: list[Any], num_bytes: int) -> float | None:
-    """Egress of each device by `jax.device_put`, which uses copy engines; None for one device.
+    """Bytes per second that leave each device by `jax.device_put`, which uses copy engines.
 
-    All devices send at once, each to another one: two that sent to the same would share its link,
-    and on 4 GPUs nothing but a wait between the steps keeps them apart.
+    All devices send at once, each to a different one, because two devices that send to the same one
+    share its link. A wait between the steps keeps them apart. None for one device.
     """
     if len(devices) == 1:
         return None
@@ -77,7 +82,7 @@ def _link(devices: list[Any], num_bytes: int) -> float | None:
     def shift(step: int) -> list[Any]:
         return [
             jax.device_put(part, devices[(rank + step) % len(devices)])
-            for _ in range(_ROUNDS)  # Back to back: the cost of launching is hidden.
+            for _ in range(_ROUNDS)  # Back to back, so that the cost of launching is hidden.
             for rank, part in enumerate(parts)
         ]
 

@@ -1,4 +1,4 @@
-"""What the CUDA driver says of its GPUs; it is loaded by name, so that nobody else needs it."""
+"""What the CUDA driver says of its GPUs. The driver's library is loaded when it is first needed."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ class Driver:
     """The GPUs that the driver shows to this process, by CUDA's ordinals."""
 
     def __init__(self) -> None:
-        """Raises OSError if there is no driver, or none that works."""
+        """Loads the driver. Raises OSError if there is none, or if it does not work."""
         self._cuda = ctypes.CDLL("libcuda.so.1")
         self._call("cuInit", 0)
         self.num_gpus = self._int("cuDeviceGetCount")
 
     @property
     def version(self) -> str:
-        """The newest CUDA that the driver knows."""
+        """The newest version of CUDA that the driver supports."""
         version = self._int("cuDriverGetVersion")
         return f"{version // 1000}.{version % 1000 // 10}"
 

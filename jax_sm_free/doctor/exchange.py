@@ -1,4 +1,4 @@
-"""The ops over all ranks: bit for bit those of the reference, and how fast rows leave a rank."""
+"""Runs the ops over all ranks: compares them with the reference, and measures their speed."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jax_sm_free import reference
+from jax_sm_free.bounds import MAX_TOP_K
 from jax_sm_free.buffer import Buffer
-from jax_sm_free.config import MAX_TOP_K, Config
+from jax_sm_free.config import Config
 from jax_sm_free.doctor import waits
 from jax_sm_free.doctor.findings import Finding, ok, problem
 
 _AXIS = "ep"
-# The reference brings all tokens to each rank.
+# The reference brings all tokens to each rank, so that the comparison has to be small.
 _MAX_TOKENS, _MAX_HIDDEN = 64, 1024
 _ROUNDS, _TIMED = 3, 10
 
 
 def check_against_reference(config: Config, timeout_s: float) -> Iterator[Finding]:
-    """Dispatch and combine of random tokens, in small. Collective."""
+    """Compares dispatch and combine of random tokens, at small sizes. Collective."""
     config = dataclasses.replace(
         config,
         hidden=min(config.hidden, _MAX_HIDDEN),
@@ -35,8 +36,8 @@ def check_against_reference(config: Config, timeout_s: float) -> Iterator[Findin
         timeout_s=timeout_s,
     )
     mesh = _mesh()
-    with _open(Buffer, config, mesh) as buffer:
-        theirs = _open(reference.Buffer, config, mesh)
+    with Buffer.from_config(mesh, _AXIS, config) as buffer:
+        theirs = reference.Buffer.from_config(mesh, _AXIS, config)
         runs = [_on_ranks(_round_trip(each), mesh) for each in (buffer, theirs)]
         differing = set()
         for seed in range(_ROUNDS):
@@ -73,7 +74,7 @@ def check_exchange(config: Config, num_bytes: int, timeout_s: float) -> Iterator
         timeout_s=timeout_s,
     )
     mesh = _mesh()
-    with _open(Buffer, small, mesh) as buffer:
+    with Buffer.from_config(mesh, _AXIS, small) as buffer:
         run = _on_ranks(lambda *args: buffer.dispatch(*args).x[:1], mesh)
         inputs = _next_ranks(small, mesh)
         jax.block_until_ready(run(*inputs))  # compiles
@@ -92,12 +93,6 @@ def check_exchange(config: Config, num_bytes: int, timeout_s: float) -> Iterator
 
 def _mesh() -> Mesh:
     return Mesh(np.array(jax.devices()), (_AXIS,))
-
-
-def _open(make: Callable[..., Any], config: Config, mesh: Mesh) -> Any:
-    sizes = {field.name: getattr(config, field.name) for field in dataclasses.fields(config)}
-    del sizes["ep_size"]
-    return make(mesh, _AXIS, **sizes)
 
 
 def _round_trip(buffer: Any) -> Callable[..., Any]:
@@ -170,10 +165,10 @@ def _differing_ranks(got: Any, want: Any) -> set[int]:
 
 
 def interval(run: Callable[[], Any]) -> float:
-    """Seconds from the end of one run to that of the next, the median of all but the first.
+    """Seconds from the end of one run to the end of the next: the median of all but the first.
 
-    Not how long a run takes: of a process that begins later than its peers, much of the exchange
-    has happened by then.
+    The time of a single run would be too short in a process that begins later than its peers,
+    because a part of the exchange has happened before it begins.
     """
     run()
     ends = []

@@ -1,4 +1,4 @@
-"""What the doctor finds, and how it is said."""
+"""What the doctor finds, and the report of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ Level = Literal["ok", "note", "problem"]
 
 @dataclasses.dataclass(frozen=True)
 class Finding:
-    """One thing found. A note changes nothing, a problem makes the exit status 1."""
+    """One thing that the doctor found. Only a problem makes the exit status 1."""
 
     level: Level
     text: str
@@ -37,8 +37,8 @@ class Examination:
     """Runs checks one after the other.
 
     Attributes:
-      findings: of the checks that have run.
-      running: the topic of the check that runs.
+      findings: of the checks that have run so far.
+      running: the topic of the check that is running.
     """
 
     def __init__(self) -> None:
@@ -46,7 +46,7 @@ class Examination:
         self.running = ""
 
     def run(self, topic: str, check: Check) -> None:
-        """Adds what `check` finds; what it raises is a problem, too."""
+        """Adds the findings of `check`. An exception of `check` is a problem, too."""
         self.running = topic
         try:
             for finding in check():
@@ -67,7 +67,7 @@ def from_json(findings: Iterable[dict[str, Any]]) -> list[Finding]:
 
 
 def report(by_process: Sequence[Sequence[Finding]]) -> str:
-    """The findings as text; what several processes found alike is said once."""
+    """The findings as text. A finding that several processes have in common stands there once."""
     processes: dict[Finding, list[int]] = {}
     for process, findings in enumerate(by_process):
         for finding in findings:

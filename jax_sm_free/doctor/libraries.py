@@ -1,4 +1,4 @@
-"""NVSHMEM and UCX: where they are, and which."""
+"""The libraries NVSHMEM and UCX: whether they are there, and their versions."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from collections.abc import Iterator
 
 import jax
 
-from jax_sm_free import transports, ucx
 from jax_sm_free.doctor.findings import Finding, note, ok, problem
+from jax_sm_free.transports import nvshmem, ucx
 
 
 def check_nvshmem() -> Iterator[Finding]:
-    """GPUs of several processes need it."""
+    """NVSHMEM, which GPUs of several processes need."""
     try:
-        path = transports.nvshmem_library()
+        path = nvshmem.library()
     except ImportError:
         needed = jax.default_backend() == "gpu" and jax.process_count() > 1
         yield _missing("NVSHMEM", "nvidia-nvshmem-cu13", needed)
@@ -26,14 +26,14 @@ def check_nvshmem() -> Iterator[Finding]:
 
 
 def check_ucx() -> Iterator[Finding]:
-    """CPU devices of several processes need it."""
+    """UCX, which CPU devices of several processes need."""
     try:
         path = ucx.library()
     except ImportError:
         needed = jax.default_backend() == "cpu" and jax.process_count() > 1
         yield _missing("UCX", "libucx-cu13", needed)
         return
-    # Else it patches mmap and madvise of the whole process when it is loaded.
+    # Without this, UCX patches mmap and madvise of the whole process when it is loaded.
     os.environ.setdefault("UCX_MEM_EVENTS", "n")
     version = ctypes.CDLL(path).ucp_get_version_string
     version.restype = ctypes.c_char_p

@@ -11,18 +11,19 @@ from collections.abc import Iterator
 import jax
 import jaxlib
 
-from jax_sm_free.config import Config, estimate_memory
+from jax_sm_free.config import Config
 from jax_sm_free.doctor.cuda_driver import Driver
 from jax_sm_free.doctor.findings import Finding, note, ok, problem
+from jax_sm_free.memory import estimate_memory
 from jax_sm_free.version import __version__
 
 _GIB = 2**30
-# What XLA takes of a GPU where the environment says nothing.
+# The share of a GPU's memory that XLA takes if the environment does not set it.
 _POOL = 0.75
 
 
 def check_software() -> Iterator[Finding]:
-    """Versions, and the extension that this platform needs."""
+    """The versions of the software, and whether the extension for this platform loads."""
     yield ok(
         f"Python {platform.python_version()}, jax {jax.__version__}, "
         f"jaxlib {jaxlib.version.__version__}, jax_sm_free {__version__}"
@@ -38,7 +39,7 @@ def check_software() -> Iterator[Finding]:
 
 
 def check_devices() -> Iterator[Finding]:
-    """How many there are, of which kind."""
+    """The number and the kind of the devices."""
     local = jax.local_devices()
     kinds = ", ".join(sorted({device.device_kind for device in local}))
     text = f"{len(local)} {local[0].platform} device(s) ({kinds}) on {socket.gethostname()}"
@@ -48,7 +49,7 @@ def check_devices() -> Iterator[Finding]:
 
 
 def check_peer_access() -> Iterator[Finding]:
-    """Which GPU reaches the memory of which."""
+    """Which GPU reaches the memory of which other one."""
     if jax.default_backend() != "gpu":
         yield ok("CPU devices of one process share its memory")
         return
@@ -73,7 +74,7 @@ def _matrix(reaches: list[list[bool]]) -> str:
 
 
 def check_memory(config: Config) -> Iterator[Finding]:
-    """Whether what a buffer of `config` needs is there."""
+    """Whether there is the memory that a buffer of `config` needs."""
     need = estimate_memory(config)
     outside = need.messages + need.stage
     yield note(
@@ -110,7 +111,7 @@ def _pool_share() -> float:
 
 
 def _available_bytes() -> int:
-    """Memory that new programs can have, by the system's own estimate."""
+    """The system's own estimate of the memory that new programs can have."""
     with open("/proc/meminfo") as lines:
         for line in lines:
             name, value = line.split(":")

@@ -1,4 +1,4 @@
-"""Network devices, shared memory, and the limits that they meet."""
+"""Network devices, shared memory, and the limits of both."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from jax_sm_free import limits
 from jax_sm_free.doctor.findings import Finding, note, ok
 
 _GIB = 2**30
-# The usual limit of a container that asked for nothing.
+# Less than this is small: containers that do not set a size often have 64 MiB.
 _SMALL_SHM = _GIB
 
 
@@ -31,7 +31,7 @@ def check_nics(sys: pathlib.Path = pathlib.Path("/sys/class")) -> Iterator[Findi
 
 
 def check_shared_memory() -> Iterator[Finding]:
-    """What processes of one host exchange through: /dev/shm, System V's shared memory."""
+    """The shared memory by which processes of one host exchange: /dev/shm and System V's."""
     usage = shutil.disk_usage("/dev/shm")
     text = f"/dev/shm has {usage.free / _GIB:.2f} of {usage.total / _GIB:.2f} GiB free"
     small = usage.free < _SMALL_SHM

@@ -1,4 +1,4 @@
-"""The processes of `jax.distributed`: how the doctor becomes one, and how they tell each other."""
+"""The processes of `jax.distributed`: joining them, and gathering what all of them found."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import jax
 
 from jax_sm_free.doctor.findings import Finding, as_json, from_json, problem
 
-# The first is JAX's own; it has none for the others.
+# Variables of the environment. JAX itself reads the first one, and has none for the others.
 ADDRESS, NUM_PROCESSES, PROCESS_ID = (
     "JAX_COORDINATOR_ADDRESS",
     "JAX_NUM_PROCESSES",
@@ -29,19 +29,22 @@ def connect(
     cluster: bool,
     timeout_s: float,
 ) -> None:
-    """Joins the other processes; with none of the arguments and an empty environment, none.
+    """Joins the other processes, if there are any.
+
+    There are none if the arguments are None, the environment has no such variables, and `cluster`
+    is false.
 
     Args:
-      address: host:port of process 0; None for the environment's.
-      num_processes: None for the environment's.
-      process_id: None for the environment's.
+      address: host:port of process 0; None to read it from the environment.
+      num_processes: None to read it from the environment.
+      process_id: None to read it from the environment.
       cluster: whether JAX shall ask Slurm, Open MPI or Kubernetes for all three.
-      timeout_s: seconds to wait for the others; JAX ends the process then.
+      timeout_s: seconds to wait for the others. After that JAX ends this process.
 
     Raises:
       ValueError: if some of the three are known, but not all.
     """
-    # A peer that has gone must not keep the rest from leaving.
+    # A peer that has ended must not keep the others from ending.
     patience: dict[str, Any] = {
         "initialization_timeout": round(timeout_s),
         "shutdown_timeout_seconds": 10,
@@ -69,9 +72,9 @@ def connect(
 
 
 def gather(findings: list[Finding], timeout_s: float) -> list[list[Finding]]:
-    """The findings of all processes, by process, in each of them. Collective.
+    """Gives all processes the findings of all processes, by process. Collective.
 
-    A process that is not heard of within `timeout_s` seconds has that as its only finding.
+    If a process does not report within `timeout_s` seconds, that is the only finding of it.
     """
     client = _client()
     if client is None:
@@ -88,21 +91,22 @@ def gather(findings: list[Finding], timeout_s: float) -> list[list[Finding]]:
         except jax.errors.JaxRuntimeError as error:
             silent = problem(f"process {process} did not report within {timeout_s:g} s: {error}")
             every.append([silent])
-    # Whoever left earlier could take the store with it.
+    # The store ends with process 0, so that all processes leave together.
     with contextlib.suppress(jax.errors.JaxRuntimeError):
         client.wait_at_barrier(_PREFIX, _LEAVE_MS)
     return every
 
 
 def is_first() -> bool:
-    """Whether this is process 0. Starts no backend, which may be what hangs."""
+    """Whether this is process 0. It starts no backend of JAX, because a backend may hang."""
     from jax._src import distributed
 
     return int(distributed.global_state.process_id) == 0
 
 
 def _client() -> Any:
-    # jax.distributed has no public way to its key-value store, which works where nothing else does.
+    # jax.distributed has no public way to its key-value store. The store works where nothing else
+    # does.
     from jax._src import distributed
 
     return distributed.global_state.client

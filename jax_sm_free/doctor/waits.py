@@ -1,4 +1,4 @@
-"""Who waits for whom: whether all ranks wait for one of them, which is slow or has a slow link."""
+"""Whether all ranks wait for one of them, because it is slow or has a slow link."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax_sm_free.doctor.findings import Finding, note
 from jax_sm_free.stats import BufferStats
 
-# A rank stands out if the others wait for it for so much of the time, and so many times as long as
-# for any other: ranks that are equally fast wait for each other in turn.
+# A rank stands out if the others wait for it for at least this share of the time, and at least so
+# many times as long as for any other rank. Ranks that are equally fast wait for each other in turn.
 _SHARE, _TIMES = 0.25, 2.0
 
 
 def of_all_ranks(stats: BufferStats, mesh: Mesh) -> np.ndarray:
-    """Seconds that each rank has waited for each: f32 [ranks, ranks]. Collective.
+    """Seconds that each rank has waited for each other: f32 [ranks, ranks]. Collective.
 
     Args:
       stats: of the ranks of this process.
-      mesh: of one axis, and one group.
+      mesh: a mesh of one axis, so that there is one group.
     """
     here = {rank.rank: np.array([rank.waited_s], np.float32) for rank in stats.ranks}
 
@@ -37,11 +37,11 @@ def of_all_ranks(stats: BufferStats, mesh: Mesh) -> np.ndarray:
 
 
 def who_stands_out(waited: np.ndarray, seconds: float) -> Iterator[Finding]:
-    """Names the rank that the others wait for, if there is one.
+    """A note about the rank for which the others wait, if there is one.
 
     Args:
-      waited: seconds that each rank has waited for each, [ranks, ranks].
-      seconds: how long all of it took.
+      waited: seconds that each rank has waited for each other, [ranks, ranks].
+      seconds: how long the exchanges took.
     """
     others = ~np.eye(len(waited), dtype=bool)
     late = np.array([np.median(waited[others[:, rank], rank]) for rank in range(len(waited))])
@@ -51,5 +51,5 @@ def who_stands_out(waited: np.ndarray, seconds: float) -> Iterator[Finding]:
     yield note(
         f"the other ranks wait for rank {last}: {late[last] / seconds:.0%} of the time, and "
         f"{late[next_one] / seconds:.0%} for the next\none, rank {next_one}: rank {last} is slow, "
-        "or its links are, or it runs something else, too"
+        "or its links are slow, or it runs other work, too"
     )
