@@ -16,17 +16,15 @@ import json
 import os
 import pathlib
 import statistics
-import sys
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cuda")
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "multiprocess"))
 
-import launcher
 from absl import app, flags
 
 from benchmarks import report
 from benchmarks.cases import Case
+from processes import launcher
 
 _PROCESSES = flags.DEFINE_integer("processes", 0, "Of one GPU each; 0 for all GPUs.")
 _ROUNDS = flags.DEFINE_integer("rounds", 2, "In which both settings run.")

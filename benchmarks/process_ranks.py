@@ -10,10 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rank  # of tests/multiprocess
 
 from benchmarks import contestants, programs, timing
 from benchmarks.cases import Case, make_inputs, measure_load
+from processes import rank
 
 READY = "ready for round {}."
 _GEMM_ROWS = 1024

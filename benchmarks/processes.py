@@ -16,22 +16,18 @@ import dataclasses
 import os
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "multiprocess"))
 
-import launcher
 import numpy as np
-import pair
-import two_hosts
 from absl import app, flags
 
 from benchmarks import perftest, process_ranks, report, sockets, timing
 from benchmarks.cases import Case, make_inputs, measure_load
+from processes import launcher, pair, two_hosts
 
 _TOKENS = flags.DEFINE_integer("tokens", 1024, "Of a rank.")
 _HIDDEN = flags.DEFINE_integer("hidden", 1024, "Columns of a row.")

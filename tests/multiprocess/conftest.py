@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 
 import pytest
-import two_hosts
+
+from processes import two_hosts
 
 
 @functools.cache

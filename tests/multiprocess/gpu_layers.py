@@ -15,9 +15,9 @@ from typing import Any
 import groups
 import jax
 import layers
-import rank
 
 from jax_sm_free.bootstrap import Bootstrap
+from processes import rank
 
 
 def run_once() -> None:

@@ -9,8 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rank
-import together
 from layers import (
     TIMEOUT_S,
     Action,
@@ -21,6 +19,8 @@ from layers import (
     on_ranks,
     open_buffer,
 )
+
+from processes import rank, together
 
 EP_SIZE = 2
 AXES = ("dp", "ep")

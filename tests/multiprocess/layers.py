@@ -13,11 +13,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rank
 import support
-import together
 
 import jax_sm_free as smf
+from processes import rank, together
 
 TIMEOUT_S = 3.0  # of tests in which it passes
 MARGIN_S = 8.0  # so much later may an error come, on a busy machine

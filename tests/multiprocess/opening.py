@@ -15,7 +15,8 @@ from typing import Any
 
 import jax
 import layers
-import rank
+
+from processes import rank
 
 # A child that has not ended by then hangs.
 _CHILD_S = 20.0

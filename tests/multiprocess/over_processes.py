@@ -14,8 +14,9 @@ import jax
 import numpy as np
 import pytest
 import support
-import together
 from jax.experimental import multihost_utils
+
+from processes import together
 
 _on_ranks = support.on_ranks
 

@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any
 
-import rank
+from processes import rank
 
 
 def add_up(value: int) -> tuple[int, int, list[float]]:

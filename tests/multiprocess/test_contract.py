@@ -8,8 +8,9 @@ import sys
 from typing import Any
 
 import jax
-import launcher
 import pytest
+
+from processes import launcher
 
 pytestmark = [pytest.mark.timeout(1000), pytest.mark.long]
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 
-import launcher
 import programs
 import pytest
+
+from processes import launcher
 
 SMALL = ["--hidden=32", "--num_experts=16", "--top_k=2", "--max_tokens=16", "--probe_mib=1"]
 pytestmark = pytest.mark.cpu_only

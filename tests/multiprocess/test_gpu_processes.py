@@ -7,11 +7,12 @@ import time
 
 import gpu_layers
 import jax
-import launcher
 import layers
 import pytest
 import support
 from support import assert_matches
+
+from processes import launcher
 
 pytestmark = [
     pytest.mark.gpu_only,

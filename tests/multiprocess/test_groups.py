@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import groups
-import launcher
 import layers
 import pytest
 from support import assert_matches
+
+from processes import launcher
 
 pytestmark = pytest.mark.cpu_only
 

@@ -10,9 +10,10 @@ import subprocess
 import sys
 import time
 
-import launcher
 import programs
 import pytest
+
+from processes import launcher
 
 pytestmark = pytest.mark.cpu_only
 
@@ -154,15 +155,17 @@ def test_scripts_and_modules():
 def test_ranks_end_with_the_launcher():
     """Be it killed: a launcher in a process of its own."""
     lines = (
-        "import launcher, programs, time",
+        "import programs, time",
+        "from processes import launcher",
         "with launcher.start(programs.wait_between, num_processes=1, distributed=None) as group:",
         "    group[0].wait_for('before')",
         "    print(group[0].pid, flush=True)",
         "    time.sleep(600)",
     )
+    folders = [str(launcher.ROOT), str(pathlib.Path(__file__).parent)]
     process = subprocess.Popen(
         [sys.executable, "-c", "\n".join(lines)],
-        env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
         stdout=subprocess.PIPE,
     )
     try:

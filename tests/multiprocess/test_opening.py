@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 
-import launcher
 import layers
 import opening
 import pytest
 from support import assert_matches
+
+from processes import launcher
 
 pytestmark = pytest.mark.cpu_only
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import launcher
 import layers
 import pytest
 import support
 import waiting
+
+from processes import launcher
 
 HELD_S = 0.5
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import time
 
-import launcher
 import layers
-import pair
 import pytest
+
+from processes import launcher, pair
 
 DEMO = launcher.ROOT / "examples" / "train_moe_lm.py"
 # Small: the time of a test is that of compiling.

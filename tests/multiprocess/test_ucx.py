@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 
-import launcher
 import layers
 import pytest
 from support import assert_matches
+
+from processes import launcher
 
 pytestmark = pytest.mark.cpu_only
 

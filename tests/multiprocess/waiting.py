@@ -6,9 +6,9 @@ import time
 
 import jax
 import layers
-import together
 
 import jax_sm_free as smf
+from processes import together
 
 
 def wait_for_the_last(seconds: float) -> smf.BufferStats:

@@ -28,10 +28,10 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, NoReturn
 
-import rank as rank_lib
-from process import TIMEOUT_S, LaunchError, Log, Rank
+from processes import rank as rank_lib
+from processes.process import TIMEOUT_S, LaunchError, Log, Rank
 
-ROOT = pathlib.Path(__file__).parents[2]
+ROOT = pathlib.Path(__file__).parents[1]
 # How long ranks may still run after another has failed: it may have told them.
 GRACE_S = 10.0
 # How long a process takes to write its stacks.
@@ -201,8 +201,8 @@ def start(
     """Starts a group of processes; at the end of the context none of them is left.
 
     Args:
-      target: a function at the top of a module beside which its imports are found, a script, or the
-        name of a module to run.
+      target: a function at the top of a module that can be imported, a script, or the name of a
+        module to run.
       *args: of the function, to be pickled, or the words behind the script or the module.
       num_processes: one rank of `jax.distributed` each.
       num_devices: CPU devices of each; on GPUs (JAX_PLATFORMS=cuda) each process has one, its own.
@@ -223,11 +223,8 @@ def start(
         with Group(folder, timeout_s) as group:
             for number in range(num_processes):
                 command = [*hosts[number % len(hosts)].prefix, sys.executable, "-u"]
-                command += [
-                    rank_lib.__file__,
-                    str(folder / "spec"),
-                    str(folder / f"result{number}"),
-                ]
+                command += ["-m", rank_lib.__name__]
+                command += [str(folder / "spec"), str(folder / f"result{number}")]
                 place = _place(number, num_processes, num_devices, address, gpus, num_gpus)
                 group.ranks.append(Rank(number, group.log, command, {**place, **(env or {})}))
             yield group
@@ -243,7 +240,7 @@ def _make_spec(target: Any, args: tuple[Any, ...], distributed: Any) -> rank_lib
     kind = "script" if isinstance(target, pathlib.Path) else "module"
     if callable(target):
         kind = "function"
-        target = f"{target.__code__.co_filename}:{target.__qualname__}"
+        target = f"{target.__module__}:{target.__qualname__}"
     return rank_lib.Spec(kind, str(target), args, distributed, os.getpid())
 
 

@@ -15,7 +15,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 
-from launcher import Host
+from processes.launcher import Host
 
 _NETWORK = "10.77.0."
 _CABLE = "cable"

@@ -1,7 +1,7 @@
 """What runs in each process of `launcher`: starts JAX, then the program.
 
-`python rank.py SPEC` is the launcher's business. Programs import this module for `announce` and
-`pause`, by which a test knows where a rank is.
+The launcher runs `python -m processes.rank SPEC RESULT`. Programs import this module for `announce`
+and `pause`, which tell a test where a rank is.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Spec:
 
     Attributes:
       kind: "function", "script" or "module".
-      target: "directory/module.py:function", a path, or a module's name.
+      target: "module:function", a path, or a module's name.
       args: of the function, or the command line of a script or a module.
       distributed: what `jax.distributed.initialize` gets besides the place; None: it is not called.
       launcher: the process that ends this one when it dies.
@@ -107,9 +107,8 @@ def _run(spec: Spec) -> Any:
             os.environ[ADDRESS], int(os.environ[NUM_PROCESSES]), number(), **spec.distributed
         )
     if spec.kind == "function":
-        path, name = spec.target.rsplit(":", 1)
-        sys.path.append(str(pathlib.Path(path).parent))
-        return getattr(importlib.import_module(pathlib.Path(path).stem), name)(*spec.args)
+        module, name = spec.target.split(":")
+        return getattr(importlib.import_module(module), name)(*spec.args)
     sys.argv[1:] = map(str, spec.args)
     if spec.kind == "module":
         runpy.run_module(spec.target, run_name="__main__", alter_sys=True)

@@ -7,7 +7,7 @@ import socket
 import time
 from typing import Any
 
-import rank
+from processes import rank
 
 _CHUNK = 1 << 16
 
@@ -43,9 +43,9 @@ def exchange_for_ever(timeout_s: float, tokens: int, hidden: int) -> tuple[float
     import jax
     import jax.numpy as jnp
     import numpy as np
-    import together
 
     import jax_sm_free as smf
+    from processes import together
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("ep",))
     spec = jax.P("ep")

@@ -9,7 +9,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 
-from rank import ENDED
+from processes.rank import ENDED
 
 TIMEOUT_S = 60.0
 # How long after its end a process's output may still come.
