@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import support
 from support import P
-from test_programs import CONFIG, CUT, LAYERS, loss_of
+from test_programs import CONFIG, CUT
+from trained_layers import LAYERS, loss_of
 
 import jax_sm_free as smf
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import support
 from support import P, make_config, make_inputs
-from test_programs import loss_of, overlapped_layer
+from trained_layers import loss_of, overlapped_layer
 
 import jax_sm_free as smf
 from jax_sm_free import reference

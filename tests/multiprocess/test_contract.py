@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.timeout(1000), pytest.mark.long]
 
 TESTS = pathlib.Path(__file__).parents[1]
 PARTS = {
-    "apis": ("api", "buffer", "programs", "stats"),
+    "apis": ("api", "buffer", "programs", "meshes", "stats"),
     "numbers": ("numbers", "wire_dtype", "wire_dtype_gradients"),
     "flights": ("flight", "broken_rules", "stress"),
     "faults": ("faults", "routing"),
