@@ -24,11 +24,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
 import jax
 from absl import app, flags, logging
 
-from benchmarks import floors, plots, report, rows, variants
+from benchmarks import floors, measurements, plots, report, variants
 from benchmarks.cases import Case
 from benchmarks.deadline import deadline
 from benchmarks.layer import Widths
-from benchmarks.rows import OPS, Runs
+from benchmarks.measurements import OPS, Runs
 from benchmarks.setting import Plan, Setting
 from benchmarks.table import CONTESTANTS, Table
 from jax_sm_free.doctor import bandwidth
@@ -119,7 +119,7 @@ def _fastest(setting: Setting, who: str, table: Table) -> Runs:
             runs = Runs(setting, who, variant, table)
             us = runs.time("dispatch")
         except Exception as error:
-            tried[str(variant)] = rows.describe(error)
+            tried[str(variant)] = measurements.describe(error)
             continue
         tried[str(variant)] = us
         if best is None or us < best[0]:
@@ -137,7 +137,7 @@ def _run(setting: Setting, who: str, wanted: list[str], table: Table) -> None:
     try:
         runs = _fastest(setting, who, table)
     except Exception as error:
-        table.put(setting.case, "dispatch", who, None, error=rows.describe(error))
+        table.put(setting.case, "dispatch", who, None, error=measurements.describe(error))
         return
     print(f"{who}: {runs.variant}", flush=True)
     for op in OPS:
@@ -210,7 +210,7 @@ def main(argv: list[str]) -> None:
     work += [(case, list(OPS)) for case in _swept(headline) if not (work and case == headline)]
     for case, wanted in work:
         setting = Setting(case, plan, bandwidths)
-        rows.put_floors(setting, table)
+        measurements.put_floors(setting, table)
         for who in _CONTESTANTS.value:
             if who != "ours" and case.wire_dtype is not None:
                 continue  # The others have no such option.
