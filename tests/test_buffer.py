@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 import functools
 
+import faulty_runs
 import jax
 import jax.numpy as jnp
 import pytest
 import support
-from support import make_config, make_inputs
+from sample_inputs import make_inputs
+from support import make_config
 
 import jax_sm_free as smf
 from jax_sm_free import reference
@@ -107,7 +109,7 @@ def test_a_buffer_used_after_close():
     buffer.close()
     assert "closed" in repr(buffer)
     support.assert_matches(
-        support.error_of(run, *inputs), r"buffer \d+ to be open, seen it is closed"
+        faulty_runs.error_of(run, *inputs), r"buffer \d+ to be open, seen it is closed"
     )
     with pytest.raises(RuntimeError, match="dispatch_send: expected an open buffer, got one that"):
         compiled(buffer)(*inputs)

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sample_inputs
 import support
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
@@ -74,7 +75,7 @@ def gradient_of(run: Any, mesh: Mesh, policy: Any) -> Any:
 
 
 def inputs(config: smf.Config) -> list[Any]:
-    arrays = support.make_inputs(config, seed=3)
+    arrays = sample_inputs.make_inputs(config, seed=3)
     shape = (config.hidden, config.hidden)
     matrix = np.random.default_rng(4).normal(size=shape).astype(np.float32)
     return [*(a.reshape(-1, a.shape[-1]) for a in arrays), matrix]

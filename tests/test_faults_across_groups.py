@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 import time
 
+import faulty_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import support
-from support import make_config, make_inputs, make_rows
+from sample_inputs import make_inputs, make_rows
+from support import make_config
 
 from jax_sm_free import reference
 
@@ -88,7 +90,7 @@ def errors_of_ranks(out):
         for shard in leaf.addressable_shards:
             try:
                 np.asarray(shard.data)
-            except support.RUN_ERROR as error:
+            except faulty_runs.RUN_ERROR as error:
                 errors[shard.index[0].start] = str(error)
     return errors
 
@@ -112,7 +114,7 @@ def test_a_fault_of_one_group_ends_the_run_in_all(buffer, capfd):
     start = time.monotonic()
     assert_all_ranks_fail(run(*wrong_index()), WRONG_INDEX)
     assert time.monotonic() - start < MARGIN_S
-    support.assert_matches(support.fault_of(buffer), WRONG_INDEX)
+    support.assert_matches(faulty_runs.fault_of(buffer), WRONG_INDEX)
     lines = [line for line in capfd.readouterr().err.splitlines() if "jax_sm_free: " in line]
     assert len(lines) == 1, lines
     support.assert_matches(lines[0], f"^{WRONG_INDEX}$")
@@ -148,7 +150,7 @@ def test_a_timeout_in_one_group_ends_the_run_in_all(buffer, capfd):
     misses = rf"dispatch_recv on rank 0, peer rank {BAD_RANK}: .*seen 1 after {TIMEOUT_S:g} s"
     assert_all_ranks_fail(run(stalls(TIMEOUT_S + 1.5), *inputs()), misses)
     assert TIMEOUT_S - 0.5 < time.monotonic() - start < TIMEOUT_S + MARGIN_S
-    support.assert_matches(support.fault_of(buffer), misses)
+    support.assert_matches(faulty_runs.fault_of(buffer), misses)
     assert capfd.readouterr().err.count("jax_sm_free: ") == 1
 
 

@@ -6,12 +6,16 @@ import dataclasses
 import functools
 import time
 
+import faulty_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sample_inputs
+import sample_programs
 import support
-from support import after, layer, make_config
+from sample_programs import after, layer
+from support import make_config
 
 import jax_sm_free as smf
 
@@ -20,7 +24,7 @@ CONFIG = make_config(num_experts=2 * support.SOME_RANKS)
 
 @pytest.fixture
 def inputs():
-    return support.layer_inputs(CONFIG)
+    return sample_inputs.layer_inputs(CONFIG)
 
 
 # ------------------------------------------------------------------------------- several in flight
@@ -72,7 +76,7 @@ def test_an_unrolled_scan_under_checkpoint_takes_as_many_slots(inputs):
         run = support.on_ranks(functools.partial(program, support.Api(buffer, smf)), buffer.mesh)
         try:
             jax.block_until_ready(run(*inputs))
-        except support.RUN_ERROR as error:
+        except faulty_runs.RUN_ERROR as error:
             texts = ("expected at most 2 dispatch exchanges", "scan with unroll=n")
             support.assert_matches(str(error), *texts)
     ours, theirs = support.runners(dataclasses.replace(CONFIG, num_slots=unroll), program)
@@ -290,7 +294,7 @@ def test_sent_by_one_program_and_received_by_another(inputs):
     api, _ = support.apis(THREE_SLOTS)
     send = support.on_ranks(api.buffer.dispatch_send, api.buffer.mesh)
     recv = support.on_ranks(api.buffer.dispatch_recv, api.buffer.mesh)
-    want = support.runners(THREE_SLOTS, support.round_trip)[1](*inputs)[0]
+    want = support.runners(THREE_SLOTS, sample_programs.round_trip)[1](*inputs)[0]
     sents = [send(x, topk_idx, weights) for _ in range(3)]
     for sent in reversed(sents):
         support.assert_same_bits(recv(sent), want)

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sample_inputs
 import support
 from support import P
 
@@ -190,7 +191,7 @@ def test_what_is_received_knows_its_groups_of_one_size():
             return recv.x
 
         for run in support.runners(config, program):
-            run(*support.make_inputs(config))
+            run(*sample_inputs.make_inputs(config))
         assert seen == [config.expert_capacity] * 2
 
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import support
-from support import P, make_config, make_inputs
+from sample_inputs import make_inputs
+from support import P, make_config
 from trained_layers import alone, gradients, loss_of, plain_layer
 
 import jax_sm_free as smf

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import support
-from support import P, make_config, make_inputs
+from sample_inputs import make_inputs
+from support import P, make_config
 from trained_layers import (
     LAYERS,
     alone,

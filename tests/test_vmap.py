@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sample_programs
 import support
 from support import P, assert_same_bits, make_config
 from trained_layers import LAYERS, loss_of, overlapped_layer
@@ -45,13 +46,13 @@ def check(config, program, args, in_axes=0, out_axes=0, reference=True, **kwargs
 @pytest.mark.parametrize("num_places", [1, NUM_PLACES])
 @pytest.mark.parametrize("config", [CONFIG, CUT, QUANTISED], ids=["whole", "cut", "quantised"])
 def test_by_expert(config, num_places):
-    check(config, support.round_trip, inputs_of(config, num_places))
+    check(config, sample_programs.round_trip, inputs_of(config, num_places))
 
 
 @pytest.mark.parametrize("check_vma", [False, True])
 def test_by_token(check_vma):
     inputs = inputs_of(CONFIG, rows=CONFIG.max_recv_tokens)
-    check(CONFIG, support.round_trip_tokens, inputs, check_vma=check_vma)
+    check(CONFIG, sample_programs.round_trip_tokens, inputs, check_vma=check_vma)
 
 
 def test_axes_that_are_not_the_first():
@@ -60,7 +61,7 @@ def test_axes_that_are_not_the_first():
     args = x, np.moveaxis(topk_idx, 1, 2), np.moveaxis(weights, 1, 3), np.moveaxis(y, 1, 2)
 
     def combined(api, *args):
-        return support.round_trip(api, *args)[1]
+        return sample_programs.round_trip(api, *args)[1]
 
     check(CONFIG, combined, args, in_axes=(0, 1, 2, -2), out_axes=-1)
 
@@ -71,7 +72,7 @@ def test_operands_that_are_not_mapped(mapped):
     inputs = inputs_of(CONFIG)
     args = [a if number == mapped else a[:, 0] for number, a in enumerate(inputs)]
     axes = tuple(0 if number == mapped else None for number in range(4))
-    check(CONFIG, support.round_trip, args, in_axes=axes)
+    check(CONFIG, sample_programs.round_trip, args, in_axes=axes)
 
 
 def combine_of_pairs(api, x, topk_idx, weights, y):
@@ -183,7 +184,7 @@ def test_nested():
     config = dataclasses.replace(CONFIG, num_slots=4)
     args = [a.reshape(a.shape[0], 2, 2, *a.shape[2:]) for a in inputs_of(config, 4)]
     mesh = support.mesh_of(config.ep_size)
-    program = functools.partial(support.round_trip, support.apis(config)[0])
+    program = functools.partial(sample_programs.round_trip, support.apis(config)[0])
     got, want = (
         support.on_ranks(nested(program, over), mesh)(*args) for over in (jax.vmap, in_a_loop)
     )
@@ -207,14 +208,16 @@ def traced(program, args):
     ],
 )
 def test_too_many_places_are_refused(num_places, text):
-    program = jax.vmap(functools.partial(support.round_trip, support.apis(CONFIG)[0]))
+    program = jax.vmap(functools.partial(sample_programs.round_trip, support.apis(CONFIG)[0]))
     args = [np.repeat(a, num_places, axis=1) for a in inputs_of(CONFIG, 1)]
     with pytest.raises(ValueError, match=text):
         traced(program, args)
 
 
 def test_too_many_places_of_nested_axes_are_refused():
-    program = nested(functools.partial(support.round_trip, support.apis(CONFIG)[0]), jax.vmap)
+    program = nested(
+        functools.partial(sample_programs.round_trip, support.apis(CONFIG)[0]), jax.vmap
+    )
     args = [a.reshape(a.shape[0], 2, 2, *a.shape[2:]) for a in inputs_of(CONFIG, 4)]
     with pytest.raises(ValueError, match=r"got 2 x 2: .* num_slots=4"):
         traced(program, args)
@@ -223,7 +226,7 @@ def test_too_many_places_of_nested_axes_are_refused():
 def many_layers(api, x, topk_idx, weights, y):
     """Layers in a row, each of which needs the one before at the same place alone."""
     for _ in range(4):
-        x = support.layer(api, x, topk_idx, weights, y)
+        x = sample_programs.layer(api, x, topk_idx, weights, y)
     return x
 
 

@@ -11,9 +11,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import sample_inputs
+import sample_programs
 import support
 from hypothesis import strategies as st
-from support import P, make_config, make_inputs, make_rows
+from sample_inputs import make_inputs, make_rows
+from support import P, make_config
 
 import jax_sm_free as smf
 from jax_sm_free import float8_wire, reference
@@ -100,15 +103,15 @@ def test_the_size_of_a_real_model():
     check_rows(config, by_experts, *make_inputs(config, seed=2))
 
 
-@pytest.mark.parametrize("how", support.ROUTINGS)
+@pytest.mark.parametrize("how", sample_inputs.ROUTINGS)
 def test_peculiar_routing(how):
     check_rows(CONFIG, by_experts, *make_inputs(CONFIG, seed=3, how=how))
 
 
 @pytest.mark.parametrize("num_tokens", [support.NO_TOKENS, 1, 5])
 def test_fewer_tokens(num_tokens):
-    for program in (support.round_trip, support.round_trip_tokens):
-        y = make_rows(CONFIG, support.num_rows(CONFIG, program), 4)
+    for program in (sample_programs.round_trip, sample_programs.round_trip_tokens):
+        y = make_rows(CONFIG, sample_programs.num_rows(CONFIG, program), 4)
         check_rows(CONFIG, program, *make_inputs(CONFIG, num_tokens, seed=4), y)
 
 
@@ -134,12 +137,12 @@ def test_native_and_hook_mode_agree():
     support.assert_same_bits(got, want)
 
 
-@pytest.mark.parametrize("program", [support.round_trip, support.round_trip_tokens])
+@pytest.mark.parametrize("program", [sample_programs.round_trip, sample_programs.round_trip_tokens])
 def test_combine_is_not_quantised(program):
     """Its rows are the buffer's dtype all the way, and its sums those of a buffer without."""
     config = dataclasses.replace(CONFIG, expert_alignment=2)
     inputs = make_inputs(config, seed=7)
-    y = make_rows(config, support.num_rows(config, program), 8)
+    y = make_rows(config, sample_programs.num_rows(config, program), 8)
     _, got = support.check_same(config, program, *inputs, y)
     exact, _ = support.runners(dataclasses.replace(config, wire_dtype=None), program)
     support.assert_same_bits(got, exact(*inputs, y)[1])

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import support
-from support import make_config, make_inputs, make_rows
+from sample_inputs import make_inputs, make_rows
+from support import make_config
 
 pytestmark = pytest.mark.long
 

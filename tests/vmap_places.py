@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import sample_inputs
 import support
 from support import make_config
 
@@ -16,7 +17,10 @@ def inputs_of(config, num_places=NUM_PLACES, rows=None):
     """x, topk_idx, topk_weights, y, each [ep_size, num_places, ...]."""
     rows = config.recv_capacity if rows is None else rows
     places = [
-        (*support.make_inputs(config, seed=seed), support.make_rows(config, rows, 10 + seed))
+        (
+            *sample_inputs.make_inputs(config, seed=seed),
+            sample_inputs.make_rows(config, rows, 10 + seed),
+        )
         for seed in range(num_places)
     ]
     return tuple(np.stack(parts, axis=1) for parts in zip(*places, strict=True))

@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import resource
+import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -37,6 +38,31 @@ def open_and_log() -> list[str]:
     logger.addHandler(handler)
     layers.check_new_buffer()
     return texts
+
+
+def open_differently(sizes_of_last: dict[str, Any]) -> str:
+    """The last process opens a buffer of other sizes. Then all open one of the same."""
+    mesh = layers.mesh_of()
+    sizes = sizes_of_last if jax.process_index() == jax.process_count() - 1 else {}
+    try:
+        layers.open_buffer(mesh, **sizes)
+    except ValueError as error:
+        text = str(error)
+    layers.check_new_buffer()
+    return text
+
+
+def open_without_ucx() -> str:
+    """The last process lacks the package. Then it has it."""
+    if jax.process_index() == jax.process_count() - 1:
+        sys.modules["libucx"] = None
+    try:
+        layers.open_buffer(layers.mesh_of())
+    except (ImportError, RuntimeError) as error:
+        text = f"{type(error).__name__}: {error}"
+    sys.modules.pop("libucx", None)
+    layers.check_new_buffer()
+    return text
 
 
 def count_descriptors(num_buffers: int) -> list[int]:

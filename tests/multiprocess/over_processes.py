@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import faulty_runs
 import jax
 import numpy as np
 import pytest
@@ -35,7 +36,7 @@ class Gathered:
         out, error = None, None
         try:
             out = jax.block_until_ready(self.begin(*args))
-        except support.RUN_ERROR as raised:
+        except faulty_runs.RUN_ERROR as raised:
             error = str(raised)
         # Who has results would wait for those of who has none.
         for other in together.told_to_all(self._mesh, error):
@@ -77,12 +78,12 @@ def on_ranks(fn: Callable[..., Any], mesh: Any, *args: Any, **kwargs: Any) -> Ga
 
 
 def errors_by_rank(buffer: Any, run: Gathered, *args: Any) -> list[str | None]:
-    """`support.errors_by_rank`, told by each process to all."""
+    """`faulty_runs.errors_by_rank`, told by each process to all."""
     here = support.ranks_here(buffer)
     try:
         out = run.begin(*args)
-        errors = {rank: support.error_of_rank(buffer, out, rank) for rank in here}
-    except support.RUN_ERROR as error:
+        errors = {rank: faulty_runs.error_of_rank(buffer, out, rank) for rank in here}
+    except faulty_runs.RUN_ERROR as error:
         errors = dict.fromkeys(here, str(error))
     all_told = together.told_to_all(buffer.mesh, errors)
     errors = {rank: error for told in all_told for rank, error in told.items()}
@@ -95,4 +96,4 @@ support.SOME_RANKS = max(support.SOME_RANKS, jax.process_count())
 support.mesh_of = mesh_of
 support.on_ranks = on_ranks
 support.whole = whole
-support.errors_by_rank = errors_by_rank
+faulty_runs.errors_by_rank = errors_by_rank

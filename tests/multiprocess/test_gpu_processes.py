@@ -5,10 +5,13 @@ from __future__ import annotations
 import os
 import time
 
+import failing
 import gpu_layers
 import jax
 import layers
+import opening
 import pytest
+import running
 import support
 from support import assert_matches
 
@@ -33,19 +36,19 @@ FOUR = {
 
 @pytest.mark.parametrize("env", [{}, {"JAX_SM_FREE_NVSHMEM_PUTS": "1"}], ids=["pointers", "puts"])
 def test_many_runs_of_two_buffers(env):
-    launcher.run(layers.run_many, 100, 8, env=env, **PLACES)
+    launcher.run(running.run_many, 100, 8, env=env, **PLACES)
 
 
 def test_many_runs_of_four_processes():
-    launcher.run(layers.run_many, 40, 8, **FOUR)
+    launcher.run(running.run_many, 40, 8, **FOUR)
 
 
 def test_every_process_may_see_all_gpus():
-    launcher.run(layers.run_many, 4, 2, gpus="JAX_LOCAL_DEVICE_IDS", **PLACES)
+    launcher.run(running.run_many, 4, 2, gpus="JAX_LOCAL_DEVICE_IDS", **PLACES)
 
 
 def test_groups():
-    launcher.run(layers.run_in_groups, **FOUR)
+    launcher.run(running.run_in_groups, **FOUR)
 
 
 def test_a_fault_of_one_group_ends_the_processes_of_all():
@@ -78,7 +81,7 @@ def test_nothing_is_left_in_shared_memory():
 
 
 def test_buffers_of_different_sizes_do_not_open():
-    texts = launcher.run(layers.open_differently, {"num_slots": 3}, **PLACES)
+    texts = launcher.run(opening.open_differently, {"num_slots": 3}, **PLACES)
     assert len(set(texts)) == 1
     assert_matches(texts[0], "got num_slots 2 in process 0 and 3 in process")
 
@@ -148,7 +151,7 @@ def test_a_process_that_is_stopped_for_long_is_named():
 
 
 def test_a_process_that_is_stopped_shortly_is_slow():
-    with launcher.start(layers.stop_shortly, **PLACES) as group:
+    with launcher.start(failing.stop_shortly, **PLACES) as group:
         group[LAST].wait_for("before_send")
         group[LAST].stop()
         time.sleep(2.0)
