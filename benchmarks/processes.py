@@ -35,13 +35,15 @@ _ROUNDS = flags.DEFINE_integer("rounds", 10, "In which all settings take turns."
 _RUNS = flags.DEFINE_integer("runs", 3, "Of each operation in a round.")
 _MEGABITS = flags.DEFINE_integer("megabits", 400, "Of the slow cable, per second.")
 _GEMMS = flags.DEFINE_integer("gemms", 3, "Between send and recv, 1024 rows on each rank.")
+_STARTS = flags.DEFINE_integer("starts", 3, "How often four processes are started.")
+_KILLS = flags.DEFINE_integer("kills", 3, "How often one of two processes is killed, each way.")
 _OUT = flags.DEFINE_string("out", "out/bench_processes.json", "Where all times go.")
 
 _PROCESSES, _DEVICES = 2, 4
 _ALONE, _SHARED = "1 process x 8", "2 x 4, shared memory"
 _HERE = (launcher.Host(), launcher.Host())
-_STARTS, _STARTED = 3, 4
-_KILLS, _KILL_TIMEOUT_S = 3, 5.0
+_STARTED = 4  # processes, to see how long the first result takes
+_KILL_TIMEOUT_S = 5.0
 _COLUMNS = ("ms", "least ms", "/ alone", "MB/s", "wire MB/s", "ucx_perftest", "ratio", "wire ratio")
 _LINE = "{:24} {:10} {:>9} {:>9} {:>9} {:>9} {:>10} {:>13} {:>6} {:>11}"
 _TIMEOUT_S = 600.0
@@ -164,7 +166,7 @@ def _measure(
 def _time_starts() -> list[float]:
     """Seconds to the first result of four processes, the latest of them, each time."""
     times = []
-    for _ in range(_STARTS):
+    for _ in range(_STARTS.value):
         start = launcher.start(process_ranks.start_up, num_processes=_STARTED, timeout_s=_TIMEOUT_S)
         with start as group:
             for rank in group:
@@ -178,7 +180,7 @@ def _time_starts() -> list[float]:
 def _time_kills(how: dict[str, Any]) -> list[float]:
     """Seconds from killing one of two processes to the other's error, each time."""
     times = []
-    for _ in range(_KILLS):
+    for _ in range(_KILLS.value):
         with launcher.start(
             pair.exchange_for_ever,
             _KILL_TIMEOUT_S,
