@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from support import Api
 
 import jax_sm_free as smf
 from jax_sm_free.config import Config
+
+if TYPE_CHECKING:  # Processes that take one program from here do without the rest.
+    from support import Api
 
 
 def round_trip(api: Api, x: Any, topk_idx: Any, topk_weights: Any, y: Any) -> Any:
