@@ -34,8 +34,10 @@ from processes.process import TIMEOUT_S, LaunchError, Log, Rank
 ROOT = pathlib.Path(__file__).parents[1]
 # How long ranks may still run after another has failed: it may have told them.
 GRACE_S = 10.0
-# How long a process takes to write its stacks.
-_STACKS_S = 0.5
+# How long a process may take to begin to write its stacks, and then to end.
+_STACKS_S, _REST_OF_STACKS_S = 10.0, 0.5
+# What is in the heading of each stack.
+_STACK = "(most recent call first)"
 _LOWEST_PORT = 1 << 13
 _GIVEN_PORTS = pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range")
 _DEVICE_COUNT = re.compile(r"--xla_force_host_platform_device_count=\d+")
@@ -150,9 +152,14 @@ class Group(Sequence[Rank]):
 
     def _write_stacks(self) -> None:
         running = [r for r in self.ranks if not self._is_done(r)]
+        if not running:
+            return
         for r in running:
             r.write_stacks()
-        self.log.wait(lambda: False, _STACKS_S if running else 0)
+        self.log.wait(
+            lambda: all(self._is_done(r) or r.has_written(_STACK) for r in running), _STACKS_S
+        )
+        self.log.wait(lambda: False, _REST_OF_STACKS_S)
 
     def _give_up(self) -> NoReturn:
         late = [r.number for r in self.ranks if not self._is_done(r)]

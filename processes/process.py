@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 
 from processes.rank import ENDED
@@ -14,6 +15,8 @@ from processes.rank import ENDED
 TIMEOUT_S = 60.0
 # How long after its end a process's output may still come.
 _DRAIN_S = 10.0
+# After how long without a line no more is on its way.
+_SETTLED_S = 0.3
 
 
 class LaunchError(AssertionError):
@@ -35,6 +38,14 @@ class Log:
     def of(self, rank: int) -> str:
         with self.news:
             return "\n".join(line for who, line in self.lines if who == rank)
+
+    def settled(self, rank: int) -> str:
+        """What `rank` wrote, once nothing more of it has arrived for a while."""
+        before, now = None, self.of(rank)
+        while now != before:
+            time.sleep(_SETTLED_S)
+            before, now = now, self.of(rank)
+        return now
 
     def wait(self, condition: Callable[[], bool], seconds: float) -> bool:
         with self.news:

@@ -144,14 +144,16 @@ def test_a_rank_that_is_late_is_found():
     jax.block_until_ready(run(*inputs, seconds))
     before = buffer.stats()
     seconds[LATE] = HELD_S
+    start = time.monotonic()
     jax.block_until_ready(run(*inputs, seconds))
+    took = time.monotonic() - start
     for rank in (buffer.stats() - before).ranks:
         assert rank.waited_s[rank.rank] == 0
         if rank.rank == LATE:
             assert max(rank.waited_s) < HELD_S / 2
         else:
             assert max(rank.waited_s) == rank.waited_s[LATE]
-            assert HELD_S / 2 < rank.waited_s[LATE] < 2 * HELD_S
+            assert HELD_S / 2 < rank.waited_s[LATE] < took
 
 
 @needs_peers

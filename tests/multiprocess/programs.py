@@ -39,9 +39,11 @@ def add_up_announced() -> Any:
 
 
 def fail_in(failing: int) -> None:
-    """Raises in one rank; the others wait for what never comes."""
+    """Raises in one rank when it is told to; the others wait for what never comes."""
     if rank.number() == failing:
+        rank.pause("about to fail")
         raise ValueError("no such luck")
+    rank.announce("waits")
     time.sleep(600)
 
 

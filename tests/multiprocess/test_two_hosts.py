@@ -45,10 +45,16 @@ def connect(group):
 def test_cable_is_as_slow_as_told(hosts):
     hosts.slow_down(MEGABITS)
     num_bytes = 4 << 20
-    with start_transfer(hosts, num_bytes) as group:
-        connect(group)
-        seconds = group.results()[0]
-    assert seconds == pytest.approx(num_bytes * 8 / (MEGABITS * 1e6), rel=0.25)
+    expected = pytest.approx(num_bytes * 8 / (MEGABITS * 1e6), rel=0.25)
+    seconds = []
+    # A busy machine makes some transfers slower than the cable is, but none faster.
+    for _ in range(5):
+        with start_transfer(hosts, num_bytes) as group:
+            connect(group)
+            seconds.append(group.results()[0])
+        if min(seconds) == expected:
+            break
+    assert min(seconds) == expected, seconds
 
 
 def test_cable_is_cut_and_mended(hosts):
@@ -57,8 +63,7 @@ def test_cable_is_cut_and_mended(hosts):
         connect(group)
         group[0].wait_for("30 percent")
         hosts.cut()
-        time.sleep(0.2)  # what is on its way
-        seen = group.log.of(0)
+        seen = group.log.settled(0)
         time.sleep(0.5)
         assert group.log.of(0) == seen
         hosts.mend()
