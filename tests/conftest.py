@@ -44,6 +44,7 @@ MARKERS = {
     "cpu_only": "shows something of the CPU platform alone",
     "gpu_only": "needs GPUs (JAX_PLATFORMS=cuda)",
     "alone": "reads times or memory off the GPUs, which no other process may use meanwhile",
+    "one_process": "is about what a rank computes by itself, whoever carries its rows",
     "long": "takes a while, and little of it depends on JAX's version",
 }
 

@@ -90,6 +90,7 @@ def test_values_and_scales_arrive_bit_by_bit(dtype, columns, scale_dtype, scale_
     support.assert_same_bits(dataclasses.replace(got, x=as_bytes), want)
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("program", [by_experts, by_tokens])
 def test_padding_of_scales_that_have_no_zero(program):
     """float8_e8m0fnu has no zero: its padding is bytes of zero, here as in the reference."""
@@ -218,6 +219,7 @@ def row_gradients(api, x, topk_idx, topk_weights, y, cotangent):
     return recv.layout.rows, jax.grad(loss, (0, 1))(y, recv.weights)
 
 
+@pytest.mark.one_process
 def test_rows_without_a_token_have_no_gradient():
     """Zero, not what the memory held: a run full of NaN comes before."""
     ours, theirs = support.runners(FULL, row_gradients)
@@ -256,6 +258,7 @@ def test_memory_that_malloc_filled_does_not_leak():
 # ------------------------------------------------------------------------ capacity and alignment
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("alignment", [1, 16, 128])
 def test_padding_and_tail_rows_are_zero(alignment):
     config = make_config(expert_alignment=alignment, num_experts=2 * support.SOME_RANKS)
@@ -285,6 +288,7 @@ def _needed_rows(config, topk_idx):
     return padded.reshape(config.ep_size, -1).sum(axis=1).max()
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("alignment", [1, 4])
 @pytest.mark.parametrize(
     "spare",

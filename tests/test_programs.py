@@ -67,6 +67,7 @@ def test_gradients_with_dropped_and_padding_rows(layer, inputs):
     check_gradients(CUT, alone, layer, inputs, check_vma=False)
 
 
+@pytest.mark.one_process
 @support.needs_empty_inputs
 @pytest.mark.parametrize("check_vma", [False, True])
 def test_gradients_where_every_row_is_dropped(check_vma, inputs):
@@ -79,6 +80,7 @@ def test_gradients_with_check_vma(inputs):
     check_gradients(CUT, in_scan_and_checkpoint, overlapped_layer, inputs, check_vma=True)
 
 
+@pytest.mark.one_process
 def test_gradients_of_half_precision(inputs):
     dtype = jnp.bfloat16
     config = dataclasses.replace(CONFIG, dtype=dtype)
@@ -88,6 +90,7 @@ def test_gradients_of_half_precision(inputs):
     support.assert_close(ours(*inputs), theirs(*inputs), 0.05)
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("layer", [plain_layer, layer_that_uses_weights_early])
 def test_a_weight_that_is_zero_has_its_gradient(layer, inputs):
     x, topk_idx, weights, matrix = inputs
@@ -97,6 +100,7 @@ def test_a_weight_that_is_zero_has_its_gradient(layer, inputs):
     assert np.asarray(weight_grads)[weights == 0].all()
 
 
+@pytest.mark.one_process
 def test_an_entry_that_goes_nowhere_has_no_gradient(inputs):
     _, (_, weight_grads, _) = check_gradients(CONFIG, alone, plain_layer, inputs)
     assert not np.asarray(weight_grads)[inputs[1] < 0].any()
@@ -137,6 +141,7 @@ def unused_rows(api, x, topk_idx, weights, matrix):
     return x @ matrix + recv.weights.sum() + (recv.weights**2).sum()
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize(
     "layer", [unused_recv, unused_combine, unused_layer, unused_weights, unused_rows]
 )

@@ -90,6 +90,7 @@ def test_rows_arrive_quantised_bit_by_bit(dtype, program):
     assert sum(changed) == np.any(rows != 0, axis=1).sum() > 0
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("hidden", [1, 2, 3, 4, 5, 7, 16, 127, 128, 129, 136, 640, 2048])
 @pytest.mark.parametrize("program", [by_experts, by_tokens])
 def test_any_hidden(hidden, program):
@@ -115,6 +116,7 @@ def test_fewer_tokens(num_tokens):
         check_rows(CONFIG, program, *make_inputs(CONFIG, num_tokens, seed=4), y)
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("alignment", [1, 16])
 @pytest.mark.parametrize("capacity", [0, 3, 16])
 def test_what_is_dropped_and_what_is_padding(alignment, capacity):
@@ -169,12 +171,14 @@ def float8_codes():
     return codes[np.isfinite(codes)]
 
 
+@pytest.mark.one_process
 def test_every_float8_arrives_as_it_left():
     """Rows with a 448 have scale 1."""
     rows = np.append(np.full((2, 1), 448), float8_codes().reshape(2, 127), axis=1)
     np.testing.assert_array_equal(travel(rows, jnp.float32), rows)
 
 
+@pytest.mark.one_process
 def test_between_two_float8_the_nearest_arrives():
     """All ties, and the float32 on either side of each, as ml_dtypes rounds them."""
     codes = np.unique(float8_codes())
@@ -186,6 +190,7 @@ def test_between_two_float8_the_nearest_arrives():
     np.testing.assert_array_equal(got, rows.astype(FLOAT8).astype(np.float32))
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tiny_huge_and_zero_rows(dtype):
     largest = float(jnp.finfo(dtype).max)
@@ -200,6 +205,7 @@ def test_tiny_huge_and_zero_rows(dtype):
     np.testing.assert_allclose(got[-3:, 0], np.array(sizes[-3:], dtype).astype(np.float32), 1e-2)
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 def test_a_nan_or_an_infinity_makes_its_group_nan(dtype, bad):
@@ -215,6 +221,7 @@ def test_a_nan_or_an_infinity_makes_its_group_nan(dtype, bad):
     assert {value.tobytes() for value in got[want]} == {quiet}
 
 
+@pytest.mark.one_process
 @hypothesis.given(
     st.integers(0, 2**32 - 1),
     st.sampled_from(DTYPES),
@@ -238,6 +245,7 @@ def test_random_rows(seed, dtype, how):
     travel(rows, dtype)
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("seed", range(3))
 def test_the_reference_needs_no_exact_division(seed, monkeypatch):
     """It corrects a quotient that is a few units off, as XLA's is on GPUs."""
@@ -258,6 +266,7 @@ def test_the_reference_needs_no_exact_division(seed, monkeypatch):
 # ------------------------------------------------------------------------------ sizes and errors
 
 
+@pytest.mark.one_process
 def test_sizes():
     config = smf.Config(
         ep_size=8, hidden=7168, num_experts=256, top_k=8, max_tokens=4096, wire_dtype=FLOAT8
@@ -269,6 +278,7 @@ def test_sizes():
     assert smf.get_rdma_size_hint(config) == smf.get_rdma_size_hint(plain)
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("hidden", [1, 2, 3, 4, 5, 128, 129, 7168])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_message_bytes_are_those_of_the_native_layout(hidden, dtype):
@@ -279,6 +289,7 @@ def test_message_bytes_are_those_of_the_native_layout(hidden, dtype):
     assert _cpu.max_message_bytes(config.sizes()) == config.message_bytes
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize(
     ("wire_dtype", "name"),
     [
@@ -295,6 +306,7 @@ def test_other_wire_dtypes_are_refused(wire_dtype, name):
         dataclasses.replace(CONFIG, wire_dtype=wire_dtype)
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("module", [smf, reference])
 def test_pairs_are_refused(module):
     mesh = support.mesh_of(CONFIG.ep_size)
@@ -314,6 +326,7 @@ def test_pairs_are_refused(module):
             jax.eval_shape(send, pair, *routing)
 
 
+@pytest.mark.one_process
 def test_rows_of_another_dtype_are_refused():
     x, topk_idx, weights = make_inputs(CONFIG, seed=16)
     ours, _ = support.runners(CONFIG, by_experts)

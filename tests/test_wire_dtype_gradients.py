@@ -34,6 +34,7 @@ by_output = {
 }
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("output", ["experts", "tokens"])
 def test_the_gradient_passes_the_wire_unchanged(dtype, output):

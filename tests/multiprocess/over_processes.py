@@ -2,7 +2,8 @@
 
 Each process runs the same tests in the same order. Meshes have devices of all processes, one's in
 turn with another's, and results are gathered, so that a test sees what it sees in one process.
-Tests that are not about results of whole programs are not for this.
+Tests that are not about results of whole programs are not for this; those that are marked
+`one_process` are left out.
 """
 
 from __future__ import annotations
@@ -20,6 +21,13 @@ from jax.experimental import multihost_utils
 from processes import together
 
 _on_ranks = support.on_ranks
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the tests that are marked `one_process`."""
+    left_out = [item for item in items if item.get_closest_marker("one_process")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 class Gathered:
