@@ -53,8 +53,9 @@ TEST(InProcessFaultsTest, ATimeoutEndsTheWholeRun) {
 
 TEST(InProcessFaultsTest, AReceiveInTimeDoesNotTimeOut) {
   Group group(2, kLater);
+  group.SendAll(kKey, 0, {1});
   auto arrival = group.Receive(kKey, 0);
-  group.SendAll(kKey, 0);
+  EXPECT_FALSE(group.SendOnly(kKey, 1, 0).has_value());
   ExpectNotes(arrival.get(), kKey, 0);
   std::this_thread::sleep_for(std::chrono::duration<double>(kLater + kSoon));
   EXPECT_TRUE(group.failed_runs().empty());

@@ -1,5 +1,6 @@
 // Several groups: none is through before all have sent.
 
+#include <algorithm>
 #include <chrono>
 #include <cstdint>
 #include <optional>
@@ -18,10 +19,10 @@ using testing::FaultWith;
 using testing::Group;
 using testing::IsReady;
 using testing::kKey;
+using testing::kLater;
 using testing::kNever;
 using testing::kOtherRun;
 using testing::kSameRun;
-using testing::kSoon;
 using testing::SeenBy;
 
 TEST(InProcessGroupsTest, ARankThatSendsAllAtOnceIsThroughWhenAllGroupsHaveSent) {
@@ -59,29 +60,34 @@ TEST(InProcessGroupsTest, AFaultInOneGroupEndsWhoWaitsForItInAnother) {
 }
 
 TEST(InProcessGroupsTest, ATimeoutOfOneGroupIsTheFaultOfAll) {
-  Group group(2, kSoon, 2);
+  // Rank 0 waits for the other group twice as long, so that this one has timed out before.
+  Group group(2, kLater, 2);
   group.SendAll(kKey, 0);
   EXPECT_FALSE(group.SendOnly(kKey, 2, 2).has_value());
-  auto through = group.Receive(kKey, 0);
   auto misses = group.Receive(kKey, 2);
+  auto through = group.Receive(kKey, 0);
   for (auto* arrival : {&through, &misses}) {
-    EXPECT_EQ(SeenBy(arrival->get()), "1 after 0.05 s, none from rank 1");
+    EXPECT_EQ(SeenBy(arrival->get()), "1 after 0.4 s, none from rank 1");
   }
 }
 
+double SecondsOfOneGroup(Group& group, const ExchangeKey& key) {
+  const auto start = std::chrono::steady_clock::now();
+  group.SendAll(key, 0);
+  ExpectNotes(group.Receive(key, 0).get(), key, 0);
+  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+}
+
 TEST(InProcessGroupsTest, AnExchangeThatAnotherGroupHasNotIsWaitedForOnce) {
-  Group group(2, kNever, 2);
-  for (const ExchangeKey& key : {kKey, kSameRun, kOtherRun}) {
-    const auto start = std::chrono::steady_clock::now();
-    group.SendAll(key, 0);
-    ExpectNotes(group.Receive(key, 0).get(), key, 0);
-    const std::chrono::duration<double> took = std::chrono::steady_clock::now() - start;
-    if (key == kKey) {
-      EXPECT_GE(took.count(), AllGroups::kPatienceSeconds);
-    } else {
-      EXPECT_LT(took.count(), AllGroups::kPatienceSeconds / 2);
-    }
+  constexpr double kQuick = AllGroups::kPatienceSeconds / 2;
+  // On a busy machine an exchange may take as long as a wait, but not each time.
+  double most = kQuick;
+  for (int attempt = 0; attempt < 5 && most >= kQuick; ++attempt) {
+    Group group(2, kNever, 2);
+    EXPECT_GE(SecondsOfOneGroup(group, kKey), AllGroups::kPatienceSeconds);
+    most = std::max(SecondsOfOneGroup(group, kSameRun), SecondsOfOneGroup(group, kOtherRun));
   }
+  EXPECT_LT(most, kQuick);
 }
 
 TEST(InProcessGroupsTest, AGroupThatComesLateFindsItsMessages) {

@@ -47,4 +47,4 @@ def test_an_exchange_of_one_group_alone(num_processes, num_devices, groups_span_
     for seconds in launcher.run(groups.run_in_one_group_alone, groups_span_processes, **places):
         assert sum(seconds) < groups.ALL_PATIENCE_S + layers.MARGIN_S, seconds
         # A busy machine slows some runs down. A wait would slow all of them down.
-        assert min(seconds[2:]) < groups.PATIENCE_S / 2, seconds
+        assert min(seconds[2:]) < groups.PATIENCE_S, seconds
