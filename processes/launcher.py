@@ -32,7 +32,7 @@ from processes import rank as rank_lib
 from processes.process import TIMEOUT_S, LaunchError, Log, Rank
 
 ROOT = pathlib.Path(__file__).parents[1]
-# How long ranks may still run after another has failed: it may have told them.
+# How long the other ranks may still run after one has failed. It may have told them of its fault.
 GRACE_S = 10.0
 # How long a process may take to begin to write its stacks, and then to end.
 _STACKS_S, _REST_OF_STACKS_S = 10.0, 0.5
@@ -46,7 +46,7 @@ NO_OPTIONS: dict[str, Any] = {}
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """Where a rank runs: words before its command, and an address that reaches it."""
+    """Where a rank runs: `prefix` is put before its command, `address` is where others reach it."""
 
     prefix: tuple[str, ...] = ()
     address: str = "127.0.0.1"
@@ -54,7 +54,7 @@ class Host:
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """How a rank ended: exit status, below zero the signal; its output; what it returned."""
+    """How a rank ended: its exit status (minus the signal that killed it), output and result."""
 
     status: int
     output: str
@@ -85,10 +85,10 @@ class Group(Sequence[Rank]):
         return "\n".join([*lines, f"exit status by rank: {', '.join(states)}"])
 
     def wait(self, shutdown: bool = True) -> list[Ended]:
-        """Waits until every rank has ended, each as it may.
+        """Waits until every rank has ended, well or not.
 
         Args:
-          shutdown: whether ranks that have all ended well shut JAX down, which takes all of them.
+          shutdown: whether the ranks shut JAX down, if all have ended well. It needs all of them.
 
         Raises:
           LaunchError: if the time is over; ranks that still run write their stacks and are killed.
@@ -177,9 +177,9 @@ class Group(Sequence[Rank]):
 
 
 def free_port() -> int:
-    """A port that nobody uses, and that the kernel gives to nobody who asks for any.
+    """A port that nobody uses, and that the kernel gives to no program that asks for any port.
 
-    Whoever connects to somewhere asks for one, and may do so before a rank listens on this one.
+    A program that opens a connection asks for any port, and could get this one before a rank does.
     """
     lowest, highest = map(int, _GIVEN_PORTS.read_text().split())
     ports = range(_LOWEST_PORT, 1 << 16)
@@ -272,5 +272,5 @@ def _place(
         env[gpus] = str(number % (num_gpus or num_processes))
         if num_gpus is not None and num_gpus < num_processes:
             env["JAX_SM_FREE_SHARED_GPUS"] = "1"
-            env["NCCL_HOSTID"] = str(number)  # It refuses two processes of one host on one GPU.
+            env["NCCL_HOSTID"] = str(number)  # NCCL refuses two processes of one host on one GPU.
     return env

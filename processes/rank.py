@@ -49,7 +49,7 @@ class Spec:
 
 
 def number() -> int:
-    """Of this process in the group."""
+    """The number of this process in the group."""
     return int(os.environ[PROCESS_ID])
 
 
@@ -68,7 +68,7 @@ def pause(what: str) -> None:
 
 def main() -> None:
     faulthandler.enable()
-    # Where the launcher reads it, also while pytest has the output of its tests.
+    # A copy of stderr, because pytest takes stderr itself while a test runs.
     faulthandler.register(signal.SIGUSR1, os.dup(2), all_threads=True)
     spec_path, result_path = map(pathlib.Path, sys.argv[1:])
     spec: Spec = pickle.loads(spec_path.read_bytes())
@@ -85,8 +85,8 @@ def main() -> None:
         result_path.write_bytes(pickle.dumps(result))
     sys.stdout.flush()
     sys.stderr.flush()
-    # If all have ended well, each shuts JAX down as any program does. Otherwise it would wait
-    # there for the dead, so then it just leaves.
+    # If all ranks have ended well, each shuts JAX down as any program does. The shutdown waits for
+    # every rank, so if one has died, the others leave without it.
     announce(ENDED)
     if os.read(0, 1) != b"\n":
         os._exit(status)

@@ -5,7 +5,7 @@
 
 Rows of whole 16-byte words and others, of all dtypes, on a float8 wire too, forward and backward,
 by experts and by tokens, with and without weights, in messages that leave whole and in parts, with
-few rows in common and with nearly all. It says nothing of the numbers: tests do that.
+few rows in common and with nearly all. It checks no numbers: tests do that.
 """
 
 from __future__ import annotations

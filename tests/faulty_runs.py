@@ -1,9 +1,9 @@
-"""What runs that meet a fault raise, leave behind, and tell of each rank.
+"""What a run that meets a fault raises, what becomes of its buffer, and which ranks it reached.
 
-On CPU the results of a run that met a fault raise it, and its buffer goes on, but for one over
-several processes, which has come to its end. On GPUs the results are there, NaN where the fault
-reached them; `check` and every later call raise it, and the buffer has come to its end. A call
-that fails on one GPU while others go on may raise for all of them.
+On CPU the results of such a run raise the fault. The buffer can be used again, unless it is over
+several processes: then it has ended. On GPUs the run has results, which are NaN where the fault
+reached them; `check` and every later call raise the fault, and the buffer has ended. A call that
+fails on one GPU may raise for all GPUs.
 """
 
 from __future__ import annotations
@@ -21,23 +21,25 @@ import support
 
 import jax_sm_free as smf
 
-# What a run that met a fault raises when its results are asked for; ValueError where JAX found out
-# before it returned them, as it does on a single device.
+# What a program raises when it asks for the results of a run that met a fault. On a single device
+# JAX raises ValueError, because it meets the fault before it returns the results.
 RUN_ERROR = (jax.errors.JaxRuntimeError, ValueError)
 
 
 def error_of(run: Callable[..., Any], *args: Any) -> str:
-    """The message that a run which must fail raises, when its results are asked for."""
+    """The error of a run that must fail; its results raise it."""
     try:
         out = run(*args)
         jax.block_until_ready(out)
     except RUN_ERROR as error:
         return str(error)
-    raise AssertionError(f"expected the run to fail, but it gave {jax.tree.map(np.shape, out)}")
+    raise AssertionError(
+        f"expected the run to fail, got results of shapes {jax.tree.map(np.shape, out)}"
+    )
 
 
 def run_into_fault(run: Callable[..., Any], *args: Any) -> str:
-    """The fault that a run must meet, as its results raise it; on GPUs, as the next call does."""
+    """The fault that a run must meet. Its results raise it; on GPUs the next call does."""
     if not support.ON_CPU:
         with contextlib.suppress(RUN_ERROR):
             jax.block_until_ready(run(*args))
@@ -45,7 +47,7 @@ def run_into_fault(run: Callable[..., Any], *args: Any) -> str:
 
 
 def fault_of(buffer: smf.Buffer) -> str:
-    """The fault that `check` raises: on CPU once, and then no more; on GPUs each time."""
+    """The fault that `check` raises: once where buffers go on after a fault, else each time."""
     try:
         buffer.check()
     except smf.FaultError as error:
@@ -55,13 +57,13 @@ def fault_of(buffer: smf.Buffer) -> str:
             with pytest.raises(smf.FaultError, match=re.escape(str(error))):
                 buffer.check()
         return str(error)
-    raise AssertionError("expected buffer.check() to raise the fault, but it did not")
+    raise AssertionError("expected buffer.check() to raise the fault, got no error")
 
 
 def go_on(
     buffer: smf.Buffer, run: Callable[..., Any], compiled: Callable[..., Any]
 ) -> tuple[smf.Buffer, Callable[..., Any]]:
-    """Buffer and run to use after a fault: the same where they go on, else others."""
+    """A buffer and a run to use after a fault: the same ones where buffers go on, else new ones."""
     if support.BUFFERS_GO_ON:
         return buffer, run
     buffer.close()
@@ -83,7 +85,7 @@ def errors_by_rank(buffer: smf.Buffer, run: Callable[..., Any], *args: Any) -> l
 
 
 def error_of_rank(buffer: smf.Buffer, out: Any, rank: int) -> str | None:
-    """Of a rank of this process: see `errors_by_rank`."""
+    """The same as `errors_by_rank`, for one rank of this process."""
     error = _error_of_shards(_shards_of_rank(out, rank))
     if error or support.ON_CPU:
         return error
@@ -100,7 +102,7 @@ def _error_of_shards(shards: list[Any]) -> str | None:
     for shard in shards:
         try:
             shard.block_until_ready()
-            # On GPUs it raises what block_until_ready lets pass: a callback's error.
+            # On GPUs the error of a callback comes from here, and not from block_until_ready.
             np.asarray(shard)
         except RUN_ERROR as error:
             errors.append(str(error))
@@ -109,8 +111,10 @@ def _error_of_shards(shards: list[Any]) -> str | None:
 
 
 def _is_poisoned(shards: list[Any]) -> bool:
-    """Whether all floats of a rank are NaN. Some of them being NaN is an error of its own."""
+    """Whether all floats of a rank are NaN. If only some of them are, the test fails."""
     floats = [np.asarray(shard) for shard in shards]
     nan = [np.isnan(a) for a in floats if jnp.issubdtype(a.dtype, jnp.floating) and a.size]
-    assert len({bool(value) for a in nan for value in a.flat}) == 1, "the rank is half poisoned"
+    assert len({bool(value) for a in nan for value in a.flat}) == 1, (
+        "expected either all or none of a rank's floats to be NaN"
+    )
     return bool(nan[0].all())

@@ -9,8 +9,8 @@ import numpy as np
 
 from jax_sm_free.config import Config
 
-# What can be peculiar about who sends what to whom. Each is a function of (indices, config) that
-# works on uniform indices with some -1, of all ranks: [ep_size, T, top_k].
+# Unusual ways to send tokens to experts. Each is a function of (indices, config) that changes
+# uniform indices, some of them -1, of all ranks: [ep_size, T, top_k].
 ROUTINGS: dict[str, Callable[[np.ndarray, Config], Any]] = {
     "uniform": lambda idx, c: None,
     "nobody_sends": lambda idx, c: idx.fill(-1),

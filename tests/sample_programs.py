@@ -16,7 +16,9 @@ import numpy as np
 import jax_sm_free as smf
 from jax_sm_free.config import Config
 
-if TYPE_CHECKING:  # Processes that take one program from here do without the rest.
+if (
+    TYPE_CHECKING
+):  # Ranks of tests import this module, and start faster without pytest and hypothesis.
     from support import Api
 
 
@@ -28,7 +30,7 @@ def round_trip(api: Api, x: Any, topk_idx: Any, topk_weights: Any, y: Any) -> An
 
 
 def round_trip_tokens(api: Api, x: Any, topk_idx: Any, topk_weights: Any, y: Any) -> Any:
-    """The same by tokens, and with a plain sum."""
+    """The same as `round_trip` with rows by tokens and a plain sum."""
     recv = api.buffer.dispatch(x, topk_idx, topk_weights, output="tokens")
     y = poison_unused(y, recv.layout)
     return recv, api.buffer.combine(y, recv.layout)
@@ -71,8 +73,8 @@ def poison_unused(y: Any, layout: smf.Layout) -> Any:
 def after(value: Any, sent: Any) -> tuple[Any, Any]:
     """`value`, finite, computed after the send; and `sent`, received after `value`.
 
-    By data edges, which every scheduler keeps: XLA:CPU does not heed the barriers of `overlap`.
-    Adding zero changes no bit but the sign of -0.0. The reference has nothing to order.
+    Data edges set the order, because XLA:CPU ignores the barriers of `overlap`. An edge adds zero,
+    which changes only the sign of -0.0. The reference sends nothing, so there is nothing to order.
     """
     if not isinstance(sent, smf.Sent):
         return value, sent

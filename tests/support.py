@@ -28,10 +28,10 @@ P = jax.sharding.PartitionSpec
 
 EP_SIZES = tuple(n for n in (1, 2, 4, 8) if n <= jax.device_count())
 MAX_RANKS = EP_SIZES[-1]
-# Enough to have a peer that is neither oneself nor one's neighbour, and cheaper than all.
+# Four ranks: each has a peer that is not its neighbour. All ranks would take longer.
 SOME_RANKS = min(4, MAX_RANKS)
 ON_CPU = jax.default_backend() == "cpu"
-# Whether a buffer is of use after a fault.
+# Whether a buffer can be used again after a fault.
 BUFFERS_GO_ON = ON_CPU
 
 # JAX 0.11.2 ends the process while it compiles some programs with such inputs.
@@ -71,7 +71,7 @@ def mesh_of(ep_size: int) -> jax.sharding.Mesh:
 
 
 def make_config(ep_size: int = SOME_RANKS, **sizes: Any) -> Config:
-    """Small sizes that are no multiples of anything, but for those given."""
+    """A configuration of small, odd sizes; `sizes` replaces some of them."""
     defaults = {
         "hidden": 7,
         "num_experts": 8,
@@ -96,7 +96,7 @@ def on_ranks(fn: Callable[..., Any], mesh: Any, **kwargs: Any) -> Callable[..., 
 
 
 def unjitted_on_ranks(fn: Callable[..., Any], mesh: Any, **kwargs: Any) -> Callable[..., Any]:
-    """on_ranks without jit: runs operation by operation."""
+    """The same as `on_ranks` without jit, so that operations run one by one."""
 
     def per_rank(*args: Any) -> Any:
         out = fn(*jax.tree.map(lambda a: a[0], args))
@@ -113,7 +113,7 @@ def ranks_here(buffer: Any) -> list[int]:
 
 
 def whole(results: Any) -> Any:
-    """Results of a jitted function: where each process has a part of them, all parts."""
+    """All parts of the results of a jitted function, also where a process has only its own part."""
     return results
 
 

@@ -219,7 +219,7 @@ def compiled_rows(buffer):
 
 @pytest.mark.skipif(support.MAX_RANKS < 2, reason="needs two ranks")
 def test_a_shard_map_over_the_same_devices_in_another_order_is_a_fault():
-    """Not to be seen at trace time: the ranks would be mistaken for each other."""
+    """Tracing cannot see it, and the ranks would be mistaken for each other."""
     inputs = make_inputs(CONFIG)
     with support.open_buffer(CONFIG) as buffer:
         mesh = jax.sharding.Mesh(buffer.mesh.devices[::-1], ("ep",))
@@ -244,7 +244,7 @@ def layer(buffer, x, topk_idx, weights):
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_second_derivatives_are_refused(overlap):
-    """Forward over reverse, reverse over reverse: an error, no silent zero."""
+    """Forward over reverse and reverse over reverse raise an error instead of giving zero."""
     buffer = support.apis(CONFIG)[0].buffer
 
     def loss(x, topk_idx, weights):

@@ -1,4 +1,4 @@
-"""What is sent and not received, or received with another token than its own: a fault, no hang."""
+"""A value that is sent and never received, or with a wrong token, is a fault and no hang."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def received_twice_with_gradient(api, x, *rest):
 
 
 def tokens_added(api, x, topk_idx, weights, y):
-    """What autodiff makes of two cotangents for one token."""
+    """Autodiff adds two cotangents of one token like this."""
     del y
     sent = api.buffer.dispatch_send(x, topk_idx, weights)
     return api.buffer.dispatch_recv(dataclasses.replace(sent, token=sent.token + sent.token)).x

@@ -100,7 +100,7 @@ def expected_output(config, inputs):
 
 
 def test_a_buffer_used_after_close():
-    """Refused at trace time; and a program compiled before ends with an error, without a hang."""
+    """Tracing is refused, and a program that was compiled before ends with an error, not a hang."""
     inputs = make_inputs(CONFIG)
     buffer = support.open_buffer(CONFIG)
     run = compiled(buffer)

@@ -142,7 +142,7 @@ def test_by_default_repeated_experts_are_cut_and_counted() -> None:
 
 
 def opened(**sizes: Any) -> list[warnings.WarningMessage]:
-    """What opening a buffer of eight ranks warns of."""
+    """The warnings of opening a buffer of eight ranks."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         smf.Buffer(support.mesh_of(8), "ep", **(SIZES | sizes)).close()

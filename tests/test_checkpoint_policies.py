@@ -155,7 +155,7 @@ def test_what_is_offloaded() -> None:
 
 
 def test_a_saved_token_is_seen_to_be_received_twice() -> None:
-    """What ends in a fault when it runs can be read from the compiled program."""
+    """The compiled program already shows what would be a fault when it runs."""
 
     def token_named(api: Any, x: Any, topk_idx: Any, weights: Any, matrix: Any) -> Any:
         sent = api.buffer.dispatch_send(x, topk_idx, weights)

@@ -37,7 +37,7 @@ class RankDiedError(Exception):
 
 
 def act(x, action):
-    """NOTHING, RAISE, or seconds to sleep, on the host of this rank."""
+    """Does nothing, raises or sleeps for `action` seconds, on the host of this rank."""
 
     def on_host(x, action):
         if action == RAISE:
@@ -111,7 +111,7 @@ def assert_works(run, inputs):
 
 
 def assert_works_again(buffer, run, inputs):
-    """After a fault, or after a rank that died: without another fault."""
+    """The run after a fault, or after a rank died, meets no other fault."""
     buffer, run = faulty_runs.go_on(buffer, run, compiled)
     assert_works(run, inputs)
     buffer.check()
@@ -138,7 +138,7 @@ def test_a_rank_that_does_not_send(place, action, buffer, inputs):
     start = time.monotonic()
     errors = faulty_runs.errors_by_rank(buffer, run, *inputs, actions_of(place, seconds))
     took = time.monotonic() - start
-    # Less than the timeout where another process, which ended this one, was here before it.
+    # Less than the timeout if another process began to wait earlier, and so ended this one.
     assert TIMEOUT_S - 0.5 < took < TIMEOUT_S + MARGIN_S
     assert_all_failed(errors, action, functools.partial(assert_times_out, place=place))
     assert_times_out(faulty_runs.fault_of(buffer), place)
@@ -173,7 +173,7 @@ def test_who_waits_for_long_says_for_whom(inputs, capfd):
         support.assert_same_bits(out, expected_output())
         buffer.check()
         if support.ranks_here(buffer) == [BAD_RANK]:
-            return  # Nobody waits here.
+            return  # No rank waits for this one here.
     support.assert_matches(
         capfd.readouterr().err,
         rf"dispatch_recv on rank \d, peer rank {BAD_RANK}: .* within 60 s, "
@@ -204,7 +204,7 @@ def test_faults_in_a_row_are_each_reported(buffer, inputs):
 
 
 def test_the_rank_that_meets_a_fault_says_so_on_stderr(buffer, inputs, capfd):
-    """Before anybody checks. What follows from it on other ranks is not told."""
+    """The line comes before any `check`. Other ranks, which only suffer from it, write no line."""
     run = compiled(buffer)
     x, topk_idx, *rest = inputs
     topk_idx = topk_idx.copy()
@@ -284,7 +284,7 @@ def test_a_rank_that_raises_in_the_backward_pass(buffer, inputs):
 
 
 def test_a_buffer_closed_while_results_are_pending(inputs):
-    """Who waits ends with an error at once, not after the timeout; nothing hangs."""
+    """Ranks that wait get an error at once, not after the timeout, and nothing hangs."""
     buffer = support.open_buffer(make_config(num_experts=2 * support.SOME_RANKS, timeout_s=60.0))
     run = compiled(buffer)
     jax.block_until_ready(run(*inputs, actions_of()))
@@ -296,7 +296,7 @@ def test_a_buffer_closed_while_results_are_pending(inputs):
     closer.join()
     assert time.monotonic() - start < 3.0 + MARGIN_S
     closed = "expected buffer .* to be open.* closed"
-    if jax.process_count() > 1:  # Another may have closed first.
+    if jax.process_count() > 1:  # Another process may have closed its buffer first.
         closed += "|it closed its end"
     for rank, error in enumerate(errors):
         assert error is not None, f"rank {rank} gave a result"

@@ -116,7 +116,7 @@ THREE_SLOTS = dataclasses.replace(CONFIG, num_slots=3)
     ("program", "num_layers"), [(two_layers_without_an_edge, 3), (one_inner_jit_for_two_layers, 2)]
 )
 def test_equal_layers_without_a_data_edge(program, num_layers, inputs):
-    """Neither merged nor mixed up, however the ranks' schedulers order them."""
+    """Equal layers are not merged or mixed up, in whatever order the ranks run them."""
     ours, theirs = support.runners(THREE_SLOTS, program)
     want = theirs(*inputs)
     for _ in range(20):
@@ -127,7 +127,7 @@ def test_equal_layers_without_a_data_edge(program, num_layers, inputs):
 
 
 def loop_invariant(api, x, *rest):
-    """Nothing in the loop depends on the loop."""
+    """A layer in a loop that computes the same in every round."""
     return jax.lax.scan(lambda c, _: (c, layer(api, x, *rest)), 0, None, length=3)[1]
 
 
@@ -249,7 +249,7 @@ def test_one_rank_late_by_seconds(inputs):
     waits[0, 0] = 2.0
     start = time.monotonic()
     got = jax.block_until_ready(ours(*inputs, *waits))
-    # Less than 2 s where the late rank's process was here before this one.
+    # Less than 2 s if the process of the late rank began its run before this process did.
     assert time.monotonic() - start > 1.0
     support.assert_same_bits(got, theirs(*inputs, *0 * waits))
 
@@ -280,7 +280,7 @@ def test_source_overwritten_after_send(inputs):
         support.assert_close(got[1], want[1])
 
 
-@support.needs_empty_inputs  # The scales that are not there.
+@support.needs_empty_inputs  # These rows have no scales.
 def test_without_jit(inputs):
     """shard_map that runs operation by operation: each call is a program of its own."""
     api, _ = support.apis(CONFIG)

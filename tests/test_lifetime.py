@@ -59,7 +59,7 @@ def is_open(number):
 
 
 def assert_goes(number):
-    """The buffer closes soon: a program may only just be ending."""
+    """Waits until the buffer is closed. A program that is ending may keep it open for a moment."""
     deadline = time.monotonic() + MARGIN_S
     while is_open(number):
         assert time.monotonic() < deadline, "nobody refers to the buffer, but it is still open"

@@ -102,7 +102,7 @@ def test_gpus_take_what_was_estimated(num_slots):
 
 
 def test_message_bytes_are_those_of_the_native_layout():
-    """One table in Python, one in C++: they must agree, whatever the sizes."""
+    """Python and C++ compute these sizes apart, and must agree whatever the sizes are."""
     from jax_sm_free import _cpu
 
     sizes = itertools.product((1, 8), (1, 7, 7168), (8, 256), (1, 8, 32), (1, 63, 4096))

@@ -44,14 +44,14 @@ def random_bits(dtype, shape, seed):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_dispatch_copies_every_bit_pattern(dtype):
-    """Rows are never computed with: NaN payloads, -0.0 and denormals arrive as they left.
+    """Dispatch only copies rows: NaN payloads, -0.0 and denormals arrive as they left.
 
     Compared with the reference on bytes: XLA itself changes NaN where it moves floats.
     """
     config = make_config(dtype=dtype, hidden=64)
     x = random_bits(dtype, (config.ep_size, config.max_tokens, config.hidden), 1)
     x[..., :4] = np.array([np.nan, -0.0, np.inf, 1e-40], np.float32).astype(dtype)
-    one_byte_more = dataclasses.replace(config, hidden=65)  # pairs have scales
+    one_byte_more = dataclasses.replace(config, hidden=65)  # rows that are pairs have scales
     topk_idx, weights = sample_inputs.make_routing(config, config.max_tokens, 1)
     ours, _ = support.runners(config, by_experts)
     _, theirs = support.runners(one_byte_more, by_experts)
@@ -221,7 +221,7 @@ def row_gradients(api, x, topk_idx, topk_weights, y, cotangent):
 
 @pytest.mark.one_process
 def test_rows_without_a_token_have_no_gradient():
-    """Zero, not what the memory held: a run full of NaN comes before."""
+    """Their gradient is zero, although the memory held NaN: a run full of NaN comes before."""
     ours, theirs = support.runners(FULL, row_gradients)
     y = make_rows(FULL, FULL.recv_capacity, 15)
     full = make_inputs(FULL, seed=14, how="all_to_one_expert")

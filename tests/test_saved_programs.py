@@ -67,6 +67,6 @@ def test_a_name_tells_equal_buffers_apart(tmp_path: pathlib.Path) -> None:
 def test_equal_buffers_are_found_by_their_order(tmp_path: pathlib.Path) -> None:
     saved = run("save", "executable", tmp_path, "xx")  # the second one
     assert run("load", "executable", tmp_path, "xx") == saved
-    # Its number never was here, and the only equal buffer does the same.
+    # This process never had a buffer of that number, but the only equal buffer does the same.
     assert run("load", "executable", tmp_path, "x") == saved
     assert "it is closed" in run("load", "executable", tmp_path, "x-")

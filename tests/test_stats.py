@@ -43,7 +43,7 @@ def train(api, x, topk_idx, weights, y):
 
 
 def counted(buffer, program, *args):
-    """What a run counts; its result."""
+    """What a run counts, and its result."""
     run = support.on_ranks(lambda *args: program(support.Api(buffer, smf), *args), buffer.mesh)
     before = buffer.stats()
     out = jax.block_until_ready(run(*args))
@@ -166,7 +166,7 @@ def test_stats_wait_for_no_program():
     before = buffer.stats()
     seconds[LATE] = 2.0
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        # A process with one device has results before the call returns.
+        # In a process with one device the call returns only when the results are there.
         results = pool.submit(lambda: jax.block_until_ready(run(*inputs, seconds)))
         time.sleep(0.3)
         started = time.monotonic()
@@ -176,7 +176,7 @@ def test_stats_wait_for_no_program():
         results.result()
     for rank in during.ranks:
         assert rank.exchanges["dispatch"] == 0
-        assert rank.waited_s[LATE] == 0  # of waits that have ended
+        assert rank.waited_s[LATE] == 0  # counts only waits that have ended
     for rank in (buffer.stats() - before).ranks:
         assert rank.exchanges["dispatch"] == 1
 

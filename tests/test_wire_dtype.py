@@ -141,7 +141,7 @@ def test_native_and_hook_mode_agree():
 
 @pytest.mark.parametrize("program", [sample_programs.round_trip, sample_programs.round_trip_tokens])
 def test_combine_is_not_quantised(program):
-    """Its rows are the buffer's dtype all the way, and its sums those of a buffer without."""
+    """Rows of a combine travel in the buffer's dtype, and sums are those without wire_dtype."""
     config = dataclasses.replace(CONFIG, expert_alignment=2)
     inputs = make_inputs(config, seed=7)
     y = make_rows(config, sample_programs.num_rows(config, program), 8)

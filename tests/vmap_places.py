@@ -27,7 +27,7 @@ def inputs_of(config, num_places=NUM_PLACES, rows=None):
 
 
 def in_a_loop(fn, in_axes, out_axes):
-    """What jax.vmap of the same arguments promises."""
+    """A loop over the mapped axis: what jax.vmap with the same arguments must give."""
 
     def looped(*args):
         axes = (in_axes,) * len(args) if isinstance(in_axes, int) else in_axes

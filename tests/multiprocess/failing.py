@@ -16,8 +16,8 @@ def fail_once(
     """A good run, one in which the last process acts, and a good run on a new buffer.
 
     Args:
-      how: "pause" where the test kills or stops that process; "raise", after which it pauses and
-        then runs again, or "raise, go on", at once.
+      how: what the last process does. "pause": it pauses, and the test kills or stops it. "raise":
+        it raises, pauses and runs again. "raise, go on": it raises and runs again at once.
       place: of `layers.PLACES`.
       survivors: processes that run on a new buffer afterwards; None for all.
       timeout_s: of the buffer.
@@ -52,7 +52,7 @@ def act(how: str, place: str) -> None:
 
 
 def stop_shortly() -> None:
-    """The last process pauses before its send; the run goes on behind that."""
+    """The last process pauses before its send; afterwards the run must succeed."""
     mesh = layers.mesh_of()
     with layers.open_buffer(mesh) as buffer:
         inputs, action = layers.make_inputs(mesh), layers.Action()
@@ -80,7 +80,7 @@ def end_one_of_two() -> tuple[str, str]:
     """Ends one buffer by closing it in the last process, the next by a timeout; another goes on.
 
     Returns:
-      The errors of both; those of the first process, in all.
+      The errors of both buffers in the first process; every process returns them.
     """
     mesh = layers.mesh_of()
     inputs = layers.make_inputs(mesh)

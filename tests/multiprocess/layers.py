@@ -15,9 +15,9 @@ import sample_programs
 import jax_sm_free as smf
 from processes import together
 
-TIMEOUT_S = 3.0  # of tests in which it passes
-MARGIN_S = 8.0  # so much later may an error come, on a busy machine
-LONG_S = 60.0  # of tests in which it does not
+TIMEOUT_S = 3.0  # of buffers in tests that let the timeout pass
+MARGIN_S = 8.0  # how much later an error may come on a busy machine
+LONG_S = 60.0  # of buffers in tests in which no timeout may pass
 AT_ONCE_S = LONG_S / 2
 TOKENS, HIDDEN, TOP_K = 5, 6, 2
 # Where a process may be made to act in `layer_of`.
@@ -64,7 +64,7 @@ def on_ranks(mesh: jax.sharding.Mesh, fn: Callable[..., Any]) -> Callable[..., A
 
 @dataclasses.dataclass
 class Action:
-    """What this process does at one place of a run, once."""
+    """Something that this process does once, at one place of a run."""
 
     place: str = ""
     do: Callable[[], None] = lambda: None
@@ -96,7 +96,7 @@ def layer_of(buffer: smf.Buffer, action: Action) -> Callable[..., Any]:
 
 
 def layer_without_actions(buffer: smf.Buffer) -> Callable[..., Any]:
-    """The same without callbacks."""
+    """The same layer as `layer_of` without callbacks."""
 
     def layer(x: Any, topk_idx: Any, weights: Any) -> Any:
         recv = buffer.dispatch(x, topk_idx, weights)
@@ -113,7 +113,7 @@ def check(out: Any, inputs: tuple[Any, ...]) -> None:
 
 
 def run_well(run: Callable[..., Any], mesh: jax.sharding.Mesh, inputs: tuple[Any, ...]) -> None:
-    """A good run that all processes begin together, and have ended when this returns."""
+    """A run that must succeed. All processes begin it together and wait for its end."""
     together.compile_and_meet(run, mesh, *inputs)
     check(run(*inputs), inputs)
     together.meet(mesh)

@@ -53,7 +53,7 @@ def open_differently(sizes_of_last: dict[str, Any]) -> str:
 
 
 def open_without_ucx() -> str:
-    """The last process lacks the package. Then it has it."""
+    """Fails to open where the last process lacks the package, and opens once it has the package."""
     if jax.process_index() == jax.process_count() - 1:
         sys.modules["libucx"] = None
     try:
@@ -79,7 +79,7 @@ def count_descriptors(num_buffers: int) -> list[int]:
 
 
 def open_with_few_descriptors() -> str:
-    """The last process may open few files. Then it may open more."""
+    """Fails to open where the last process may open few files, and opens once it may open more."""
     jax.devices()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     if jax.process_index() == jax.process_count() - 1:
@@ -102,7 +102,7 @@ def fork_between_runs() -> list[int]:
         run = layers.on_ranks(mesh, layers.layer_of(buffer, layers.Action()))
         layers.run_well(run, mesh, inputs)
         if rank.number() == 0:
-            # What the end of a Python program does for us. JAX's own part of it hangs in a child.
+            # What runs for our buffers when Python exits. JAX's own part would hang in a child.
             at_exit: Callable[[], None] = weakref.finalize._exitfunc  # type: ignore[attr-defined]
             statuses = [_fork(buffer.close), _fork(at_exit), _fork_a_loader(buffer)]
         for _ in range(3):

@@ -39,21 +39,21 @@ class Gathered:
         self._has_begun = False
 
     def __call__(self, *args: Any) -> Any:
-        if support.ON_CPU:  # Where a run fails for all.
+        if support.ON_CPU:  # On CPU a run that fails raises in every process.
             return whole(self.begin(*args))
         out, error = None, None
         try:
             out = jax.block_until_ready(self.begin(*args))
         except faulty_runs.RUN_ERROR as raised:
             error = str(raised)
-        # Who has results would wait for those of who has none.
+        # A process that has results would wait for those of a process that has an error.
         for other in together.told_to_all(self._mesh, error):
             if other is not None:
                 raise jax.errors.JaxRuntimeError(error or other)
         return whole(out)
 
     def begin(self, *args: Any) -> Any:
-        """The results as they are, of this process; no process is still compiling then."""
+        """This process's part of the results. All processes have compiled before the run begins."""
         if not self._has_begun:
             together.compile_and_meet(self._ungathered, self._mesh, *args)
             self._has_begun = True
@@ -68,7 +68,7 @@ def whole(results: Any) -> Any:
 
 
 def gather(array: jax.Array) -> np.ndarray:
-    """Bit by bit: XLA's own way for narrow floats changes NaNs."""
+    """The whole array, gathered as integers, because XLA changes NaNs of narrow floats."""
     bits = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
     return np.asarray(multihost_utils.process_allgather(bits, tiled=True)).view(array.dtype)
 
@@ -86,7 +86,7 @@ def on_ranks(fn: Callable[..., Any], mesh: Any, *args: Any, **kwargs: Any) -> Ga
 
 
 def errors_by_rank(buffer: Any, run: Gathered, *args: Any) -> list[str | None]:
-    """`faulty_runs.errors_by_rank`, told by each process to all."""
+    """`faulty_runs.errors_by_rank` of all processes together."""
     here = support.ranks_here(buffer)
     try:
         out = run.begin(*args)

@@ -33,7 +33,7 @@ def add_up(value: int) -> tuple[int, int, list[float]]:
 
 
 def add_up_announced() -> Any:
-    """The same, with a stop before it."""
+    """Pauses, and then runs `add_up`."""
     rank.pause("ready")
     return add_up(0)
 
@@ -55,7 +55,7 @@ def hang_with_child() -> None:
 
 
 def wait_between() -> int:
-    """Counts to the end, if it may."""
+    """Pauses, and then counts to 29 in three seconds."""
     rank.pause("before")
     for count in range(30):
         rank.announce(f"count {count}")

@@ -44,7 +44,7 @@ def test_over_gpu_processes(num_processes, part):
 
 
 def run(part: str, **places: Any) -> None:
-    # Processes that no longer do the same have nothing more to say: -x.
+    # -x: after a failure the processes no longer run the same tests.
     options = ["-qx", "-p", "over_processes", "-p", "no:cacheprovider", "-p", "no:xdist"]
     folders = [str(TESTS), str(pathlib.Path(__file__).parent), *filter(None, sys.path)]
     with launcher.start(
@@ -56,6 +56,6 @@ def run(part: str, **places: Any) -> None:
         env={"CI": "1", "PYTHONPATH": os.pathsep.join([str(launcher.ROOT), *folders])},
         **places,
     ) as group:
-        # JAX's shutdown raises once more what runs have raised.
+        # JAX's shutdown would raise the errors of runs a second time.
         group.results(shutdown=False)
         assert " passed" in group.log.of(0)

@@ -119,7 +119,7 @@ def test_a_killed_process_is_named(place, places):
 
 
 def test_a_death_while_nvshmem_starts_ends_all():
-    """There is no waiting for NVSHMEM with a limit: JAX ends who waits for one that has died."""
+    """NVSHMEM waits without a limit, so JAX ends the processes that wait for the dead one."""
     distributed = {"heartbeat_timeout_seconds": 10}
     with launcher.start(gpu_layers.die_in_start, distributed=distributed, **PLACES) as group:
         ended = group.wait()
@@ -136,7 +136,7 @@ def test_a_process_that_raises_is_waited_for_and_named(place):
 
 
 def test_a_process_that_is_stopped_for_long_is_named():
-    """It finds out when it goes on, and takes part in the next buffer."""
+    """The stopped process gets the error when it goes on, and can open the next buffer."""
     with launcher.start(gpu_layers.fail_once, "pause", "before_send", True, **PLACES) as group:
         group[LAST].wait_for("before_send")
         group[LAST].stop()

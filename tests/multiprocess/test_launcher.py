@@ -17,11 +17,11 @@ from processes import launcher
 
 pytestmark = pytest.mark.cpu_only
 
-GONE_S = 30.0  # so much later an orphan has ended and been reaped, on a busy machine too
+GONE_S = 30.0  # how long it may take until an orphan has been killed and reaped
 
 
 def is_there(pid: int) -> bool:
-    """Whether a process has this number, be it a zombie."""
+    """Whether a process, or a zombie, has this number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -125,7 +125,7 @@ def test_free_ports_are_none_that_the_kernel_gives_away(tmp_path, monkeypatch):
     given.write_text("9000\t65000\n")
     for _ in range(20):
         assert not 9000 <= launcher.free_port() <= 65000
-    given.write_text("1024\t65535\n")  # Where it gives all away, there is no other.
+    given.write_text("1024\t65535\n")  # If the kernel gives away all ports, one of those has to do.
     assert launcher.free_port() > 1024
 
 
@@ -157,7 +157,7 @@ def test_scripts_and_modules():
 
 
 def test_ranks_end_with_the_launcher():
-    """Be it killed: a launcher in a process of its own."""
+    """Also when the launcher is killed; here it runs in a process of its own."""
     lines = (
         "import programs, time",
         "from processes import launcher",

@@ -11,7 +11,7 @@ import pytest
 from processes import launcher, pair
 
 DEMO = launcher.ROOT / "examples" / "train_moe_lm.py"
-# Small: the time of a test is that of compiling.
+# Small sizes: a test takes as long as compiling takes.
 DEMO_FLAGS = (
     "--steps=4 --layers=1 --batch=8 --length=16 --hidden=32 --experts=8 --target=10 --noremat"
 )
@@ -89,7 +89,7 @@ def train(tmp_path, **options):
 
 
 def test_trains_as_in_one_process(hosts, tmp_path):
-    """Over a slow cable: that costs time alone."""
+    """A slow cable between the hosts changes how long training takes, and not the losses."""
     want = train(tmp_path, num_processes=1, num_devices=4)
     hosts.slow_down(MEGABITS)
     got = train(tmp_path, num_processes=2, num_devices=2, hosts=hosts.hosts)
@@ -112,7 +112,7 @@ def test_a_cut_ends_both_sides(hosts):
         assert hosts.num_bytes() > 2 * TOKENS * HIDDEN * 4  # of the two steps before
         hosts.cut()
         cut = time.time()
-        ended = group.wait(shutdown=False)  # without the cable it cannot
+        ended = group.wait(shutdown=False)  # JAX cannot shut down without the cable
     for number, end in enumerate(ended):
         assert end.status == 0, end.output
         at, text = end.result

@@ -86,7 +86,7 @@ def assert_fails_in_time(results, *patterns, seconds=layers.TIMEOUT_S + layers.M
     for error, took, kept in results:
         assert took < seconds, error
         assert_matches(error, *patterns)
-        assert_matches(kept, *patterns)  # of another rank, maybe
+        assert_matches(kept, *patterns)  # maybe the fault of another rank
 
 
 @pytest.mark.parametrize("num_devices", [1, 2])
@@ -110,7 +110,7 @@ def test_a_killed_process_is_named(place, num_devices):
 
 
 def test_a_killed_process_that_nobody_reaped_is_named():
-    """Its launcher may wait for another one first, or for none."""
+    """A launcher may reap another process first, or none at all."""
     args = ("pause", "before_send", 1, layers.LONG_S)
     with launcher.start(failing.fail_once, *args, num_processes=2) as group:
         group[1].wait_for("before_send")
@@ -146,7 +146,7 @@ def test_a_process_that_raises_and_goes_on_is_named_at_once(place):
 
 
 def test_a_process_that_is_stopped_for_long_is_named():
-    """It finds out when it goes on, and takes part in the next buffer."""
+    """The stopped process gets the error when it goes on, and can open the next buffer."""
     args = ("pause", "before_send", None, layers.TIMEOUT_S)
     with launcher.start(failing.fail_once, *args, num_processes=3) as group:
         group[2].wait_for("before_send")
@@ -193,7 +193,7 @@ def test_one_of_two_buffers_is_closed_or_fails():
     ],
 )
 def test_processes_that_run_other_programs_are_named(how, texts):
-    """Never mixed: the error has both sides, at once."""
+    """Their rows are never mixed: the error comes at once and shows both programs."""
     results = launcher.run(failing.run_differently, how, num_processes=2)
     for error, took in results:
         assert took < 20.0  # compiling included
