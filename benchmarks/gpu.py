@@ -51,8 +51,8 @@ _CONTESTANTS = flags.DEFINE_list("contestants", [*CONTESTANTS], f"Of {CONTESTANT
 _SWEEP = flags.DEFINE_list("sweep", [], f"Of {SWEEPS}: more cases, end to end.")
 _GEMMS = flags.DEFINE_list("gemms", ["0.25", "0.5", "1", "2", "4"], "GEMMs between send and recv.")
 _GEMM_ROWS = flags.DEFINE_integer("gemm_rows", 4096, "Rows of a whole GEMM.")
-_EXPERT_WIDTH = flags.DEFINE_integer("expert_width", 512, "Of the layer's routed experts.")
-_SHARED_WIDTH = flags.DEFINE_integer("shared_width", 2048, "Of the layer's dense experts.")
+_EXPERT_WIDTH = flags.DEFINE_integer("expert_width", 512, "Width of the layer's routed experts.")
+_SHARED_WIDTH = flags.DEFINE_integer("shared_width", 2048, "Width of the layer's dense experts.")
 _STEPS = flags.DEFINE_integer("steps", 40, "Exchanges of a loop.")
 _LAYER_STEPS = flags.DEFINE_integer("layer_steps", 10, "Layers of a loop.")
 _SECONDS = flags.DEFINE_float("seconds", 0.5, "Time for each number, once it has 5 runs.")
@@ -213,7 +213,7 @@ def main(argv: list[str]) -> None:
         measurements.put_floors(setting, table)
         for who in _CONTESTANTS.value:
             if who != "ours" and case.wire_dtype is not None:
-                continue  # The others have no such option.
+                continue  # Only `ragged` has this option.
             with deadline(_LIMIT.value, lambda who=who, case=case: _give_up(case, who, table)):
                 _run(setting, who, wanted, table)
             print(f"{case}: {who} after {time.monotonic() - begin:.0f} s", flush=True)

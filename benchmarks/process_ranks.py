@@ -17,7 +17,7 @@ from processes import rank
 
 READY = "ready for round {}."
 _GEMM_ROWS = 1024
-# So many results of all ranks the heap grew by in 60 runs.
+# In 60 runs the heap grew by so many results of all ranks.
 _WARM_RESULTS = 16
 
 
