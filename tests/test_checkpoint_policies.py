@@ -85,7 +85,7 @@ def check_counts(counts: dict[str, int], num_dispatches: int) -> None:
     assert counts["dispatch_send"] == num_dispatches, counts
     recvs = counts.get("dispatch_recv", 0) + counts.get("dispatch_recv_tokens", 0)
     assert recvs == num_dispatches, counts
-    assert counts["combine_send"] == 1, "a combine is never repeated for its gradient"
+    assert counts["combine_send"] == 1, "expected one combine: its gradient repeats none"
 
 
 @pytest.mark.parametrize("output", ["experts", "tokens"])

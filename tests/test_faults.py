@@ -120,7 +120,7 @@ def assert_works_again(buffer, run, inputs):
 def assert_all_failed(errors, action, expected):
     """The bad rank with its own error, if it raised; the others with `expected(error)`."""
     for rank, error in enumerate(errors):
-        assert error is not None, f"rank {rank} gave a result"
+        assert error is not None, f"expected rank {rank} to fail, got a result"
         died = "this rank died" in error
         if action == "raises" and rank == BAD_RANK:
             assert died, error
@@ -299,7 +299,7 @@ def test_a_buffer_closed_while_results_are_pending(inputs):
     if jax.process_count() > 1:  # Another process may have closed its buffer first.
         closed += "|it closed its end"
     for rank, error in enumerate(errors):
-        assert error is not None, f"rank {rank} gave a result"
+        assert error is not None, f"expected rank {rank} to fail, got a result"
         support.assert_matches(error, closed)
 
 

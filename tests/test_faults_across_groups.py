@@ -97,7 +97,7 @@ def errors_of_ranks(out):
 
 def assert_all_ranks_fail(out, *patterns):
     for rank, error in enumerate(errors_of_ranks(out)):
-        assert error is not None, f"rank {rank} of all gave a result"
+        assert error is not None, f"expected rank {rank} of all to fail, got a result"
         support.assert_matches(error, *patterns)
 
 

@@ -68,7 +68,7 @@ def test_each_implementation_gives_product_and_gradients(implementation, dtype):
     for array, want in zip(got, expected(*args, sizes), strict=True):
         assert array.dtype == dtype
         support.assert_close(np.asarray(array, np.float32), want, tolerance)
-    assert not np.asarray(got[0][104:], np.float32).any(), "past the last group"
+    assert not np.asarray(got[0][104:], np.float32).any(), "expected zeros past the last group"
 
 
 @pytest.mark.parametrize("implementation", ["auto", "batched"])

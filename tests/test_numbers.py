@@ -100,7 +100,9 @@ def test_padding_of_scales_that_have_no_zero(program):
     pair = (np.ones((*shape, 128), jnp.float8_e4m3fn), np.ones((*shape, 4), jnp.float8_e8m0fnu))
     got, want = (run(pair, topk_idx, weights) for run in support.runners(config, program))
     scales = [np.asarray(out.x[1]).view(np.uint8) for out in (got, want)]
-    assert set(np.unique(scales[0])) == {0, 127}, "padding, and scales of one"
+    assert set(np.unique(scales[0])) == {0, 127}, (
+        f"expected bytes 0 (padding) and 127 (one), got {scales[0]}"
+    )
     np.testing.assert_array_equal(*scales)
 
 

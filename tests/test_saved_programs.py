@@ -47,7 +47,9 @@ def test_no_program_runs_on_a_buffer_of_other_sizes(change: str, tmp_path: pathl
     text = run("load", "executable", tmp_path, "x", change)
     assert "expected the buffer that this program was made for to be open: axes x of" in text
     key, value = change.split("=")
-    assert f"{key}={value}" in text.partition("seen open buffers")[2], "what is open"
+    assert f"{key}={value}" in text.partition("seen open buffers")[2], (
+        f"expected the sizes of open buffers in: {text}"
+    )
 
 
 def test_no_program_runs_on_a_buffer_over_another_axis(tmp_path: pathlib.Path) -> None:
