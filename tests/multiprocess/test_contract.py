@@ -18,10 +18,11 @@ TESTS = pathlib.Path(__file__).parents[1]
 PARTS = {
     "apis": ("api", "buffer", "programs", "meshes", "stats"),
     "numbers": ("numbers", "wire_dtype", "wire_dtype_gradients"),
-    "flights": ("flight", "broken_rules", "stress"),
+    "flights": ("flight", "broken_rules"),
+    "stress": ("stress",),
     "faults": ("faults", "routing"),
 }
-PLACES = {"apis": (2, 1), "numbers": (2, 2), "flights": (4, 1), "faults": (2, 4)}
+PLACES = {"apis": (2, 1), "numbers": (2, 2), "flights": (2, 2), "stress": (4, 1), "faults": (2, 4)}
 
 
 @pytest.mark.cpu_only
