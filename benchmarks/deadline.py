@@ -1,4 +1,4 @@
-"""An end for what hangs: a collective that waits for ever cannot be interrupted, only left."""
+"""Ends a process that hangs, because a collective that waits for ever cannot be interrupted."""
 
 from __future__ import annotations
 

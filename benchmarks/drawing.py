@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from benchmarks import overlap, trace
+from benchmarks import profiled_exchanges, trace
 from benchmarks.trace import Event
 
 _COLORS = {
@@ -38,7 +38,9 @@ def one_layer(events: list[Event]) -> list[Event]:
     Raises:
       ValueError: if there are no two dispatches.
     """
-    starts = [e.send[0].start_us for e in overlap.exchanges(events) if e.op == "dispatch"]
+    starts = [
+        e.send[0].start_us for e in profiled_exchanges.exchanges(events) if e.op == "dispatch"
+    ]
     if len(starts) < 2:
         raise ValueError(f"expected at least two dispatches in the profile, got {len(starts)}")
     begin, end = starts[-2:]
@@ -76,7 +78,7 @@ def draw_parts(layers: dict[int, list[Event]], path: pathlib.Path) -> None:
 
 def _sends(events: list[Event]) -> set[Event]:
     """Our kernels that belong to a send."""
-    return {kernel for exchange in overlap.exchanges(events) for kernel in exchange.send}
+    return {kernel for exchange in profiled_exchanges.exchanges(events) for kernel in exchange.send}
 
 
 def _color_of(event: Event, sends: set[Event]) -> str:
@@ -102,7 +104,7 @@ def _draw_gpu(panel: Axes, events: list[Event], begin: float) -> None:
     names = [f"stream {s}" for s in computing] + [f"copies, stream {s}" for s in copying]
     panel.set_yticks(range(len(lanes)), names, fontsize=8)
     panel.set_ylim(len(lanes) - 0.4, -1.3)
-    for exchange in overlap.exchanges(events):
+    for exchange in profiled_exchanges.exchanges(events):
         for half, kernels in (("send", exchange.send), ("recv", exchange.recv)):
             if kernels:
                 _mark(panel, f"{exchange.op} {half}", kernels, begin, _COLORS[half])

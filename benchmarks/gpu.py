@@ -24,11 +24,11 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
 import jax
 from absl import app, flags, logging
 
-from benchmarks import floors, plots, report, rows, variants
+from benchmarks import floors, measurements, plots, report, variants
 from benchmarks.cases import Case
 from benchmarks.deadline import deadline
 from benchmarks.layer import Widths
-from benchmarks.rows import OPS, Runs
+from benchmarks.measurements import OPS, Runs
 from benchmarks.setting import Plan, Setting
 from benchmarks.table import CONTESTANTS, Table
 from jax_sm_free.doctor import bandwidth
@@ -51,8 +51,8 @@ _CONTESTANTS = flags.DEFINE_list("contestants", [*CONTESTANTS], f"Of {CONTESTANT
 _SWEEP = flags.DEFINE_list("sweep", [], f"Of {SWEEPS}: more cases, end to end.")
 _GEMMS = flags.DEFINE_list("gemms", ["0.25", "0.5", "1", "2", "4"], "GEMMs between send and recv.")
 _GEMM_ROWS = flags.DEFINE_integer("gemm_rows", 4096, "Rows of a whole GEMM.")
-_EXPERT_WIDTH = flags.DEFINE_integer("expert_width", 512, "Of the layer's routed experts.")
-_SHARED_WIDTH = flags.DEFINE_integer("shared_width", 2048, "Of the layer's dense experts.")
+_EXPERT_WIDTH = flags.DEFINE_integer("expert_width", 512, "Width of the layer's routed experts.")
+_SHARED_WIDTH = flags.DEFINE_integer("shared_width", 2048, "Width of the layer's dense experts.")
 _STEPS = flags.DEFINE_integer("steps", 40, "Exchanges of a loop.")
 _LAYER_STEPS = flags.DEFINE_integer("layer_steps", 10, "Layers of a loop.")
 _SECONDS = flags.DEFINE_float("seconds", 0.5, "Time for each number, once it has 5 runs.")
@@ -119,7 +119,7 @@ def _fastest(setting: Setting, who: str, table: Table) -> Runs:
             runs = Runs(setting, who, variant, table)
             us = runs.time("dispatch")
         except Exception as error:
-            tried[str(variant)] = rows.describe(error)
+            tried[str(variant)] = measurements.describe(error)
             continue
         tried[str(variant)] = us
         if best is None or us < best[0]:
@@ -137,7 +137,7 @@ def _run(setting: Setting, who: str, wanted: list[str], table: Table) -> None:
     try:
         runs = _fastest(setting, who, table)
     except Exception as error:
-        table.put(setting.case, "dispatch", who, None, error=rows.describe(error))
+        table.put(setting.case, "dispatch", who, None, error=measurements.describe(error))
         return
     print(f"{who}: {runs.variant}", flush=True)
     for op in OPS:
@@ -210,10 +210,10 @@ def main(argv: list[str]) -> None:
     work += [(case, list(OPS)) for case in _swept(headline) if not (work and case == headline)]
     for case, wanted in work:
         setting = Setting(case, plan, bandwidths)
-        rows.put_floors(setting, table)
+        measurements.put_floors(setting, table)
         for who in _CONTESTANTS.value:
             if who != "ours" and case.wire_dtype is not None:
-                continue  # The others have no such option.
+                continue  # Only `ragged` has this option.
             with deadline(_LIMIT.value, lambda who=who, case=case: _give_up(case, who, table)):
                 _run(setting, who, wanted, table)
             print(f"{case}: {who} after {time.monotonic() - begin:.0f} s", flush=True)

@@ -3,10 +3,9 @@
     python -m benchmarks.gpu_processes                  # the rows of the headline table, all GPUs
     python -m benchmarks.gpu_processes --rounds=3 -- --rows=dispatch,combine,phases --tokens=1024
 
-What follows -- goes to benchmarks.gpu. Both settings take turns, so that what disturbs the machine
-disturbs them alike; of each row the table has the median over the rounds. The numbers of several
-processes are those of the first, whose exchanges wait for all others. On CPU devices it runs too,
-for tests.
+Words after -- are passed to benchmarks.gpu. The two settings take turns, so that a disturbance
+slows both down alike; the table has the median over the rounds. The first of several processes
+gives their numbers, because its exchanges wait for all others. Tests run it on CPU devices.
 """
 
 from __future__ import annotations
@@ -16,21 +15,19 @@ import json
 import os
 import pathlib
 import statistics
-import sys
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cuda")
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "multiprocess"))
 
-import launcher
 from absl import app, flags
 
 from benchmarks import report
 from benchmarks.cases import Case
+from processes import launcher
 
-_PROCESSES = flags.DEFINE_integer("processes", 0, "Of one GPU each; 0 for all GPUs.")
-_ROUNDS = flags.DEFINE_integer("rounds", 2, "In which both settings run.")
-_SECONDS = flags.DEFINE_float("seconds", 600, "For each run of each setting; then all ends.")
+_PROCESSES = flags.DEFINE_integer("processes", 0, "Processes of one GPU each; 0 for all GPUs.")
+_ROUNDS = flags.DEFINE_integer("rounds", 2, "Rounds; in each, both settings run.")
+_SECONDS = flags.DEFINE_float("seconds", 600, "Limit for each run of each setting.")
 _OUT = flags.DEFINE_string("out", "out", "Where the tables, the profiles and all numbers go.")
 
 _LINE = "{:43} {:5} {:>11} {:>13} {:>6}"
@@ -38,7 +35,7 @@ _LINE = "{:43} {:5} {:>11} {:>13} {:>6}"
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One line: the value of each round in one process, and in several, of those that have one."""
+    """One line: values in one process and in several, of the rounds that have a value."""
 
     case: Case
     name: str
@@ -48,7 +45,7 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """Of several processes over one; None where there is none, or one has next to nothing."""
+        """Several processes over one; None if a value is missing, or is not positive for one."""
         one, several = map(_median, (self.one, self.several))
         if one is None or several is None or one <= 0:
             return None
@@ -94,7 +91,7 @@ def _run(folder: pathlib.Path, num_processes: int, words: list[str]) -> dict[str
 
 
 def _values(found: dict[str, Any]) -> dict[tuple[Case, str, str], float]:
-    """Ours by case, row and unit."""
+    """Our numbers by case, row and unit."""
     values = {}
     for row in found["rows"]:
         cell = row["cells"].get("ours", {})

@@ -1,4 +1,4 @@
-"""The bound: the same bytes moved by plain memcpy, by as many threads as there are cores."""
+"""A lower bound: the same bytes moved by memcpy, with a thread on each core."""
 
 from __future__ import annotations
 

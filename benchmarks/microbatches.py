@@ -41,10 +41,12 @@ _BATCH = flags.DEFINE_integer("batch", 1, "Sequences of a microbatch on each ran
 _HIDDEN = flags.DEFINE_integer("hidden", 7168, "Columns of a row.")
 _EXPERTS = flags.DEFINE_integer("local_experts", 16, "Experts of each rank.")
 _TOP_K = flags.DEFINE_integer("top_k", 8, "Experts of a token.")
-_EXPERT_WIDTH = flags.DEFINE_integer("expert_width", 512, "Of a routed expert.")
-_SHARED_WIDTH = flags.DEFINE_integer("shared_width", 2048, "Of the shared expert.")
-_HEADS = flags.DEFINE_integer("heads", 16, "Of the attention, 128 columns each.")
-_ATTENTION = flags.DEFINE_enum("attention", "cudnn", ["cudnn", "xla"], "On GPUs, by whom.")
+_EXPERT_WIDTH = flags.DEFINE_integer("expert_width", 512, "Width of a routed expert.")
+_SHARED_WIDTH = flags.DEFINE_integer("shared_width", 2048, "Width of the shared expert.")
+_HEADS = flags.DEFINE_integer("heads", 16, "Heads of the attention, 128 columns each.")
+_ATTENTION = flags.DEFINE_enum(
+    "attention", "cudnn", ["cudnn", "xla"], "What computes attention on GPUs."
+)
 _SECONDS = flags.DEFINE_float("seconds", 2.0, "Time for each kind of step.")
 _PICTURE = flags.DEFINE_string("picture", None, "Where to draw ours with two microbatches.")
 _OUT = flags.DEFINE_string("out", "out/microbatches", "Where profiles go.")

@@ -1,4 +1,4 @@
-"""The yardstick between two processes: UCX's own ucx_perftest, of the same pip package."""
+"""What UCX can move between two processes, by its own ucx_perftest from the same pip package."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from jax_sm_free.transports import ucx
 
 _TEST = ("-t", "ucp_am_bw", "-s", str(1 << 20), "-n", "200")
-_MIB = 2.0**20  # which is what it calls MB
+_MIB = 2.0**20  # ucx_perftest calls a MiB MB
 
 
 def both_ways(hosts: Sequence[Any], ports: Sequence[int]) -> float:

@@ -10,14 +10,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import rank  # of tests/multiprocess
 
 from benchmarks import contestants, programs, timing
 from benchmarks.cases import Case, make_inputs, measure_load
+from processes import rank
 
 READY = "ready for round {}."
 _GEMM_ROWS = 1024
-# So many results of all ranks the heap grew by in 60 runs.
+# In 60 runs the heap grew by so many results of all ranks.
 _WARM_RESULTS = 16
 
 

@@ -2,11 +2,12 @@
 
     python -m benchmarks.processes            # needs root, for the two hosts of the cable
 
-All run on this machine, and take turns: what disturbs it disturbs them alike. The yardstick of the
-link is ucx_perftest, both directions at once, in the same run. Two rates stand beside it: that of
-the whole operation, packing and unpacking included, and over a cable that of TCP while it had
-anything to send. Four processes are started, to see how long the first result takes; and of two
-that exchange all the time one is killed, to see how long the other takes to say so.
+All settings run on this machine and take turns, so that a disturbance slows all of them alike.
+Each link is also measured by ucx_perftest, both directions at once, in the same run. Two rates are
+compared with it: the rate of the whole operation, which packs and unpacks rows, and over a cable
+the rate of TCP while it had bytes to send. Then four processes are started: how long does the
+first result take? And of two processes that exchange all the time one is killed: how long does the
+other take to raise an error?
 """
 
 from __future__ import annotations
@@ -16,36 +17,34 @@ import dataclasses
 import os
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "tests" / "multiprocess"))
 
-import launcher
 import numpy as np
-import pair
-import two_hosts
 from absl import app, flags
 
 from benchmarks import perftest, process_ranks, report, sockets, timing
 from benchmarks.cases import Case, make_inputs, measure_load
+from processes import launcher, pair, two_hosts
 
-_TOKENS = flags.DEFINE_integer("tokens", 1024, "Of a rank.")
+_TOKENS = flags.DEFINE_integer("tokens", 1024, "Tokens of a rank.")
 _HIDDEN = flags.DEFINE_integer("hidden", 1024, "Columns of a row.")
-_ROUNDS = flags.DEFINE_integer("rounds", 10, "In which all settings take turns.")
-_RUNS = flags.DEFINE_integer("runs", 3, "Of each operation in a round.")
-_MEGABITS = flags.DEFINE_integer("megabits", 400, "Of the slow cable, per second.")
-_GEMMS = flags.DEFINE_integer("gemms", 3, "Between send and recv, 1024 rows on each rank.")
+_ROUNDS = flags.DEFINE_integer("rounds", 10, "Rounds; in each, the settings take turns.")
+_RUNS = flags.DEFINE_integer("runs", 3, "Runs of each operation in a round.")
+_MEGABITS = flags.DEFINE_integer("megabits", 400, "Mbit/s of the slow cable.")
+_GEMMS = flags.DEFINE_integer("gemms", 3, "GEMMs of 1024 rows a rank, between send and recv.")
+_STARTS = flags.DEFINE_integer("starts", 3, "How often four processes are started.")
+_KILLS = flags.DEFINE_integer("kills", 3, "How often one of two processes is killed, each way.")
 _OUT = flags.DEFINE_string("out", "out/bench_processes.json", "Where all times go.")
 
 _PROCESSES, _DEVICES = 2, 4
 _ALONE, _SHARED = "1 process x 8", "2 x 4, shared memory"
 _HERE = (launcher.Host(), launcher.Host())
-_STARTS, _STARTED = 3, 4
-_KILLS, _KILL_TIMEOUT_S = 3, 5.0
+_STARTED = 4  # processes, to see how long the first result takes
+_KILL_TIMEOUT_S = 5.0
 _COLUMNS = ("ms", "least ms", "/ alone", "MB/s", "wire MB/s", "ucx_perftest", "ratio", "wire ratio")
 _LINE = "{:24} {:10} {:>9} {:>9} {:>9} {:>9} {:>10} {:>13} {:>6} {:>11}"
 _TIMEOUT_S = 600.0
@@ -53,9 +52,9 @@ _TIMEOUT_S = 600.0
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One operation in one setting; `link` is what the yardstick moves there, bytes/s each way.
+    """One operation in one setting.
 
-    `wire` is what TCP moved there in all runs, bytes/s each way.
+    `link` is what ucx_perftest moves there, `wire` what TCP moved in all runs: bytes/s each way.
     """
 
     setting: str
@@ -168,7 +167,7 @@ def _measure(
 def _time_starts() -> list[float]:
     """Seconds to the first result of four processes, the latest of them, each time."""
     times = []
-    for _ in range(_STARTS):
+    for _ in range(_STARTS.value):
         start = launcher.start(process_ranks.start_up, num_processes=_STARTED, timeout_s=_TIMEOUT_S)
         with start as group:
             for rank in group:
@@ -182,7 +181,7 @@ def _time_starts() -> list[float]:
 def _time_kills(how: dict[str, Any]) -> list[float]:
     """Seconds from killing one of two processes to the other's error, each time."""
     times = []
-    for _ in range(_KILLS):
+    for _ in range(_KILLS.value):
         with launcher.start(
             pair.exchange_for_ever,
             _KILL_TIMEOUT_S,
@@ -203,7 +202,7 @@ def _time_kills(how: dict[str, Any]) -> list[float]:
 
 
 def _hidden(name: str, times: dict[str, list[float]], num_bytes: int, link: float) -> str:
-    """What of the wire's time disappears behind compute between send and recv."""
+    """How much of the time on the wire is hidden by products between send and recv."""
     median = {operation: statistics.median(each) for operation, each in times.items()}
     wire = num_bytes / link
     hidden = median["dispatch"] + median["compute"] - median["beside"]
@@ -216,7 +215,7 @@ def _hidden(name: str, times: dict[str, list[float]], num_bytes: int, link: floa
 
 
 def _settings(cable: Any, slow: Any) -> dict[str, dict[str, Any]]:
-    """What `launcher.start` gets, by name."""
+    """Arguments of `launcher.start` for each setting."""
     both = {"num_processes": _PROCESSES, "num_devices": _DEVICES}
     return {
         _ALONE: {"num_processes": 1, "num_devices": _PROCESSES * _DEVICES},

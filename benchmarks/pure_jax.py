@@ -1,4 +1,4 @@
-"""The peer: expert parallelism as it is written well in JAX without custom calls.
+"""The peer that ours is compared with: good expert parallelism in JAX without custom calls.
 
 Messages are padded to a static capacity for each (source, destination), travel by
 `lax.all_to_all`, and are grouped by expert with a sort and a gather. As in `jax_sm_free`, a token

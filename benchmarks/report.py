@@ -1,4 +1,4 @@
-"""The table, the JSON file, and what the numbers were measured on."""
+"""The table, the JSON file, and a description of the machine that was measured."""
 
 from __future__ import annotations
 

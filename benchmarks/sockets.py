@@ -1,4 +1,4 @@
-"""How fast TCP itself went, while it had anything to send: what the kernel counts for a socket."""
+"""How fast TCP was while it had bytes to send, from what the kernel counts for each socket."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 _ACKNOWLEDGED = re.compile(r"\bbytes_acked:(\d+)")
 _BUSY = re.compile(r"\bbusy:(\d+)ms")
-_LEAST_BYTES = 1 << 20  # Of a connection that carries rows; others coordinate.
+_LEAST_BYTES = 1 << 20  # A connection that has sent less carries no rows; it coordinates.
 
 
 def wire_rate(hosts: Sequence[Any]) -> float | None:

@@ -16,7 +16,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.6")
 import jax
 from absl import app, flags
 
-from benchmarks import contestants, drawing, layer, overlap, programs, trace
+from benchmarks import contestants, drawing, layer, profiled_exchanges, programs, trace
 from benchmarks.cases import Case, make_inputs, measure_load
 from benchmarks.trace import Event
 
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
     else:
         events = trace.read(profile)
     gpus = [int(gpu) for gpu in _GPUS.value]
-    for exchange in overlap.exchanges(events):
+    for exchange in profiled_exchanges.exchanges(events):
         copies = trace.length(trace.union(exchange.copies))
         gpu = exchange.send[0].gpu
         print(f"GPU {gpu} {exchange.op}: {exchange.hidden_us:.0f} of {copies:.0f} us under GEMMs")

@@ -29,12 +29,12 @@ if ON_GPUS:
     os.environ["JAX_PLATFORMS"] = "cuda,cpu"
     # Several workers share the GPUs, and buffers take memory that is not XLA's.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
-    # Sums of products are compared: no TF32, and no time for a choice among kernels.
+    # Tests compare sums of products: no TF32. Choosing among kernels would take time.
     os.environ.setdefault("JAX_DEFAULT_MATMUL_PRECISION", "highest")
     add_flag("xla_gpu_autotune_level", 0)
 elif importlib.metadata.version("jaxlib").startswith(("0.9.", "0.10.")):
-    # Most of the time of these tests is XLA's compiler's, of which this takes half away. What they
-    # look at, which ops run in which order on what, is settled before code is generated. With
+    # XLA's compiler takes most of the time of these tests, and these flags halve it. The tests look
+    # at which ops run, in which order and on what. XLA decides that before it generates code. With
     # newer versions of JAX the same tests run at XLA's default optimization level.
     add_flag("xla_cpu_parallel_codegen_split_count", 1)
     add_flag("xla_backend_optimization_level", 0)
@@ -44,6 +44,7 @@ MARKERS = {
     "cpu_only": "shows something of the CPU platform alone",
     "gpu_only": "needs GPUs (JAX_PLATFORMS=cuda)",
     "alone": "reads times or memory off the GPUs, which no other process may use meanwhile",
+    "one_process": "is about what a rank computes by itself, whoever carries its rows",
     "long": "takes a while, and little of it depends on JAX's version",
 }
 

@@ -1,4 +1,4 @@
-"""The contract in loops over NumPy arrays, to hold the reference against.
+"""The contract in loops over NumPy arrays. Tests compare the reference with it.
 
 Arrays carry a leading axis of source ranks; the result is a rank's.
 """
@@ -19,7 +19,7 @@ def padded(size: int, config: Config) -> int:
 
 
 def cut(counts: np.ndarray, config: Config) -> np.ndarray:
-    """Rows each group keeps, by trying every level."""
+    """How many rows each group keeps; found by trying every level."""
     if config.expert_capacity is not None:
         return np.minimum(counts, config.expert_capacity)
     best = np.zeros_like(counts)

@@ -5,7 +5,7 @@
 
 Rows of whole 16-byte words and others, of all dtypes, on a float8 wire too, forward and backward,
 by experts and by tokens, with and without weights, in messages that leave whole and in parts, with
-few rows in common and with nearly all. It says nothing of the numbers: tests do that.
+few rows in common and with nearly all. It checks no numbers: tests do that.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import conftest  # noqa: F401 - chooses the devices
 import jax
 import jax.numpy as jnp
 import numpy as np
+import sample_inputs
+import sample_programs
 import support
 from support import Api
 
@@ -31,10 +33,10 @@ def loss(api: Api, program: Any, x: Any, topk_idx: Any, weights: Any, y: Any) ->
 
 
 def run(config: smf.Config) -> None:
-    inputs = support.make_inputs(config)
+    inputs = sample_inputs.make_inputs(config)
     with support.open_buffer(config) as buffer:
-        for program in (support.round_trip, support.round_trip_tokens):
-            rows = support.num_rows(config, program)
+        for program in (sample_programs.round_trip, sample_programs.round_trip_tokens):
+            rows = sample_programs.num_rows(config, program)
             y = np.ones((config.ep_size, rows, config.hidden), config.dtype)
             fn = functools.partial(loss, Api(buffer, smf), program)
             grad = support.on_ranks(jax.grad(fn, (0, 2, 3)), buffer.mesh)
@@ -45,7 +47,7 @@ def run(config: smf.Config) -> None:
 
 def run_pair(config: smf.Config) -> None:
     """Rows of values and scales, which have no gradient."""
-    x, *routing = support.make_inputs(config)
+    x, *routing = sample_inputs.make_inputs(config)
     scales = np.ones((*x.shape[:2], 1), np.float32)
     with support.open_buffer(config) as buffer:
         dispatch = support.on_ranks(

@@ -170,7 +170,9 @@ def test_scanned_layers_compute_between_send_and_recv(buffer: smf.Buffer, remat:
     assert all(
         pair.send.callers and pair.send.callers == pair.recv.callers for pair in schedule.pairs
     )
-    assert len({pair.send.callers for pair in schedule.pairs}) == 2, "a loop forward, one backward"
+    assert len({pair.send.callers for pair in schedule.pairs}) == 2, (
+        "expected one loop forward and one backward"
+    )
     check_overlapped(schedule, buffer, recomputed=1 if remat else 0)
 
 
@@ -251,7 +253,7 @@ def test_abstract_devices_take_no_memory(monkeypatch: pytest.MonkeyPatch) -> Non
 
     schedule = schedule_of(f, P("ep"), {}, specs={})
     numbers = {step.buffer for step in schedule.steps}
-    assert len(numbers) == 2, "buffers are told apart"
+    assert len(numbers) == 2, f"expected two buffers, got {numbers}"
     assert schedule.num_slots == 1
     with buffer, other:
         pass

@@ -5,12 +5,14 @@ from __future__ import annotations
 import functools
 import re
 
+import faulty_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import support
-from support import make_config, make_inputs
+from sample_inputs import make_inputs
+from support import make_config
 
 import jax_sm_free as smf
 
@@ -217,7 +219,7 @@ def compiled_rows(buffer):
 
 @pytest.mark.skipif(support.MAX_RANKS < 2, reason="needs two ranks")
 def test_a_shard_map_over_the_same_devices_in_another_order_is_a_fault():
-    """Not to be seen at trace time: the ranks would be mistaken for each other."""
+    """Tracing cannot see it, and the ranks would be mistaken for each other."""
     inputs = make_inputs(CONFIG)
     with support.open_buffer(CONFIG) as buffer:
         mesh = jax.sharding.Mesh(buffer.mesh.devices[::-1], ("ep",))
@@ -225,9 +227,9 @@ def test_a_shard_map_over_the_same_devices_in_another_order_is_a_fault():
         expected = (
             r"expected shard_map over the buffer's own mesh, .* position \d, seen position \d"
         )
-        support.assert_matches(support.run_into_fault(run, *inputs), expected)
-        support.assert_matches(support.fault_of(buffer), expected)
-        buffer, good = support.go_on(buffer, compiled_rows(buffer), compiled_rows)
+        support.assert_matches(faulty_runs.run_into_fault(run, *inputs), expected)
+        support.assert_matches(faulty_runs.fault_of(buffer), expected)
+        buffer, good = faulty_runs.go_on(buffer, compiled_rows(buffer), compiled_rows)
         want = compiled_rows(support.apis(CONFIG)[1].buffer)
         support.assert_same_bits(good(*inputs), want(*inputs))
 
@@ -242,7 +244,7 @@ def layer(buffer, x, topk_idx, weights):
 
 @pytest.mark.parametrize("overlap", [False, True])
 def test_second_derivatives_are_refused(overlap):
-    """Forward over reverse, reverse over reverse: an error, no silent zero."""
+    """Forward over reverse and reverse over reverse raise an error instead of giving zero."""
     buffer = support.apis(CONFIG)[0].buffer
 
     def loss(x, topk_idx, weights):

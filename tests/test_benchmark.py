@@ -150,7 +150,7 @@ def test_options():
 
 @pytest.mark.cpu_only
 def test_command(tmp_path):
-    """Every row has a number of those that run on CPU, and of those that do not the reason."""
+    """Each contestant that runs on CPU has a number in every row; the others have the reason."""
     root = pathlib.Path(benchmarks.__file__).parents[1]
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
     command = [sys.executable, "-m", "benchmarks.gpu", f"--out={tmp_path}", *SMALL.split()]

@@ -77,8 +77,10 @@ def test_product_and_gradients(case, dtype) -> None:
     got = jax.jit(with_gradients)(*args)
     assert_close(got, expected(*args), dtype)
     used = int(sum(args[2]))
-    assert not np.asarray(got[0][used:], np.float32).any(), "rows past the last group"
-    assert not np.asarray(got[1][used:], np.float32).any(), "gradients past the last group"
+    assert not np.asarray(got[0][used:], np.float32).any(), "expected zeros past the last group"
+    assert not np.asarray(got[1][used:], np.float32).any(), (
+        "expected gradients of zero past the last group"
+    )
 
 
 def test_sums_are_wide() -> None:

@@ -1,15 +1,18 @@
-"""What is sent and not received, or received with another token than its own: a fault, no hang."""
+"""A value that is sent and never received, or with a wrong token, is a fault and no hang."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 
+import faulty_runs
 import jax
 import jax.numpy as jnp
 import pytest
+import sample_inputs
 import support
-from support import after, layer, make_config
+from sample_programs import after, layer
+from support import make_config
 
 import jax_sm_free as smf
 
@@ -18,7 +21,7 @@ CONFIG = make_config(num_experts=2 * support.SOME_RANKS)
 
 @pytest.fixture
 def inputs():
-    return support.layer_inputs(CONFIG)
+    return sample_inputs.layer_inputs(CONFIG)
 
 
 def test_one_slot_is_enough_for_one_at_a_time(inputs):
@@ -63,10 +66,10 @@ def test_more_sends_than_slots_without_a_recv_are_a_fault(inputs):
             "seen one send more without a recv",
         )
         bad = compile_own(functools.partial(send_before_recv, 3), buffer)
-        support.assert_matches(support.run_into_fault(bad, *inputs), *expected)
-        support.assert_matches(support.fault_of(buffer), *expected)
+        support.assert_matches(faulty_runs.run_into_fault(bad, *inputs), *expected)
+        support.assert_matches(faulty_runs.fault_of(buffer), *expected)
         compile_good = functools.partial(compile_own, functools.partial(send_before_recv, 2))
-        buffer, good = support.go_on(buffer, compile_good(buffer), compile_good)
+        buffer, good = faulty_runs.go_on(buffer, compile_good(buffer), compile_good)
         jax.block_until_ready(good(*inputs))
         buffer.check()
 
@@ -82,7 +85,7 @@ def received_twice_with_gradient(api, x, *rest):
 
 
 def tokens_added(api, x, topk_idx, weights, y):
-    """What autodiff makes of two cotangents for one token."""
+    """Autodiff adds two cotangents of one token like this."""
     del y
     sent = api.buffer.dispatch_send(x, topk_idx, weights)
     return api.buffer.dispatch_recv(dataclasses.replace(sent, token=sent.token + sent.token)).x
@@ -129,11 +132,13 @@ def test_a_token_that_is_not_its_sends_alone_is_a_fault(program, expected, input
     """Used twice, added up, made up, another rank's, another op's; the next run is right."""
     with open_own() as buffer:
         bad = compile_own(program, buffer)
-        support.assert_matches(support.run_into_fault(bad, *inputs), expected, r"_recv on rank \d")
-        support.assert_matches(support.fault_of(buffer), expected)
+        support.assert_matches(
+            faulty_runs.run_into_fault(bad, *inputs), expected, r"_recv on rank \d"
+        )
+        support.assert_matches(faulty_runs.fault_of(buffer), expected)
         _, theirs = support.runners(CONFIG, layer)
         compile_layer = functools.partial(compile_own, layer)
-        buffer, good = support.go_on(buffer, compile_layer(buffer), compile_layer)
+        buffer, good = faulty_runs.go_on(buffer, compile_layer(buffer), compile_layer)
         support.assert_same_bits(good(*inputs), theirs(*inputs))
 
 
@@ -156,9 +161,11 @@ def test_sent_and_never_received(inputs):
             for i in range(1000):
                 try:
                     jax.block_until_ready(leaky(*inputs))
-                except support.RUN_ERROR as error:
+                except faulty_runs.RUN_ERROR as error:
                     support.assert_matches(str(error), "expected every sent value to be received")
-                    support.assert_matches(support.fault_of(buffer), "a sent value that never was")
+                    support.assert_matches(
+                        faulty_runs.fault_of(buffer), "a sent value that never was"
+                    )
                     rounds.append(i)
                     break
             support.assert_same_bits(good(*inputs), want)

@@ -6,11 +6,13 @@ import contextlib
 import dataclasses
 import functools
 
+import faulty_runs
 import jax
 import jax.numpy as jnp
 import pytest
 import support
-from support import make_config, make_inputs
+from sample_inputs import make_inputs
+from support import make_config
 
 import jax_sm_free as smf
 from jax_sm_free import reference
@@ -98,7 +100,7 @@ def expected_output(config, inputs):
 
 
 def test_a_buffer_used_after_close():
-    """Refused at trace time; and a program compiled before ends with an error, without a hang."""
+    """Tracing is refused, and a program that was compiled before ends with an error, not a hang."""
     inputs = make_inputs(CONFIG)
     buffer = support.open_buffer(CONFIG)
     run = compiled(buffer)
@@ -107,7 +109,7 @@ def test_a_buffer_used_after_close():
     buffer.close()
     assert "closed" in repr(buffer)
     support.assert_matches(
-        support.error_of(run, *inputs), r"buffer \d+ to be open, seen it is closed"
+        faulty_runs.error_of(run, *inputs), r"buffer \d+ to be open, seen it is closed"
     )
     with pytest.raises(RuntimeError, match="dispatch_send: expected an open buffer, got one that"):
         compiled(buffer)(*inputs)

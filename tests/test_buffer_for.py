@@ -11,6 +11,7 @@ import sys
 import threading
 import warnings
 
+import faulty_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -60,7 +61,7 @@ def test_a_traced_function_is_for_one_mesh_of_a_shape():
     with jax.set_mesh(first):
         np.testing.assert_array_equal(run(*args), 2 * args[0])
     with jax.set_mesh(second):
-        assert "expected a device of the mesh of buffer" in support.error_of(run, *args)
+        assert "expected a device of the mesh of buffer" in faulty_runs.error_of(run, *args)
 
 
 def test_a_layer_finds_its_buffer_while_it_is_traced():
@@ -119,7 +120,7 @@ def test_a_program_that_was_traced_for_other_devices_ends_with_an_error():
     with jax.set_mesh(first):
         np.testing.assert_array_equal(run(x, *routing), 2 * x)
     with jax.set_mesh(second):
-        error = support.error_of(run, x, *routing)
+        error = faulty_runs.error_of(run, x, *routing)
     support.assert_matches(error, r"expected a device of the mesh of buffer \d+, seen device")
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sample_inputs
 import support
 
 import jax_sm_free as smf
@@ -118,7 +119,7 @@ def received(api: support.Api, *args: Any) -> Any:
 
 def test_the_default_holds_all_that_distinct_experts_can_bring() -> None:
     """Every token of every rank names both experts of the last rank: all rows are taken."""
-    x, topk_idx, weights = support.make_inputs(FEW)
+    x, topk_idx, weights = sample_inputs.make_inputs(FEW)
     topk_idx[:] = [-1, FEW.num_experts - 1, -1, FEW.num_experts - 2]
     recv = support.check_same(FEW, received, x, topk_idx, weights)
     assert not np.asarray(recv.dropped).any()
@@ -128,7 +129,7 @@ def test_the_default_holds_all_that_distinct_experts_can_bring() -> None:
 
 def test_by_default_repeated_experts_are_cut_and_counted() -> None:
     """Every token names the last expert four times: half of the rows have room."""
-    x, topk_idx, weights = support.make_inputs(FEW, seed=1)
+    x, topk_idx, weights = sample_inputs.make_inputs(FEW, seed=1)
     topk_idx[:] = FEW.num_experts - 1
     recv = support.check_same(FEW, received, x, topk_idx, weights)
     tokens = FEW.ep_size * FEW.max_tokens
@@ -141,7 +142,7 @@ def test_by_default_repeated_experts_are_cut_and_counted() -> None:
 
 
 def opened(**sizes: Any) -> list[warnings.WarningMessage]:
-    """What opening a buffer of eight ranks warns of."""
+    """The warnings of opening a buffer of eight ranks."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         smf.Buffer(support.mesh_of(8), "ep", **(SIZES | sizes)).close()

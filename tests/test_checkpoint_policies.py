@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sample_inputs
 import support
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import Mesh, NamedSharding
@@ -74,7 +75,7 @@ def gradient_of(run: Any, mesh: Mesh, policy: Any) -> Any:
 
 
 def inputs(config: smf.Config) -> list[Any]:
-    arrays = support.make_inputs(config, seed=3)
+    arrays = sample_inputs.make_inputs(config, seed=3)
     shape = (config.hidden, config.hidden)
     matrix = np.random.default_rng(4).normal(size=shape).astype(np.float32)
     return [*(a.reshape(-1, a.shape[-1]) for a in arrays), matrix]
@@ -84,7 +85,7 @@ def check_counts(counts: dict[str, int], num_dispatches: int) -> None:
     assert counts["dispatch_send"] == num_dispatches, counts
     recvs = counts.get("dispatch_recv", 0) + counts.get("dispatch_recv_tokens", 0)
     assert recvs == num_dispatches, counts
-    assert counts["combine_send"] == 1, "a combine is never repeated for its gradient"
+    assert counts["combine_send"] == 1, "expected one combine: its gradient repeats none"
 
 
 @pytest.mark.parametrize("output", ["experts", "tokens"])
@@ -154,7 +155,7 @@ def test_what_is_offloaded() -> None:
 
 
 def test_a_saved_token_is_seen_to_be_received_twice() -> None:
-    """What ends in a fault when it runs can be read from the compiled program."""
+    """The compiled program already shows what would be a fault when it runs."""
 
     def token_named(api: Any, x: Any, topk_idx: Any, weights: Any, matrix: Any) -> Any:
         sent = api.buffer.dispatch_send(x, topk_idx, weights)

@@ -152,7 +152,7 @@ def test_self_test_sees_one_wrong_bit(monkeypatch):
 
 @pytest.mark.skipif(jax.device_count() == 1, reason="one rank sends nothing")
 def test_exchange_counts_what_leaves(monkeypatch):
-    """In a microsecond, and a mebibyte less what is not a whole token to each other rank."""
+    """The run takes a microsecond. Of a mebibyte only whole tokens leave for each other rank."""
 
     def interval(run):
         run()

@@ -7,12 +7,15 @@ import functools
 import threading
 import time
 
+import faulty_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sample_programs
 import support
-from support import make_config, make_inputs, make_rows
+from sample_inputs import make_inputs, make_rows
+from support import make_config
 
 import jax_sm_free as smf
 
@@ -34,7 +37,7 @@ class RankDiedError(Exception):
 
 
 def act(x, action):
-    """NOTHING, RAISE, or seconds to sleep, on the host of this rank."""
+    """Does nothing, raises or sleeps for `action` seconds, on the host of this rank."""
 
     def on_host(x, action):
         if action == RAISE:
@@ -47,8 +50,8 @@ def act(x, action):
 
 def act_between(x, sent, action):
     """Acts after the send and before the recv."""
-    x, _ = support.after(x, sent)
-    return support.after(act(x, action), sent)[1]
+    x, _ = sample_programs.after(x, sent)
+    return sample_programs.after(act(x, action), sent)[1]
 
 
 def layer(api, x, topk_idx, weights, y, actions):
@@ -108,8 +111,8 @@ def assert_works(run, inputs):
 
 
 def assert_works_again(buffer, run, inputs):
-    """After a fault, or after a rank that died: without another fault."""
-    buffer, run = support.go_on(buffer, run, compiled)
+    """The run after a fault, or after a rank died, meets no other fault."""
+    buffer, run = faulty_runs.go_on(buffer, run, compiled)
     assert_works(run, inputs)
     buffer.check()
 
@@ -117,7 +120,7 @@ def assert_works_again(buffer, run, inputs):
 def assert_all_failed(errors, action, expected):
     """The bad rank with its own error, if it raised; the others with `expected(error)`."""
     for rank, error in enumerate(errors):
-        assert error is not None, f"rank {rank} gave a result"
+        assert error is not None, f"expected rank {rank} to fail, got a result"
         died = "this rank died" in error
         if action == "raises" and rank == BAD_RANK:
             assert died, error
@@ -133,12 +136,12 @@ def test_a_rank_that_does_not_send(place, action, buffer, inputs):
     assert_works(run, inputs)
     seconds = RAISE if action == "raises" else TIMEOUT_S + 1.5
     start = time.monotonic()
-    errors = support.errors_by_rank(buffer, run, *inputs, actions_of(place, seconds))
+    errors = faulty_runs.errors_by_rank(buffer, run, *inputs, actions_of(place, seconds))
     took = time.monotonic() - start
-    # Less than the timeout where another process, which ended this one, was here before it.
+    # Less than the timeout if another process began to wait earlier, and so ended this one.
     assert TIMEOUT_S - 0.5 < took < TIMEOUT_S + MARGIN_S
     assert_all_failed(errors, action, functools.partial(assert_times_out, place=place))
-    assert_times_out(support.fault_of(buffer), place)
+    assert_times_out(faulty_runs.fault_of(buffer), place)
     assert_works_again(buffer, run, inputs)
 
 
@@ -146,11 +149,11 @@ def test_a_rank_that_does_not_send(place, action, buffer, inputs):
 def test_a_rank_that_raises_between_send_and_recv(place, buffer, inputs):
     """Its rows arrived, so the others go on: to the end, or to where they next wait for it."""
     run = compiled(buffer)
-    errors = support.errors_by_rank(buffer, run, *inputs, actions_of(place, RAISE))
+    errors = faulty_runs.errors_by_rank(buffer, run, *inputs, actions_of(place, RAISE))
     if place == "dispatch_recv":
         times_out = functools.partial(assert_times_out, place="combine_send")
         assert_all_failed(errors, "raises", times_out)
-        times_out(support.fault_of(buffer))
+        times_out(faulty_runs.fault_of(buffer))
     else:
         support.assert_matches(errors[BAD_RANK], "this rank died")
         assert not support.ON_CPU or errors[:BAD_RANK] == [None] * BAD_RANK
@@ -170,7 +173,7 @@ def test_who_waits_for_long_says_for_whom(inputs, capfd):
         support.assert_same_bits(out, expected_output())
         buffer.check()
         if support.ranks_here(buffer) == [BAD_RANK]:
-            return  # Nobody waits here.
+            return  # No rank waits for this one here.
     support.assert_matches(
         capfd.readouterr().err,
         rf"dispatch_recv on rank \d, peer rank {BAD_RANK}: .* within 60 s, "
@@ -180,11 +183,11 @@ def test_who_waits_for_long_says_for_whom(inputs, capfd):
 
 def test_a_new_buffer_works_beside_one_that_failed(buffer, inputs):
     run = compiled(buffer)
-    assert all(support.errors_by_rank(buffer, run, *inputs, actions_of("dispatch_send", RAISE)))
+    assert all(faulty_runs.errors_by_rank(buffer, run, *inputs, actions_of("dispatch_send", RAISE)))
     with support.open_buffer(CONFIG) as other:
         assert_works(compiled(other), inputs)
         other.check()
-    support.fault_of(buffer)
+    faulty_runs.fault_of(buffer)
 
 
 def test_faults_in_a_row_are_each_reported(buffer, inputs):
@@ -193,26 +196,26 @@ def test_faults_in_a_row_are_each_reported(buffer, inputs):
     for bad in (100, 200, 300):
         wrong = topk_idx.copy()
         wrong[0, 0, 0] = bad
-        error = support.run_into_fault(run, x, wrong, *rest, actions_of())
+        error = faulty_runs.run_into_fault(run, x, wrong, *rest, actions_of())
         support.assert_matches(error, f"seen {bad}")
-        support.assert_matches(support.fault_of(buffer), f"seen {bad}")
-        buffer, run = support.go_on(buffer, run, compiled)
+        support.assert_matches(faulty_runs.fault_of(buffer), f"seen {bad}")
+        buffer, run = faulty_runs.go_on(buffer, run, compiled)
     assert_works(run, inputs)
 
 
 def test_the_rank_that_meets_a_fault_says_so_on_stderr(buffer, inputs, capfd):
-    """Before anybody checks. What follows from it on other ranks is not told."""
+    """The line comes before any `check`. Other ranks, which only suffer from it, write no line."""
     run = compiled(buffer)
     x, topk_idx, *rest = inputs
     topk_idx = topk_idx.copy()
     topk_idx[0, 0, 0] = 100
-    support.errors_by_rank(buffer, run, x, topk_idx, *rest, actions_of())
+    faulty_runs.errors_by_rank(buffer, run, x, topk_idx, *rest, actions_of())
     expected = [0] if 0 in support.ranks_here(buffer) else []
     lines = []
     deadline = time.monotonic() + (MARGIN_S if expected else 0)
     while not lines and time.monotonic() < deadline:  # On GPUs a thread looks for it.
         lines += told_on(capfd)
-    support.fault_of(buffer)
+    faulty_runs.fault_of(buffer)
     lines += told_on(capfd)
     assert len(lines) == len(expected), lines
     for line in lines:
@@ -236,7 +239,7 @@ def test_other_runs_in_flight_are_not_ended(buffer, inputs):
     outs = [run(x, idx, *rest, actions_of()) for idx in (topk_idx, wrong, topk_idx)]
     support.assert_same_bits(outs[0], expected_output())
     support.assert_same_bits(outs[2], expected_output())
-    assert all(support.errors_by_rank(buffer, lambda: outs[1]))
+    assert all(faulty_runs.errors_by_rank(buffer, lambda: outs[1]))
 
 
 # -------------------------------------------------------------------------- in the backward pass
@@ -269,10 +272,10 @@ def test_a_rank_that_raises_in_the_backward_pass(buffer, inputs):
         support.assert_matches(error, f"dispatch_backward_recv on rank .*none from rank {BAD_RANK}")
 
     run = compiled(buffer)
-    errors = support.errors_by_rank(buffer, run, *inputs, actions_of("combine_send", RAISE))
+    errors = faulty_runs.errors_by_rank(buffer, run, *inputs, actions_of("combine_send", RAISE))
     assert_all_failed(errors, "raises", times_out)
-    times_out(support.fault_of(buffer))
-    buffer, run = support.go_on(buffer, run, compiled)
+    times_out(faulty_runs.fault_of(buffer))
+    buffer, run = faulty_runs.go_on(buffer, run, compiled)
     want = support.runners(CONFIG, loss_and_gradient)[1](*inputs, actions_of())
     support.assert_close(run(*inputs, actions_of()), want, 1e-4)
 
@@ -281,7 +284,7 @@ def test_a_rank_that_raises_in_the_backward_pass(buffer, inputs):
 
 
 def test_a_buffer_closed_while_results_are_pending(inputs):
-    """Who waits ends with an error at once, not after the timeout; nothing hangs."""
+    """Ranks that wait get an error at once, not after the timeout, and nothing hangs."""
     buffer = support.open_buffer(make_config(num_experts=2 * support.SOME_RANKS, timeout_s=60.0))
     run = compiled(buffer)
     jax.block_until_ready(run(*inputs, actions_of()))
@@ -289,14 +292,14 @@ def test_a_buffer_closed_while_results_are_pending(inputs):
     closer.start()
     start = time.monotonic()
     # So much later than the close that it finds the buffer closed on a busy machine, too.
-    errors = support.errors_by_rank(buffer, run, *inputs, actions_of("dispatch_send", 3.0))
+    errors = faulty_runs.errors_by_rank(buffer, run, *inputs, actions_of("dispatch_send", 3.0))
     closer.join()
     assert time.monotonic() - start < 3.0 + MARGIN_S
     closed = "expected buffer .* to be open.* closed"
-    if jax.process_count() > 1:  # Another may have closed first.
+    if jax.process_count() > 1:  # Another process may have closed its buffer first.
         closed += "|it closed its end"
     for rank, error in enumerate(errors):
-        assert error is not None, f"rank {rank} gave a result"
+        assert error is not None, f"expected rank {rank} to fail, got a result"
         support.assert_matches(error, closed)
 
 
@@ -321,9 +324,9 @@ def test_ranks_that_take_other_branches_end_with_a_fault(inputs):
 
     with support.open_buffer(CONFIG) as buffer:
         run = compiled(buffer)
-        errors = support.errors_by_rank(buffer, run, *inputs, actions_of("dispatch_send", 1.0))
+        errors = faulty_runs.errors_by_rank(buffer, run, *inputs, actions_of("dispatch_send", 1.0))
         assert errors[BAD_RANK] is None
         for error in errors[:BAD_RANK]:
             assert_times_out(error, "dispatch_send")
-        buffer, run = support.go_on(buffer, run, compiled)
+        buffer, run = faulty_runs.go_on(buffer, run, compiled)
         jax.block_until_ready(run(*inputs, actions_of()))

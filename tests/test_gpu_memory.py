@@ -9,8 +9,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sample_programs
 import support
-from support import make_config, make_inputs, make_rows
+from sample_inputs import make_inputs, make_rows
+from support import make_config
 
 import jax_sm_free as smf
 
@@ -29,7 +31,7 @@ def test_memory_that_held_nan_does_not_leak():
     y = make_rows(config, config.recv_capacity, 5)
     with support.open_buffer(config) as buffer:
         full = make_inputs(config, seed=6, how="all_to_one_expert")
-        run = compiled(buffer, support.round_trip)
+        run = compiled(buffer, sample_programs.round_trip)
         jax.block_until_ready(run(full[0] * np.nan, *full[1:], y * np.nan))
     for device in jax.devices()[: config.ep_size]:
         filled = [
@@ -38,11 +40,11 @@ def test_memory_that_held_nan_does_not_leak():
         jax.block_until_ready(filled)
         del filled
     with support.open_buffer(config) as buffer:
-        run = compiled(buffer, support.round_trip)
+        run = compiled(buffer, sample_programs.round_trip)
         for seed in range(5):
             sparse = make_inputs(config, seed=seed, how="some_tokens_go_nowhere")
             recv, out = run(*sparse, y)
-            want = support.runners(config, support.round_trip)[1](*sparse, y)
+            want = support.runners(config, sample_programs.round_trip)[1](*sparse, y)
             support.assert_same_bits((recv, out), want)
             assert np.isfinite(recv.x).all()
             assert np.isfinite(out).all()
@@ -66,10 +68,10 @@ def test_messages_past_two_and_four_gib(gib):
     topk_idx = (2 * ((rank + 1) % ep_size) + (token % 3 > 0)).astype(np.int32)[..., None]
     weights = np.full(topk_idx.shape, 0.5, np.float32)
     with support.open_buffer(config) as buffer:
-        run = compiled(buffer, support.big_round_trip)
+        run = compiled(buffer, sample_programs.big_round_trip)
         ends, counts, out = jax.device_get(run(topk_idx, weights))
         buffer.check()
-    numbers = support.row_numbers(config)
+    numbers = sample_programs.row_numbers(config)
     first, second = numbers[:, ::3], numbers[token % 3 > 0].reshape(ep_size, -1)
     received = np.roll(np.concatenate([first, second], axis=1), 1, axis=0)
     np.testing.assert_array_equal(ends, np.stack([received, received], axis=2))

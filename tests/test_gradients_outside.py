@@ -7,9 +7,11 @@ import functools
 import jax
 import numpy as np
 import pytest
+import sample_inputs
 import support
 from support import P
-from test_programs import CONFIG, CUT, LAYERS, loss_of
+from test_programs import CONFIG, CUT
+from trained_layers import LAYERS, loss_of
 
 import jax_sm_free as smf
 
@@ -30,7 +32,7 @@ def gradients_of(api, layer, config, wrap=lambda f: f):
 
 
 def inputs_of(config):
-    x, topk_idx, weights = support.make_inputs(config, seed=1)
+    x, topk_idx, weights = sample_inputs.make_inputs(config, seed=1)
     matrix = np.random.default_rng(2).normal(size=(config.ep_size, 7, 7)).astype(np.float32)
     return x, weights, matrix, topk_idx
 

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sample_inputs
 import support
 from support import P
 
@@ -67,7 +68,7 @@ def test_each_implementation_gives_product_and_gradients(implementation, dtype):
     for array, want in zip(got, expected(*args, sizes), strict=True):
         assert array.dtype == dtype
         support.assert_close(np.asarray(array, np.float32), want, tolerance)
-    assert not np.asarray(got[0][104:], np.float32).any(), "past the last group"
+    assert not np.asarray(got[0][104:], np.float32).any(), "expected zeros past the last group"
 
 
 @pytest.mark.parametrize("implementation", ["auto", "batched"])
@@ -190,7 +191,7 @@ def test_what_is_received_knows_its_groups_of_one_size():
             return recv.x
 
         for run in support.runners(config, program):
-            run(*support.make_inputs(config))
+            run(*sample_inputs.make_inputs(config))
         assert seen == [config.expert_capacity] * 2
 
 

@@ -100,7 +100,9 @@ def test_calls_fused_with_slices_of_their_operands() -> None:
     schedule = smf.inspect(module(sends, recvs, entry(*lines)))
     assert matched(schedule) == {"s": "r"}
     assert between(schedule) == {"s": ["a"]}
-    assert all(step.callers == () for step in schedule.steps), "a fusion is no loop or call"
+    assert all(step.callers == () for step in schedule.steps), (
+        "expected no caller: a fusion is not a loop or a call"
+    )
 
 
 def test_wrong_tuple_element_is_no_token() -> None:
@@ -162,7 +164,8 @@ def test_pair_within_a_loop_lies_within_it() -> None:
     assert matched(schedule) == {"s": "r", "bs": "br"}
     assert between(schedule) == {"s": ["bd"], "bs": ["bd"]}
     assert schedule.pairs[1].send.callers == ("loop",)
-    assert schedule.num_slots == 2, "the loop runs while the outer exchange is in flight"
+    # The loop runs while the outer exchange is in flight.
+    assert schedule.num_slots == 2, str(schedule)
     assert str(schedule).splitlines() == [
         "dispatch_send               s, buffer 0",
         "loop:",
@@ -195,7 +198,7 @@ def test_token_carried_to_the_next_round() -> None:
     schedule = smf.inspect(module(*loop, entry(*lines)))
     assert matched(schedule) == {"s": "br", "bs": "br"}
     assert between(schedule) == {"s": ["d1"], "bs": ["d3", "d1"]}
-    assert not schedule.unmatched, "the recv behind the loop is of the last round"
+    assert not schedule.unmatched, "the recv behind the loop receives what the last round sent"
     assert schedule.num_slots == 1
 
 

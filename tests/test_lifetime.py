@@ -6,11 +6,14 @@ import functools
 import gc
 import time
 
+import faulty_runs
 import jax
 import numpy as np
 import pytest
+import sample_programs
 import support
-from support import layer_inputs, make_config
+from sample_inputs import layer_inputs
+from support import make_config
 
 import jax_sm_free as smf
 
@@ -26,7 +29,7 @@ def layer(api, seconds, x, *args):
         time.sleep(float(seconds))
         return np.asarray(x)
 
-    return support.layer(api, jax.pure_callback(on_host, jax.typeof(x), x, seconds), *args)
+    return sample_programs.layer(api, jax.pure_callback(on_host, jax.typeof(x), x, seconds), *args)
 
 
 def open_and_compile():
@@ -42,7 +45,7 @@ def inputs(seconds=0.0):
 
 @functools.cache
 def expected_output():
-    return support.runners(CONFIG, support.layer)[1](*layer_inputs(CONFIG))
+    return support.runners(CONFIG, sample_programs.layer)[1](*layer_inputs(CONFIG))
 
 
 def is_open(number):
@@ -56,7 +59,7 @@ def is_open(number):
 
 
 def assert_goes(number):
-    """The buffer closes soon: a program may only just be ending."""
+    """Waits until the buffer is closed. A program that is ending may keep it open for a moment."""
     deadline = time.monotonic() + MARGIN_S
     while is_open(number):
         assert time.monotonic() < deadline, "nobody refers to the buffer, but it is still open"
@@ -109,4 +112,4 @@ def test_a_buffer_that_nobody_refers_to_is_closed():
     _, run = open_and_compile()
     run = run.lower(*inputs()).compile()
     gc.collect()
-    support.assert_matches(support.error_of(run, *inputs()), "seen it is closed")
+    support.assert_matches(faulty_runs.error_of(run, *inputs()), "seen it is closed")

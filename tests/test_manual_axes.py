@@ -8,9 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sample_inputs
 import support
-from support import P, make_config, make_inputs
-from test_programs import loss_of, overlapped_layer
+from sample_inputs import make_inputs
+from support import P, make_config
+from trained_layers import loss_of, overlapped_layer
 
 import jax_sm_free as smf
 from jax_sm_free import reference
@@ -130,7 +132,7 @@ def routed_by_another(wide, narrow, output, x, topk_idx, weights, y):
 def test_a_layout_is_good_for_buffers_of_equal_routing(output):
     x, topk_idx, weights = make_inputs(WIDE)
     rows = NARROW.recv_capacity if output == "experts" else NARROW.max_recv_tokens
-    y = support.make_rows(NARROW, rows, seed=3)
+    y = sample_inputs.make_rows(NARROW, rows, seed=3)
     buffers = zip(support.apis(WIDE), support.apis(NARROW), strict=True)
     got, want = (
         support.on_ranks(

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sample_inputs
+import sample_programs
 import support
 from support import make_config
 
@@ -20,7 +22,7 @@ CONFIG = make_config(hidden=64, num_experts=2 * support.SOME_RANKS, top_k=suppor
 
 def worst_case(config):
     """Every token to every rank."""
-    x = support.make_rows(config, config.max_tokens, 0)
+    x = sample_inputs.make_rows(config, config.max_tokens, 0)
     topk_idx = np.arange(config.top_k, dtype=np.int32) * config.num_local_experts
     topk_idx = np.broadcast_to(topk_idx, (*x.shape[:2], config.top_k))
     return x, topk_idx, np.ones(topk_idx.shape, np.float32)
@@ -35,7 +37,7 @@ def all_slots_in_flight(api, x, topk_idx, weights):
     sents = []
     for _ in range(config.num_slots):
         sents.append(api.buffer.dispatch_send(x, topk_idx, weights))
-        x, sents[-1] = support.after(x, sents[-1])
+        x, sents[-1] = sample_programs.after(x, sents[-1])
     tokens = jnp.stack([sent.token for sent in sents])
     everyone_sent = jax.lax.psum(tokens.sum(), "ep") * 0
     total = everyone_sent
@@ -82,7 +84,7 @@ def test_messages_do_not_grow_over_a_hundred_steps():
         run = support.on_ranks(program, buffer.mesh)
         estimate = smf.estimate_memory(CONFIG).messages
         for step in range(100):
-            routing = support.make_routing(CONFIG, CONFIG.max_tokens, step)
+            routing = sample_inputs.make_routing(CONFIG, CONFIG.max_tokens, step)
             inputs = worst_case(CONFIG) if step == 0 else (worst_case(CONFIG)[0], *routing)
             jax.block_until_ready(run(*inputs))
         assert max(message_bytes(buffer)) <= estimate
@@ -100,7 +102,7 @@ def test_gpus_take_what_was_estimated(num_slots):
 
 
 def test_message_bytes_are_those_of_the_native_layout():
-    """One table in Python, one in C++: they must agree, whatever the sizes."""
+    """Python and C++ compute these sizes apart, and must agree whatever the sizes are."""
     from jax_sm_free import _cpu
 
     sizes = itertools.product((1, 8), (1, 7, 7168), (8, 256), (1, 8, 32), (1, 63, 4096))

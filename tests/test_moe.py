@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import functools
 
+import faulty_runs
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sample_inputs
 import support
 from support import P
 
@@ -178,7 +180,7 @@ def test_an_index_beyond_int32_is_a_fault(dtype, number):
         idx = jnp.array([[0], [1], [0]], dtype)
         np.testing.assert_array_equal(jax.jit(experts)(x, idx, weights), 3 * x)
         seen = 2 if number > 0 else -2
-        error = support.error_of(jax.jit(experts), x, idx.at[1, 0].set(number), weights)
+        error = faulty_runs.error_of(jax.jit(experts), x, idx.at[1, 0].set(number), weights)
         assert f"expected topk_idx in [-1, 2), seen {seen} at token 1" in error
 
 
@@ -287,7 +289,7 @@ def test_each_row_knows_its_expert():
         return recv.expert, recv.group_sizes
 
     for run in support.runners(config, program):
-        expert, group_sizes = (np.asarray(a) for a in run(*support.make_inputs(config)))
+        expert, group_sizes = (np.asarray(a) for a in run(*sample_inputs.make_inputs(config)))
         for of_rank, sizes in zip(expert, group_sizes, strict=True):
             want = np.repeat(np.arange(2), sizes)
             np.testing.assert_array_equal(

@@ -13,8 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sample_inputs
+import sample_programs
 import support
-from support import make_config, make_inputs, make_rows
+from sample_inputs import make_inputs, make_rows
+from support import make_config
 
 pytestmark = pytest.mark.long
 
@@ -41,15 +44,15 @@ def random_bits(dtype, shape, seed):
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 def test_dispatch_copies_every_bit_pattern(dtype):
-    """Rows are never computed with: NaN payloads, -0.0 and denormals arrive as they left.
+    """Dispatch only copies rows: NaN payloads, -0.0 and denormals arrive as they left.
 
     Compared with the reference on bytes: XLA itself changes NaN where it moves floats.
     """
     config = make_config(dtype=dtype, hidden=64)
     x = random_bits(dtype, (config.ep_size, config.max_tokens, config.hidden), 1)
     x[..., :4] = np.array([np.nan, -0.0, np.inf, 1e-40], np.float32).astype(dtype)
-    one_byte_more = dataclasses.replace(config, hidden=65)  # pairs have scales
-    topk_idx, weights = support.make_routing(config, config.max_tokens, 1)
+    one_byte_more = dataclasses.replace(config, hidden=65)  # rows that are pairs have scales
+    topk_idx, weights = sample_inputs.make_routing(config, config.max_tokens, 1)
     ours, _ = support.runners(config, by_experts)
     _, theirs = support.runners(one_byte_more, by_experts)
     as_bytes = x.view(np.uint8), np.zeros((*x.shape[:2], 1), np.uint8)
@@ -73,7 +76,7 @@ PAIRS = [
 def test_values_and_scales_arrive_bit_by_bit(dtype, columns, scale_dtype, scale_columns, program):
     """Compared with the reference on bytes: XLA itself changes NaN where it moves floats."""
     config = make_config(hidden=128, expert_alignment=4)
-    topk_idx, weights = support.make_routing(config, config.max_tokens, 2)
+    topk_idx, weights = sample_inputs.make_routing(config, config.max_tokens, 2)
     shape = (config.ep_size, config.max_tokens)
     pair = (
         random_bits(dtype, (*shape, columns), 3),
@@ -87,23 +90,26 @@ def test_values_and_scales_arrive_bit_by_bit(dtype, columns, scale_dtype, scale_
     support.assert_same_bits(dataclasses.replace(got, x=as_bytes), want)
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("program", [by_experts, by_tokens])
 def test_padding_of_scales_that_have_no_zero(program):
     """float8_e8m0fnu has no zero: its padding is bytes of zero, here as in the reference."""
     config = make_config(hidden=128, expert_alignment=4)
-    topk_idx, weights = support.make_routing(config, config.max_tokens, 2)
+    topk_idx, weights = sample_inputs.make_routing(config, config.max_tokens, 2)
     shape = (config.ep_size, config.max_tokens)
     pair = (np.ones((*shape, 128), jnp.float8_e4m3fn), np.ones((*shape, 4), jnp.float8_e8m0fnu))
     got, want = (run(pair, topk_idx, weights) for run in support.runners(config, program))
     scales = [np.asarray(out.x[1]).view(np.uint8) for out in (got, want)]
-    assert set(np.unique(scales[0])) == {0, 127}, "padding, and scales of one"
+    assert set(np.unique(scales[0])) == {0, 127}, (
+        f"expected bytes 0 (padding) and 127 (one), got {scales[0]}"
+    )
     np.testing.assert_array_equal(*scales)
 
 
 def test_twenty_repeats_give_the_same_bytes():
     config = make_config(support.MAX_RANKS, hidden=64, dtype=jnp.bfloat16, max_tokens=16)
     inputs = make_inputs(config, seed=4), make_rows(config, config.recv_capacity, 5)
-    ours, theirs = support.runners(config, support.round_trip)
+    ours, theirs = support.runners(config, sample_programs.round_trip)
     want = theirs(*inputs[0], inputs[1])
     for _ in range(20):
         support.assert_same_bits(ours(*inputs[0], inputs[1]), want)
@@ -115,7 +121,7 @@ def test_twenty_repeats_give_the_same_bytes():
 def combine_both_ways(api, x, topk_idx, topk_weights, y, weights):
     """The weighted and the plain sum of rows that have other weights than they came with."""
     layout = api.buffer.dispatch(x, topk_idx, topk_weights).layout
-    y = support.poison_unused(y, layout)
+    y = sample_programs.poison_unused(y, layout)
     weighted = api.buffer.combine(y, layout, weights=weights)
     return weighted, api.buffer.combine(y, layout)
 
@@ -148,7 +154,7 @@ def test_combine_of_a_message_that_leaves_in_parts():
 
 def combine_tokens_weighted(api, x, topk_idx, topk_weights, y, weights):
     recv = api.buffer.dispatch(x, topk_idx, topk_weights, output="tokens")
-    y = support.poison_unused(y, recv.layout)
+    y = sample_programs.poison_unused(y, recv.layout)
     return api.buffer.combine(y, recv.layout, weights=weights)
 
 
@@ -164,7 +170,7 @@ def test_tokens_that_went_nowhere_are_zero():
     x, topk_idx, weights = make_inputs(config, seed=11)
     topk_idx[:, 1] = -1
     y = make_rows(config, config.recv_capacity, 12)
-    _, out = support.check_same(config, support.round_trip, x, topk_idx, weights, y)
+    _, out = support.check_same(config, sample_programs.round_trip, x, topk_idx, weights, y)
     assert not np.asarray(out)[:, 1].any()
     assert np.asarray(out)[:, 0].any()
 
@@ -192,7 +198,7 @@ def test_nan_and_infinity_stay_with_their_token():
 def test_a_run_full_of_nan_leaves_nothing_behind():
     """Messages and results use memory again that held NaN: the next run must not show it."""
     config = dataclasses.replace(FULL, expert_alignment=4)
-    ours, _ = support.runners(config, support.round_trip)
+    ours, _ = support.runners(config, sample_programs.round_trip)
     x, topk_idx, weights = make_inputs(config, seed=14, how="all_to_one_expert")
     y = make_rows(config, config.recv_capacity, 15)
     for seed in range(5):
@@ -200,7 +206,7 @@ def test_a_run_full_of_nan_leaves_nothing_behind():
         assert np.isnan(np.asarray(full[0].x)).any()
         del full
         sparse = make_inputs(config, seed=seed, how="some_tokens_go_nowhere")
-        recv, out = support.check_same(config, support.round_trip, *sparse, y)
+        recv, out = support.check_same(config, sample_programs.round_trip, *sparse, y)
         for leaf in (recv.x, recv.weights, out):
             assert np.isfinite(leaf).all()
 
@@ -215,8 +221,9 @@ def row_gradients(api, x, topk_idx, topk_weights, y, cotangent):
     return recv.layout.rows, jax.grad(loss, (0, 1))(y, recv.weights)
 
 
+@pytest.mark.one_process
 def test_rows_without_a_token_have_no_gradient():
-    """Zero, not what the memory held: a run full of NaN comes before."""
+    """Their gradient is zero, although the memory held NaN: a run full of NaN comes before."""
     ours, theirs = support.runners(FULL, row_gradients)
     y = make_rows(FULL, FULL.recv_capacity, 15)
     full = make_inputs(FULL, seed=14, how="all_to_one_expert")
@@ -253,6 +260,7 @@ def test_memory_that_malloc_filled_does_not_leak():
 # ------------------------------------------------------------------------ capacity and alignment
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("alignment", [1, 16, 128])
 def test_padding_and_tail_rows_are_zero(alignment):
     config = make_config(expert_alignment=alignment, num_experts=2 * support.SOME_RANKS)
@@ -261,7 +269,7 @@ def test_padding_and_tail_rows_are_zero(alignment):
     config = dataclasses.replace(config, recv_capacity=rows)
     inputs = make_inputs(config, seed=16, how="one_hot_expert")
     y = make_rows(config, config.recv_capacity, 17)
-    recv, _ = support.check_same(config, support.round_trip, *inputs, y)
+    recv, _ = support.check_same(config, sample_programs.round_trip, *inputs, y)
     x, weights, counts = (np.asarray(a) for a in (recv.x, recv.weights, recv.counts))
     sizes = np.asarray(recv.group_sizes)
     np.testing.assert_array_equal(sizes, -(-counts // alignment) * alignment)
@@ -282,6 +290,7 @@ def _needed_rows(config, topk_idx):
     return padded.reshape(config.ep_size, -1).sum(axis=1).max()
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("alignment", [1, 4])
 @pytest.mark.parametrize(
     "spare",
@@ -295,7 +304,7 @@ def test_capacity(alignment, spare):
     capacity = {"exactly_full": need, "one_short": need - 1, "few": need // 3, "zero": 0}[spare]
     config = dataclasses.replace(config, recv_capacity=int(capacity))
     y = make_rows(config, config.recv_capacity, 19)
-    recv, out = support.check_same(config, support.round_trip, *inputs, y)
+    recv, out = support.check_same(config, sample_programs.round_trip, *inputs, y)
     dropped = np.asarray(recv.dropped)
     assert (dropped.sum() > 0) == (spare != "exactly_full")
     assert np.asarray(recv.counts).sum() == (inputs[1] >= 0).sum()
@@ -325,10 +334,12 @@ def test_received_rows_past_two_gib():
     topk_idx[:, ::3] = 0
     weights = np.full(topk_idx.shape, 0.5, np.float32)
     with support.open_buffer(config) as buffer:
-        program = functools.partial(support.big_round_trip, support.Api(buffer, support.smf))
+        program = functools.partial(
+            sample_programs.big_round_trip, support.Api(buffer, support.smf)
+        )
         run = support.on_ranks(program, buffer.mesh)
         ends, counts, out = jax.device_get(run(topk_idx, weights))
-    numbers = support.row_numbers(config)[0]
+    numbers = sample_programs.row_numbers(config)[0]
     order = np.concatenate([numbers[::3], numbers[topk_idx[0, :, 0] == 1]])
     np.testing.assert_array_equal(ends[0], np.stack([order, order], axis=1))
     np.testing.assert_array_equal(counts[0], [22000, 44000])

@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sample_programs
 import support
-from support import make_config, make_inputs, make_rows
+from sample_inputs import make_inputs, make_rows
+from support import make_config
 
 pytestmark = pytest.mark.gpu_only
 
@@ -58,22 +60,22 @@ ROUTINGS = {
 
 
 @pytest.mark.parametrize("routing", ROUTINGS)
-@pytest.mark.parametrize("program", [support.round_trip, support.round_trip_tokens])
+@pytest.mark.parametrize("program", [sample_programs.round_trip, sample_programs.round_trip_tokens])
 def test_round_trips(program, routing):
-    y = make_rows(CONFIG, support.num_rows(CONFIG, program), 6)
+    y = make_rows(CONFIG, sample_programs.num_rows(CONFIG, program), 6)
     for _ in range(3):
         support.check_same(CONFIG, program, *ROUTINGS[routing](), y)
 
 
-@pytest.mark.parametrize("program", [support.round_trip, support.round_trip_tokens])
+@pytest.mark.parametrize("program", [sample_programs.round_trip, sample_programs.round_trip_tokens])
 def test_round_trips_over_a_float8_wire(program):
-    y = make_rows(QUANTISED, support.num_rows(QUANTISED, program), 7)
+    y = make_rows(QUANTISED, sample_programs.num_rows(QUANTISED, program), 7)
     support.check_same(QUANTISED, program, *make_inputs(QUANTISED, seed=8), y)
 
 
 def gradients(api, x, topk_idx, weights, y):
     def loss(x, weights, y):
-        return (support.layer(api, x, topk_idx, weights, y) ** 2).sum()
+        return (sample_programs.layer(api, x, topk_idx, weights, y) ** 2).sum()
 
     return jax.grad(loss, (0, 1, 2))(x, weights, y)
 
@@ -93,4 +95,4 @@ def test_one_rank_sends_few_rows(rank):
     topk_idx = topk_idx.copy()
     topk_idx[rank, 100:] = -1
     y = make_rows(CONFIG, CONFIG.recv_capacity, 11)
-    support.check_same(CONFIG, support.round_trip, x, topk_idx, weights, y)
+    support.check_same(CONFIG, sample_programs.round_trip, x, topk_idx, weights, y)

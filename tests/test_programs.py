@@ -1,4 +1,4 @@
-"""The programs that people write around a layer: gradients, remat, scan, control flow, meshes."""
+"""The programs that people write around a layer: gradients, remat, scan, control flow."""
 
 from __future__ import annotations
 
@@ -10,10 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import support
-from support import P, make_config, make_inputs
-
-import jax_sm_free as smf
-from jax_sm_free import reference
+from sample_inputs import make_inputs
+from support import P, make_config
+from trained_layers import (
+    LAYERS,
+    alone,
+    gradients,
+    in_checkpoint,
+    in_scan,
+    in_scan_and_checkpoint,
+    layer_that_uses_weights_early,
+    loss_of,
+    overlapped_layer,
+    plain_layer,
+)
 
 CONFIG = make_config(num_experts=2 * support.SOME_RANKS, num_slots=4)
 CUT = dataclasses.replace(CONFIG, recv_capacity=11, expert_alignment=2)
@@ -27,84 +37,9 @@ def inputs():
     return x, topk_idx, weights, matrix
 
 
-# A layer with a nonlinear expert, so that its gradient needs the forward pass.
-
-
-def plain_layer(api, x, topk_idx, weights, matrix):
-    recv = api.buffer.dispatch(x, topk_idx, weights)
-    y = jnp.tanh(recv.x @ matrix)
-    return api.buffer.combine(y, recv.layout, weights=recv.weights)
-
-
-def overlapped_layer(api, x, topk_idx, weights, matrix):
-    sent = api.buffer.dispatch_send(x, topk_idx, weights)
-    shared, sent = api.overlap(sent, lambda x, m: jnp.sin(x @ m), x, matrix)
-    recv = api.buffer.dispatch_recv(sent)
-    y = jnp.tanh(recv.x @ matrix)
-    sent = api.buffer.combine_send(y, recv.layout, recv.weights)
-    shared, sent = api.overlap(sent, jnp.cos, shared)
-    return api.buffer.combine_recv(sent) + shared
-
-
-def layer_by_tokens(api, x, topk_idx, weights, matrix):
-    """Weights enter before the plain sum, so that their gradient comes back with the dispatch."""
-    recv = api.buffer.dispatch(x, topk_idx, weights, output="tokens")
-    y = jnp.tanh(recv.x @ matrix) * recv.topk_weights.sum(axis=1, keepdims=True)
-    return api.buffer.combine(y, recv.layout)
-
-
-def layer_that_uses_weights_early(api, x, topk_idx, weights, matrix):
-    recv = api.buffer.dispatch(x, topk_idx, weights)
-    y = jnp.tanh((recv.x * recv.weights[:, None]) @ matrix)
-    return api.buffer.combine(y, recv.layout)
-
-
-LAYERS = [plain_layer, overlapped_layer, layer_by_tokens, layer_that_uses_weights_early]
-
-
-# What is done with the layer. Each gives gradients for x, weights and matrix.
-
-
-def loss_of(out):
-    return (out * jnp.arange(1.0, 8.0)).sum() + (out**2).sum()
-
-
-def gradients(wrap, layer, api, x, topk_idx, weights, matrix):
-    def loss(x, weights, matrix):
-        return loss_of(wrap(layer, api)(x, topk_idx, weights, matrix))
-
-    return jax.value_and_grad(loss, (0, 1, 2))(x, weights, matrix)
-
-
-def alone(layer, api):
-    return functools.partial(layer, api)
-
-
-def in_checkpoint(layer, api):
-    return jax.checkpoint(functools.partial(layer, api))
-
-
-def in_scan(layer, api):
-    def layers(x, topk_idx, weights, matrix):
-        factors = jnp.array([0.5, -0.3, 0.2])
-
-        def step(x, factor):
-            return x + layer(api, x, topk_idx, weights * factor, matrix), None
-
-        return jax.lax.scan(step, x, factors)[0]
-
-    return layers
-
-
-def in_scan_and_checkpoint(layer, api):
-    return in_scan(lambda api, *args: jax.checkpoint(functools.partial(layer, api))(*args), api)
-
-
-WRAPS = [alone, in_checkpoint, in_scan, in_scan_and_checkpoint]
-
 # All layers alone, all wraps around the overlapped layer.
 CASES = [(alone, layer) for layer in LAYERS]
-CASES += [(wrap, overlapped_layer) for wrap in WRAPS[1:]]
+CASES += [(wrap, overlapped_layer) for wrap in (in_checkpoint, in_scan, in_scan_and_checkpoint)]
 CASES += [(in_scan_and_checkpoint, plain_layer)]
 
 
@@ -132,6 +67,7 @@ def test_gradients_with_dropped_and_padding_rows(layer, inputs):
     check_gradients(CUT, alone, layer, inputs, check_vma=False)
 
 
+@pytest.mark.one_process
 @support.needs_empty_inputs
 @pytest.mark.parametrize("check_vma", [False, True])
 def test_gradients_where_every_row_is_dropped(check_vma, inputs):
@@ -144,6 +80,7 @@ def test_gradients_with_check_vma(inputs):
     check_gradients(CUT, in_scan_and_checkpoint, overlapped_layer, inputs, check_vma=True)
 
 
+@pytest.mark.one_process
 def test_gradients_of_half_precision(inputs):
     dtype = jnp.bfloat16
     config = dataclasses.replace(CONFIG, dtype=dtype)
@@ -153,6 +90,7 @@ def test_gradients_of_half_precision(inputs):
     support.assert_close(ours(*inputs), theirs(*inputs), 0.05)
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("layer", [plain_layer, layer_that_uses_weights_early])
 def test_a_weight_that_is_zero_has_its_gradient(layer, inputs):
     x, topk_idx, weights, matrix = inputs
@@ -162,6 +100,7 @@ def test_a_weight_that_is_zero_has_its_gradient(layer, inputs):
     assert np.asarray(weight_grads)[weights == 0].all()
 
 
+@pytest.mark.one_process
 def test_an_entry_that_goes_nowhere_has_no_gradient(inputs):
     _, (_, weight_grads, _) = check_gradients(CONFIG, alone, plain_layer, inputs)
     assert not np.asarray(weight_grads)[inputs[1] < 0].any()
@@ -202,6 +141,7 @@ def unused_rows(api, x, topk_idx, weights, matrix):
     return x @ matrix + recv.weights.sum() + (recv.weights**2).sum()
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize(
     "layer", [unused_recv, unused_combine, unused_layer, unused_weights, unused_rows]
 )
@@ -297,98 +237,6 @@ def test_rows_that_are_received_of_no_tokens(inputs):
     no_tokens = [a[:, :0] for a in inputs[:3]]
     got = support.check_same(CONFIG, rows_of_experts, *no_tokens, inputs[3])
     assert not np.asarray(got).any()
-
-
-# ------------------------------------------------------------------------------------------- meshes
-
-needs_four = pytest.mark.skipif(support.MAX_RANKS < 4, reason="needs four devices")
-
-
-def wide_mesh(names, shape):
-    return jax.sharding.Mesh(np.array(jax.devices()[: np.prod(shape)]).reshape(shape), names)
-
-
-def rows_and_gradients(api, *values):
-    recv = api.buffer.dispatch(*values[:3])
-    return recv, gradients(alone, plain_layer, api, *values)
-
-
-def rows_and_sums(api, *values):
-    recv = api.buffer.dispatch(*values[:3])
-    return recv, api.buffer.combine(recv.x, recv.layout, weights=recv.weights)
-
-
-def check_on_mesh(mesh, axis, ep_size, program=rows_and_sums, **kwargs):
-    config = make_config(ep_size, num_experts=2 * ep_size)
-    groups = [make_inputs(config, seed=seed) for seed in range(mesh.size // ep_size)]
-    x, topk_idx, weights = (np.concatenate(parts) for parts in zip(*groups, strict=True))
-    matrix = np.random.default_rng(3).normal(size=(mesh.size, 7, 7)).astype(np.float32)
-    values = x, topk_idx, weights, matrix
-    other = support.open_buffer(config, mesh, axis, reference)
-    with support.open_buffer(config, mesh, axis) as buffer:
-        ours = functools.partial(program, support.Api(buffer, smf))
-        theirs = functools.partial(program, support.Api(other, reference))
-        got = jax.device_get(support.on_ranks(ours, mesh, **kwargs)(*values))
-        want = support.on_ranks(theirs, mesh, **kwargs)(*values)
-        buffer.check()
-    support.assert_same_bits(got[0], jax.device_get(want[0]))
-    support.assert_close(got[1], want[1], 1e-4)
-
-
-@needs_four
-@pytest.mark.parametrize(
-    ("names", "axis", "program"),
-    [
-        (("dp", "ep"), "ep", rows_and_gradients),
-        (("ep", "dp"), "ep", rows_and_sums),
-        (("node", "gpu"), ("node", "gpu"), rows_and_gradients),
-        (("node", "gpu"), ("gpu", "node"), rows_and_sums),
-    ],
-)
-def test_mesh_of_two_axes(names, axis, program):
-    """Several groups at once, each for itself; and one group over two axes, in either order."""
-    shape = (2, support.MAX_RANKS // 2)
-    ep_size = support.MAX_RANKS if isinstance(axis, tuple) else shape[names.index(axis)]
-    check_on_mesh(wide_mesh(names, shape), axis, ep_size, program)
-
-
-@needs_four
-def test_what_is_the_same_in_all_groups():
-    """It stays so in shard_map's types: neither inputs nor results are spread over the groups."""
-    mesh = wide_mesh(("dp", "ep"), (2, support.MAX_RANKS // 2))
-    config = make_config(mesh.shape["ep"], num_experts=2 * mesh.shape["ep"])
-    x, topk_idx, weights = (a.reshape(-1, a.shape[-1]) for a in make_inputs(config))
-
-    def gradients(api, x, weights):
-        mapped = jax.shard_map(
-            functools.partial(plain_layer, api),
-            mesh=mesh,
-            in_specs=(*3 * [P("ep")], P()),
-            out_specs=P("ep"),
-        )
-        loss = lambda x, w: loss_of(mapped(x, topk_idx, w, jnp.eye(7)))  # noqa: E731
-        return jax.value_and_grad(loss, (0, 1))(x, weights)
-
-    with support.open_buffer(config, mesh) as buffer:
-        apis = (
-            support.Api(buffer, smf),
-            support.Api(support.open_buffer(config, mesh, module=reference), reference),
-        )
-        got, want = (
-            support.whole(jax.jit(functools.partial(gradients, api))(x, weights)) for api in apis
-        )
-        support.assert_close(got, want, 1e-4)
-
-
-@pytest.mark.skipif(support.MAX_RANKS < 8, reason="needs eight devices")
-def test_two_expert_axes_beside_another():
-    mesh = wide_mesh(("node", "dp", "gpu"), (2, 2, 2))
-    check_on_mesh(mesh, ("node", "gpu"), 4, check_vma=False)
-
-
-def test_mesh_whose_devices_are_not_in_order():
-    devices = np.array(jax.devices()[: support.MAX_RANKS])[::-1]
-    check_on_mesh(jax.sharding.Mesh(devices, ("ep",)), "ep", support.MAX_RANKS)
 
 
 # ------------------------------------------------------------------------------------- two buffers

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import functools
 
+import faulty_runs
 import hypothesis
 import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sample_inputs
+import sample_programs
 import support
-from support import make_config, make_inputs, make_rows
+from sample_inputs import make_inputs, make_rows
+from support import make_config
 
 from jax_sm_free.config import Config
 
 pytestmark = pytest.mark.long
 
-PROGRAMS = {"experts": support.round_trip, "tokens": support.round_trip_tokens}
+PROGRAMS = {"experts": sample_programs.round_trip, "tokens": sample_programs.round_trip_tokens}
 
 
 def check(config: Config, output: str, num_tokens: int | None = None, seed=0, how="uniform"):
     """Compares dispatch, combine and layout; returns what was received."""
     program = PROGRAMS[output]
     inputs = make_inputs(config, num_tokens, seed, how)
-    y = make_rows(config, support.num_rows(config, program), seed + 1)
+    y = make_rows(config, sample_programs.num_rows(config, program), seed + 1)
     return support.check_same(config, program, *inputs, y)[0]
 
 
@@ -49,14 +53,14 @@ CASES += [(CONFIGS[ep_size], "tokens") for ep_size in (support.SOME_RANKS, suppo
 @support.random_examples(60)
 @hypothesis.given(
     case=st.sampled_from(CASES),
-    how=st.sampled_from(sorted(support.ROUTINGS)),
+    how=st.sampled_from(sorted(sample_inputs.ROUTINGS)),
     seed=st.integers(0, 2**31),
 )
 def test_random_routing(case, how, seed):
     check(*case, seed=seed, how=how)
 
 
-@pytest.mark.parametrize("how", sorted(support.ROUTINGS))
+@pytest.mark.parametrize("how", sorted(sample_inputs.ROUTINGS))
 @pytest.mark.parametrize("output", sorted(PROGRAMS))
 def test_peculiar_routing(output, how):
     """-1 for an entry, a token, a rank; an idle rank; a hot expert; one rank for all; repeats."""
@@ -72,7 +76,7 @@ def test_peculiar_routing(output, how):
         assert (counts % 3 == 0).all()
 
 
-@pytest.mark.parametrize("how", sorted(support.ROUTINGS))
+@pytest.mark.parametrize("how", sorted(sample_inputs.ROUTINGS))
 def test_groups_of_one_size(how):
     """A batch of all experts: rows that find no place are dropped, places without one are zero."""
     config = FIXED[support.MAX_RANKS]
@@ -98,7 +102,7 @@ def test_no_token_by_tokens():
 
 def test_more_tokens_than_max_tokens_raise_at_trace_time():
     config = CONFIGS[support.SOME_RANKS]
-    ours, _ = support.runners(config, support.round_trip)
+    ours, _ = support.runners(config, sample_programs.round_trip)
     inputs = make_inputs(config, 7)
     with pytest.raises(ValueError, match=r"at most 6 tokens \(max_tokens\), got 7"):
         ours.lower(*inputs, make_rows(config, config.recv_capacity, 0))
@@ -107,9 +111,11 @@ def test_more_tokens_than_max_tokens_raise_at_trace_time():
 def may_end(config):
     """The program and its buffer, for a fault: on GPUs not those that other tests share."""
     if support.BUFFERS_GO_ON:
-        return support.runners(config, support.round_trip)[0], support.apis(config)[0].buffer
+        return support.runners(config, sample_programs.round_trip)[0], support.apis(config)[
+            0
+        ].buffer
     buffer = support.open_buffer(config)
-    program = functools.partial(support.round_trip, support.Api(buffer, support.smf))
+    program = functools.partial(sample_programs.round_trip, support.Api(buffer, support.smf))
     return support.on_ranks(program, buffer.mesh), buffer
 
 
@@ -130,8 +136,8 @@ def test_an_index_out_of_range_is_a_fault_and_the_buffer_lives_on(bad):
         rf"expected topk_idx in \[-1, {config.num_experts}\)",
         f"seen {bad} at token 4, k 1",
     )
-    support.assert_matches(support.run_into_fault(ours, x, wrong, weights, y), *expected)
-    support.assert_matches(support.fault_of(buffer), *expected)
+    support.assert_matches(faulty_runs.run_into_fault(ours, x, wrong, weights, y), *expected)
+    support.assert_matches(faulty_runs.fault_of(buffer), *expected)
     check(config, "experts", seed=6)
 
 
@@ -141,9 +147,9 @@ def test_an_index_out_of_range_ends_the_run_on_every_rank():
     x, topk_idx, weights = make_inputs(config, seed=4)
     topk_idx[0, 0, 0] = config.num_experts
     y = make_rows(config, config.recv_capacity, 5)
-    for error in support.errors_by_rank(buffer, ours, x, topk_idx, weights, y):
+    for error in faulty_runs.errors_by_rank(buffer, ours, x, topk_idx, weights, y):
         support.assert_matches(error or "", f"seen {config.num_experts} at token 0")
-    support.fault_of(buffer)
+    faulty_runs.fault_of(buffer)
 
 
 SIZES = [

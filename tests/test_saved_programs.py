@@ -47,7 +47,9 @@ def test_no_program_runs_on_a_buffer_of_other_sizes(change: str, tmp_path: pathl
     text = run("load", "executable", tmp_path, "x", change)
     assert "expected the buffer that this program was made for to be open: axes x of" in text
     key, value = change.split("=")
-    assert f"{key}={value}" in text.partition("seen open buffers")[2], "what is open"
+    assert f"{key}={value}" in text.partition("seen open buffers")[2], (
+        f"expected the sizes of open buffers in: {text}"
+    )
 
 
 def test_no_program_runs_on_a_buffer_over_another_axis(tmp_path: pathlib.Path) -> None:
@@ -67,6 +69,6 @@ def test_a_name_tells_equal_buffers_apart(tmp_path: pathlib.Path) -> None:
 def test_equal_buffers_are_found_by_their_order(tmp_path: pathlib.Path) -> None:
     saved = run("save", "executable", tmp_path, "xx")  # the second one
     assert run("load", "executable", tmp_path, "xx") == saved
-    # Its number never was here, and the only equal buffer does the same.
+    # This process never had a buffer of that number, but the only equal buffer does the same.
     assert run("load", "executable", tmp_path, "x") == saved
     assert "it is closed" in run("load", "executable", tmp_path, "x-")

@@ -10,6 +10,8 @@ import aot
 import jax
 import numpy as np
 import pytest
+import sample_inputs
+import sample_programs
 import support
 from support import make_config
 
@@ -35,13 +37,13 @@ def train(api, x, topk_idx, weights, y):
     """A layer and its gradients: an exchange of each kind."""
 
     def loss(x, weights):
-        return (support.layer(api, x, topk_idx, weights, y) ** 2).sum()
+        return (sample_programs.layer(api, x, topk_idx, weights, y) ** 2).sum()
 
     return jax.value_and_grad(loss, (0, 1))(x, weights)
 
 
 def counted(buffer, program, *args):
-    """What a run counts; its result."""
+    """What a run counts, and its result."""
     run = support.on_ranks(lambda *args: program(support.Api(buffer, smf), *args), buffer.mesh)
     before = buffer.stats()
     out = jax.block_until_ready(run(*args))
@@ -67,10 +69,10 @@ def assert_counts(stats, buffer, exchanges, sent, received):
 
 
 @pytest.mark.parametrize("program", [dispatch, by_tokens])
-@pytest.mark.parametrize("how", support.ROUTINGS)
+@pytest.mark.parametrize("how", sample_inputs.ROUTINGS)
 def test_bytes_of_a_dispatch(how, program):
-    x, topk_idx, weights = support.make_inputs(CONFIG, how=how)
-    y = support.make_rows(CONFIG, 1, 0)
+    x, topk_idx, weights = sample_inputs.make_inputs(CONFIG, how=how)
+    y = sample_inputs.make_rows(CONFIG, 1, 0)
     buffer = support.apis(CONFIG)[0].buffer
     stats, _ = counted(buffer, program, x, topk_idx, weights, y)
     sent = rows_between(CONFIG, topk_idx) * CONFIG.hidden * 4
@@ -81,7 +83,7 @@ def test_bytes_of_a_dispatch(how, program):
 @pytest.mark.parametrize("wire_dtype", [None, jax.numpy.float8_e4m3fn])
 def test_bytes_of_a_layer_and_its_gradients(wire_dtype):
     config = make_config(num_experts=2 * support.SOME_RANKS, hidden=256, wire_dtype=wire_dtype)
-    inputs = support.layer_inputs(config)
+    inputs = sample_inputs.layer_inputs(config)
     with support.open_buffer(config) as buffer:
         first, _ = counted(buffer, train, *inputs)
         again, _ = counted(buffer, train, *inputs)
@@ -97,8 +99,8 @@ def test_bytes_of_a_layer_and_its_gradients(wire_dtype):
 
 def test_rows_dropped():
     config = make_config(num_experts=2 * support.SOME_RANKS, recv_capacity=5, expert_alignment=2)
-    x, topk_idx, weights = support.make_inputs(config)
-    y = support.make_rows(config, 1, 0)
+    x, topk_idx, weights = sample_inputs.make_inputs(config)
+    y = sample_inputs.make_rows(config, 1, 0)
     with support.open_buffer(config) as buffer:
         stats, dropped = counted(buffer, dispatch, x, topk_idx, weights, y)
         assert np.asarray(dropped).sum() > 0
@@ -137,32 +139,34 @@ def held_up(api, x, topk_idx, weights, seconds):
 def test_a_rank_that_is_late_is_found():
     buffer = support.apis(CONFIG)[0].buffer
     run = support.runners(CONFIG, held_up)[0]
-    inputs = support.make_inputs(CONFIG)
+    inputs = sample_inputs.make_inputs(CONFIG)
     seconds = np.zeros(CONFIG.ep_size, np.float32)
     jax.block_until_ready(run(*inputs, seconds))
     before = buffer.stats()
     seconds[LATE] = HELD_S
+    start = time.monotonic()
     jax.block_until_ready(run(*inputs, seconds))
+    took = time.monotonic() - start
     for rank in (buffer.stats() - before).ranks:
         assert rank.waited_s[rank.rank] == 0
         if rank.rank == LATE:
             assert max(rank.waited_s) < HELD_S / 2
         else:
             assert max(rank.waited_s) == rank.waited_s[LATE]
-            assert HELD_S / 2 < rank.waited_s[LATE] < 2 * HELD_S
+            assert HELD_S / 2 < rank.waited_s[LATE] < took
 
 
 @needs_peers
 def test_stats_wait_for_no_program():
     buffer = support.apis(CONFIG)[0].buffer
     run = support.runners(CONFIG, held_up)[0]
-    inputs = support.make_inputs(CONFIG)
+    inputs = sample_inputs.make_inputs(CONFIG)
     seconds = np.zeros(CONFIG.ep_size, np.float32)
     jax.block_until_ready(run(*inputs, seconds))
     before = buffer.stats()
     seconds[LATE] = 2.0
     with concurrent.futures.ThreadPoolExecutor(1) as pool:
-        # A process with one device has results before the call returns.
+        # In a process with one device the call returns only when the results are there.
         results = pool.submit(lambda: jax.block_until_ready(run(*inputs, seconds)))
         time.sleep(0.3)
         started = time.monotonic()
@@ -172,7 +176,7 @@ def test_stats_wait_for_no_program():
         results.result()
     for rank in during.ranks:
         assert rank.exchanges["dispatch"] == 0
-        assert rank.waited_s[LATE] == 0  # of waits that have ended
+        assert rank.waited_s[LATE] == 0  # counts only waits that have ended
     for rank in (buffer.stats() - before).ranks:
         assert rank.exchanges["dispatch"] == 1
 
@@ -186,11 +190,11 @@ def test_groups_count_apart():
     config = make_config(2, num_experts=4)
     devices = support.mesh_of(4).devices.reshape(2, 2)
     mesh = jax.sharding.Mesh(devices, ("ep", "data"))
-    x, topk_idx, weights = support.make_inputs(make_config(4, num_experts=8))
+    x, topk_idx, weights = sample_inputs.make_inputs(make_config(4, num_experts=8))
     for place, (rank, group) in enumerate(np.ndindex(2, 2)):
         topk_idx[place] = 2 * (rank if group == 0 else 1 - rank)
     with support.open_buffer(config, mesh) as buffer:
-        y = support.make_rows(make_config(4), 1, 0)
+        y = sample_inputs.make_rows(make_config(4), 1, 0)
         stats, _ = counted(buffer, dispatch, x, topk_idx, weights, y)
         bytes_of_all = config.max_tokens * config.hidden * 4
         for rank in stats.ranks:

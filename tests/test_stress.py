@@ -7,6 +7,8 @@ import functools
 import jax
 import numpy as np
 import pytest
+import sample_inputs
+import sample_programs
 import support
 
 import jax_sm_free as smf
@@ -33,14 +35,14 @@ def step(api, x, routing):
     buffer = api.buffer
     (idx_a, idx_b), (weights_a, weights_b) = routing
     dispatch_a = buffer.dispatch_send(x, idx_a, weights_a)
-    x_b, dispatch_a = support.after(-x, dispatch_a)
+    x_b, dispatch_a = sample_programs.after(-x, dispatch_a)
     dispatch_b = buffer.dispatch_send(x_b, idx_b, weights_b)
     b = buffer.dispatch_recv(dispatch_b)
-    x_b, dispatch_a = support.after(b.x, dispatch_a)
+    x_b, dispatch_a = sample_programs.after(b.x, dispatch_a)
     a = buffer.dispatch_recv(dispatch_a)
 
     combine_a = buffer.combine_send(a.x, a.layout, a.weights)
-    x_b, combine_a = support.after(x_b, combine_a)
+    x_b, combine_a = sample_programs.after(x_b, combine_a)
     combine_b = buffer.combine_send(x_b, b.layout)
     out_a = buffer.combine_recv(combine_a)
     out_b = buffer.combine_recv(combine_b)
@@ -53,10 +55,12 @@ def many_steps(api, x, idx, weights):
 
 def make_steps(seed):
     """Rows, and for each step the routing of two dispatches; every kind of routing among them."""
-    kinds = sorted(support.ROUTINGS)
+    kinds = sorted(sample_inputs.ROUTINGS)
     routing = [
         [
-            support.make_routing(CONFIG, CONFIG.max_tokens, seed + 2 * i + j, kinds[(i + j) % 10])
+            sample_inputs.make_routing(
+                CONFIG, CONFIG.max_tokens, seed + 2 * i + j, kinds[(i + j) % 10]
+            )
             for j in (0, 1)
         ]
         for i in range(STEPS)
@@ -65,7 +69,7 @@ def make_steps(seed):
         np.array([[pair[part] for pair in step] for step in routing]) for part in (0, 1)
     )
     by_rank = (2, 0, 1, 3, 4)
-    x = support.make_rows(CONFIG, CONFIG.max_tokens, seed)
+    x = sample_inputs.make_rows(CONFIG, CONFIG.max_tokens, seed)
     return x, idx.transpose(by_rank), weights.transpose(by_rank)
 
 

@@ -10,7 +10,7 @@ import jax
 import pytest
 import support
 
-from benchmarks import drawing, layer, overlap, phases, timeline, trace
+from benchmarks import drawing, layer, phases, profiled_exchanges, timeline, trace
 from benchmarks.cases import Case
 
 COMPUTE, COPIES = 13, (21, 22)
@@ -240,8 +240,8 @@ def test_gemm_slowdown(tmp_path):
 # --------------------------------------------------------------------------------------- overlap
 
 
-def check_all(events: list[trace.Event]) -> list[overlap.Exchange]:
-    found = overlap.exchanges(events)
+def check_all(events: list[trace.Event]) -> list[profiled_exchanges.Exchange]:
+    found = profiled_exchanges.exchanges(events)
     for exchange in found:
         exchange.check()
     return found
@@ -284,7 +284,7 @@ def test_timeline_draws_the_last_whole_layer(tmp_path):
     entries = [entry for t in starts for entry in (*dispatch(t), *combine(t + 500))]
     events = profile(tmp_path, entries)
     shown = drawing.one_layer(trace.by_gpu(events)[1])
-    assert [e.op for e in overlap.exchanges(shown)] == ["dispatch", "combine"]
+    assert [e.op for e in profiled_exchanges.exchanges(shown)] == ["dispatch", "combine"]
     assert {e.gpu for e in shown} == {1}
     assert shown[0].start_us == 1000
     drawing.draw(events, [0, 1], tmp_path / "timeline.png")

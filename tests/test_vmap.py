@@ -10,48 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import sample_programs
 import support
 from support import P, assert_same_bits, make_config
-from test_programs import LAYERS, loss_of, overlapped_layer
+from trained_layers import LAYERS, loss_of, overlapped_layer
+from vmap_places import CONFIG, NUM_PLACES, in_a_loop, inputs_of, overlapped
 
 import jax_sm_free as smf
 
-NUM_PLACES = 3
-CONFIG = make_config(num_experts=2 * support.SOME_RANKS, num_slots=NUM_PLACES)
 # On CPU the dispatch that jax.checkpoint repeats may run beside the first one, at each place.
 REPEATED = dataclasses.replace(CONFIG, num_slots=2 * NUM_PLACES)
 QUANTISED = dataclasses.replace(CONFIG, wire_dtype=jnp.float8_e4m3fn)
 CUT = dataclasses.replace(CONFIG, recv_capacity=11, expert_alignment=2)
-
-
-def inputs_of(config, num_places=NUM_PLACES, rows=None):
-    """x, topk_idx, topk_weights, y, each [ep_size, num_places, ...]."""
-    rows = config.recv_capacity if rows is None else rows
-    places = [
-        (*support.make_inputs(config, seed=seed), support.make_rows(config, rows, 10 + seed))
-        for seed in range(num_places)
-    ]
-    return tuple(np.stack(parts, axis=1) for parts in zip(*places, strict=True))
-
-
-def in_a_loop(fn, in_axes, out_axes):
-    """What jax.vmap of the same arguments promises."""
-
-    def looped(*args):
-        axes = (in_axes,) * len(args) if isinstance(in_axes, int) else in_axes
-        mapped = [a.shape[axis] for a, axis in zip(args, axes, strict=True) if axis is not None]
-        outs = [
-            fn(
-                *(
-                    a if axis is None else jax.lax.index_in_dim(a, place, axis, keepdims=False)
-                    for a, axis in zip(args, axes, strict=True)
-                )
-            )
-            for place in range(mapped[0])
-        ]
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves, out_axes), *outs)
-
-    return looped
 
 
 def check(config, program, args, in_axes=0, out_axes=0, reference=True, **kwargs):
@@ -76,13 +46,13 @@ def check(config, program, args, in_axes=0, out_axes=0, reference=True, **kwargs
 @pytest.mark.parametrize("num_places", [1, NUM_PLACES])
 @pytest.mark.parametrize("config", [CONFIG, CUT, QUANTISED], ids=["whole", "cut", "quantised"])
 def test_by_expert(config, num_places):
-    check(config, support.round_trip, inputs_of(config, num_places))
+    check(config, sample_programs.round_trip, inputs_of(config, num_places))
 
 
 @pytest.mark.parametrize("check_vma", [False, True])
 def test_by_token(check_vma):
     inputs = inputs_of(CONFIG, rows=CONFIG.max_recv_tokens)
-    check(CONFIG, support.round_trip_tokens, inputs, check_vma=check_vma)
+    check(CONFIG, sample_programs.round_trip_tokens, inputs, check_vma=check_vma)
 
 
 def test_axes_that_are_not_the_first():
@@ -91,7 +61,7 @@ def test_axes_that_are_not_the_first():
     args = x, np.moveaxis(topk_idx, 1, 2), np.moveaxis(weights, 1, 3), np.moveaxis(y, 1, 2)
 
     def combined(api, *args):
-        return support.round_trip(api, *args)[1]
+        return sample_programs.round_trip(api, *args)[1]
 
     check(CONFIG, combined, args, in_axes=(0, 1, 2, -2), out_axes=-1)
 
@@ -102,7 +72,7 @@ def test_operands_that_are_not_mapped(mapped):
     inputs = inputs_of(CONFIG)
     args = [a if number == mapped else a[:, 0] for number, a in enumerate(inputs)]
     axes = tuple(0 if number == mapped else None for number in range(4))
-    check(CONFIG, support.round_trip, args, in_axes=axes)
+    check(CONFIG, sample_programs.round_trip, args, in_axes=axes)
 
 
 def combine_of_pairs(api, x, topk_idx, weights, y):
@@ -116,16 +86,6 @@ def test_values_and_scales():
 
 
 # ---------------------------------------------------------------------------------------- gradients
-
-
-def overlapped(api, x, topk_idx, weights, y):
-    """Nothing but copies and products, so that no rounding depends on how XLA compiles it."""
-    sent = api.buffer.dispatch_send(x, topk_idx, weights)
-    doubled, sent = api.overlap(sent, lambda x: 2 * x, x)
-    recv = api.buffer.dispatch_recv(sent)
-    sent = api.buffer.combine_send(recv.x * y, recv.layout, recv.weights)
-    doubled, sent = api.overlap(sent, lambda x: -x, doubled)
-    return api.buffer.combine_recv(sent), doubled
 
 
 def by_tokens(api, x, topk_idx, weights, y):
@@ -213,119 +173,6 @@ def test_gradients_through(layer, check_vma):
     assert all(np.asarray(leaf).any() for leaf in jax.tree.leaves(results[0]))
 
 
-# ----------------------------------------------------------------------------- around the shard_map
-
-
-def on_ep(fn, mesh, check_vma):
-    """Over the axis of ranks alone: the same on all ranks along the other axis."""
-    specs = {"in_specs": P("ep"), "out_specs": P("ep")}
-    return jax.shard_map(fn, mesh=mesh, check_vma=check_vma, **specs)
-
-
-def stacked(results):
-    return jax.tree.map(lambda leaf: leaf[None], results)
-
-
-def stages_of(num_stages=2):
-    """A mesh of stages and ranks, and a configuration for its ranks."""
-    devices = np.array(jax.devices()[: support.MAX_RANKS]).reshape(num_stages, -1)
-    config = make_config(devices.shape[1], num_experts=support.MAX_RANKS)
-    return jax.sharding.Mesh(devices, ("stage", "ep")), config
-
-
-with_types = pytest.mark.skipif(
-    jax.__version__.startswith("0.9."), reason="JAX 0.9 refuses any product there"
-)
-
-
-@pytest.mark.parametrize(
-    ("spmd_axis_name", "check_vma"),
-    [pytest.param("stage", True, marks=with_types), ("stage", False), (None, True)],
-)
-@pytest.mark.skipif(support.MAX_RANKS < 4, reason="needs four devices")
-def test_around_a_shard_map(spmd_axis_name, check_vma):
-    """Stages of a pipeline: of two, each rank has one with spmd_axis_name, and both without."""
-    mesh, config = stages_of()
-    x, topk_idx, weights, y = (np.moveaxis(a, 1, 0) for a in inputs_of(config, 2))
-
-    def gradients(over, api, x, topk_idx, weights, y):
-        layer = functools.partial(overlapped, api)
-        mapped = on_ep(lambda *args: stacked(layer(*(a[0] for a in args))), mesh, check_vma)
-        stages = over(mapped, 0, 0)
-        out, pullback = jax.vjp(lambda x, w, y: stages(x, topk_idx, w, y), x, weights, y)
-        return out, pullback(out)
-
-    vmap = functools.partial(jax.vmap, spmd_axis_name=spmd_axis_name)
-    with support.open_buffer(config, mesh) as buffer:
-        api = support.Api(buffer, smf)
-        got, want = (
-            support.whole(jax.jit(functools.partial(gradients, over, api))(x, topk_idx, weights, y))
-            for over in (vmap, in_a_loop)
-        )
-        jax.block_until_ready(got)
-        jax.block_until_ready(want)
-        buffer.check()
-    # Equal values: the gradient of the loop adds zeros, which turns -0.0 into 0.0.
-    jax.tree.map(np.testing.assert_array_equal, got, want)
-
-
-@with_types
-@pytest.mark.skipif(support.MAX_RANKS < 4, reason="needs four devices")
-def test_around_a_shard_map_of_what_is_the_same_at_all_places():
-    """Rows and experts are; the gradient to the experts is the sum over the stages."""
-    mesh, config = stages_of()
-    x, topk_idx, weights, _ = (np.moveaxis(a, 1, 0) for a in inputs_of(config, 2))
-    matrix = np.random.default_rng(2).normal(size=(mesh.shape["ep"], 7, 7)).astype(np.float32)
-
-    def gradients(over, api, weights, matrix):
-        layer = functools.partial(overlapped_layer, api)
-        mapped = on_ep(lambda *args: stacked(layer(*(a[0] for a in args))), mesh, check_vma=True)
-        stages = over(mapped, (None, None, 0, None), 0)
-        loss = lambda *args: loss_of(stages(x[0], topk_idx[0], *args))  # noqa: E731
-        return jax.value_and_grad(loss, (0, 1))(weights, matrix)
-
-    vmap = functools.partial(jax.vmap, spmd_axis_name="stage")
-    with support.open_buffer(config, mesh) as buffer:
-        api = support.Api(buffer, smf)
-        got, want = (
-            support.whole(jax.jit(functools.partial(gradients, over, api))(weights, matrix))
-            for over in (vmap, in_a_loop)
-        )
-        support.assert_close(got, want, 1e-4)
-        buffer.check()
-
-
-@with_types
-@pytest.mark.skipif(support.MAX_RANKS < 4, reason="needs four devices")
-@pytest.mark.filterwarnings("ignore:grouped_matmul:UserWarning")
-def test_around_a_shard_map_with_grouped_products():
-    """Stages with experts of their own: group_sizes go through the products' rule for gradients."""
-    mesh, config = stages_of()
-    x, topk_idx, weights, _ = (np.moveaxis(a, 1, 0) for a in inputs_of(config, 2))
-    shape = (2, config.num_experts, config.hidden, config.hidden)
-    matrices = np.random.default_rng(2).normal(size=shape).astype(np.float32)
-
-    def gradients(over, buffer, x, weights, matrices):
-        def layer(x, topk_idx, weights, matrices):
-            def experts(recv):
-                return jnp.sin(smf.grouped_matmul(recv.x, matrices, recv))
-
-            return smf.moe(x[0], topk_idx[0], weights[0], experts, buffer)[None]
-
-        stages = over(on_ep(layer, mesh, check_vma=True), 0, 0)
-        loss = lambda x, *rest: loss_of(stages(x, topk_idx, *rest))  # noqa: E731
-        return jax.value_and_grad(loss, (0, 1, 2))(x, weights, matrices)
-
-    vmap = functools.partial(jax.vmap, spmd_axis_name="stage")
-    with support.open_buffer(config, mesh) as buffer:
-        got, want = (
-            support.whole(jax.jit(functools.partial(gradients, over, buffer))(x, weights, matrices))
-            for over in (vmap, in_a_loop)
-        )
-        support.assert_close(got, want, 1e-4)
-        buffer.check()
-
-
 # ----------------------------------------------------------------------------------------- how many
 
 
@@ -337,7 +184,7 @@ def test_nested():
     config = dataclasses.replace(CONFIG, num_slots=4)
     args = [a.reshape(a.shape[0], 2, 2, *a.shape[2:]) for a in inputs_of(config, 4)]
     mesh = support.mesh_of(config.ep_size)
-    program = functools.partial(support.round_trip, support.apis(config)[0])
+    program = functools.partial(sample_programs.round_trip, support.apis(config)[0])
     got, want = (
         support.on_ranks(nested(program, over), mesh)(*args) for over in (jax.vmap, in_a_loop)
     )
@@ -361,14 +208,16 @@ def traced(program, args):
     ],
 )
 def test_too_many_places_are_refused(num_places, text):
-    program = jax.vmap(functools.partial(support.round_trip, support.apis(CONFIG)[0]))
+    program = jax.vmap(functools.partial(sample_programs.round_trip, support.apis(CONFIG)[0]))
     args = [np.repeat(a, num_places, axis=1) for a in inputs_of(CONFIG, 1)]
     with pytest.raises(ValueError, match=text):
         traced(program, args)
 
 
 def test_too_many_places_of_nested_axes_are_refused():
-    program = nested(functools.partial(support.round_trip, support.apis(CONFIG)[0]), jax.vmap)
+    program = nested(
+        functools.partial(sample_programs.round_trip, support.apis(CONFIG)[0]), jax.vmap
+    )
     args = [a.reshape(a.shape[0], 2, 2, *a.shape[2:]) for a in inputs_of(CONFIG, 4)]
     with pytest.raises(ValueError, match=r"got 2 x 2: .* num_slots=4"):
         traced(program, args)
@@ -377,7 +226,7 @@ def test_too_many_places_of_nested_axes_are_refused():
 def many_layers(api, x, topk_idx, weights, y):
     """Layers in a row, each of which needs the one before at the same place alone."""
     for _ in range(4):
-        x = support.layer(api, x, topk_idx, weights, y)
+        x = sample_programs.layer(api, x, topk_idx, weights, y)
     return x
 
 

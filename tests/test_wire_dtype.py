@@ -11,9 +11,12 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import pytest
+import sample_inputs
+import sample_programs
 import support
 from hypothesis import strategies as st
-from support import P, make_config, make_inputs, make_rows
+from sample_inputs import make_inputs, make_rows
+from support import P, make_config
 
 import jax_sm_free as smf
 from jax_sm_free import reference
@@ -88,6 +91,7 @@ def test_rows_arrive_quantised_bit_by_bit(dtype, program):
     assert sum(changed) == np.any(rows != 0, axis=1).sum() > 0
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("hidden", [1, 2, 3, 4, 5, 7, 16, 127, 128, 129, 136, 640, 2048])
 @pytest.mark.parametrize("program", [by_experts, by_tokens])
 def test_any_hidden(hidden, program):
@@ -101,18 +105,19 @@ def test_the_size_of_a_real_model():
     check_rows(config, by_experts, *make_inputs(config, seed=2))
 
 
-@pytest.mark.parametrize("how", support.ROUTINGS)
+@pytest.mark.parametrize("how", sample_inputs.ROUTINGS)
 def test_peculiar_routing(how):
     check_rows(CONFIG, by_experts, *make_inputs(CONFIG, seed=3, how=how))
 
 
 @pytest.mark.parametrize("num_tokens", [support.NO_TOKENS, 1, 5])
 def test_fewer_tokens(num_tokens):
-    for program in (support.round_trip, support.round_trip_tokens):
-        y = make_rows(CONFIG, support.num_rows(CONFIG, program), 4)
+    for program in (sample_programs.round_trip, sample_programs.round_trip_tokens):
+        y = make_rows(CONFIG, sample_programs.num_rows(CONFIG, program), 4)
         check_rows(CONFIG, program, *make_inputs(CONFIG, num_tokens, seed=4), y)
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("alignment", [1, 16])
 @pytest.mark.parametrize("capacity", [0, 3, 16])
 def test_what_is_dropped_and_what_is_padding(alignment, capacity):
@@ -135,12 +140,12 @@ def test_native_and_hook_mode_agree():
     support.assert_same_bits(got, want)
 
 
-@pytest.mark.parametrize("program", [support.round_trip, support.round_trip_tokens])
+@pytest.mark.parametrize("program", [sample_programs.round_trip, sample_programs.round_trip_tokens])
 def test_combine_is_not_quantised(program):
-    """Its rows are the buffer's dtype all the way, and its sums those of a buffer without."""
+    """Rows of a combine travel in the buffer's dtype, and sums are those without wire_dtype."""
     config = dataclasses.replace(CONFIG, expert_alignment=2)
     inputs = make_inputs(config, seed=7)
-    y = make_rows(config, support.num_rows(config, program), 8)
+    y = make_rows(config, sample_programs.num_rows(config, program), 8)
     _, got = support.check_same(config, program, *inputs, y)
     exact, _ = support.runners(dataclasses.replace(config, wire_dtype=None), program)
     support.assert_same_bits(got, exact(*inputs, y)[1])
@@ -167,12 +172,14 @@ def float8_codes():
     return codes[np.isfinite(codes)]
 
 
+@pytest.mark.one_process
 def test_every_float8_arrives_as_it_left():
     """Rows with a 448 have scale 1."""
     rows = np.append(np.full((2, 1), 448), float8_codes().reshape(2, 127), axis=1)
     np.testing.assert_array_equal(travel(rows, jnp.float32), rows)
 
 
+@pytest.mark.one_process
 def test_between_two_float8_the_nearest_arrives():
     """All ties, and the float32 on either side of each, as ml_dtypes rounds them."""
     codes = np.unique(float8_codes())
@@ -184,6 +191,7 @@ def test_between_two_float8_the_nearest_arrives():
     np.testing.assert_array_equal(got, rows.astype(FLOAT8).astype(np.float32))
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_tiny_huge_and_zero_rows(dtype):
     largest = float(jnp.finfo(dtype).max)
@@ -198,6 +206,7 @@ def test_tiny_huge_and_zero_rows(dtype):
     np.testing.assert_allclose(got[-3:, 0], np.array(sizes[-3:], dtype).astype(np.float32), 1e-2)
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
 def test_a_nan_or_an_infinity_makes_its_group_nan(dtype, bad):
@@ -213,6 +222,7 @@ def test_a_nan_or_an_infinity_makes_its_group_nan(dtype, bad):
     assert {value.tobytes() for value in got[want]} == {quiet}
 
 
+@pytest.mark.one_process
 @hypothesis.given(
     st.integers(0, 2**32 - 1),
     st.sampled_from(DTYPES),
@@ -236,6 +246,7 @@ def test_random_rows(seed, dtype, how):
     travel(rows, dtype)
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("seed", range(3))
 def test_the_reference_needs_no_exact_division(seed, monkeypatch):
     """It corrects a quotient that is a few units off, as XLA's is on GPUs."""
@@ -256,6 +267,7 @@ def test_the_reference_needs_no_exact_division(seed, monkeypatch):
 # ------------------------------------------------------------------------------ sizes and errors
 
 
+@pytest.mark.one_process
 def test_sizes():
     config = smf.Config(
         ep_size=8, hidden=7168, num_experts=256, top_k=8, max_tokens=4096, wire_dtype=FLOAT8
@@ -267,6 +279,7 @@ def test_sizes():
     assert smf.get_rdma_size_hint(config) == smf.get_rdma_size_hint(plain)
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("hidden", [1, 2, 3, 4, 5, 128, 129, 7168])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_message_bytes_are_those_of_the_native_layout(hidden, dtype):
@@ -277,6 +290,7 @@ def test_message_bytes_are_those_of_the_native_layout(hidden, dtype):
     assert _cpu.max_message_bytes(config.sizes()) == config.message_bytes
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize(
     ("wire_dtype", "name"),
     [
@@ -293,6 +307,7 @@ def test_other_wire_dtypes_are_refused(wire_dtype, name):
         dataclasses.replace(CONFIG, wire_dtype=wire_dtype)
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("module", [smf, reference])
 def test_pairs_are_refused(module):
     mesh = support.mesh_of(CONFIG.ep_size)
@@ -312,6 +327,7 @@ def test_pairs_are_refused(module):
             jax.eval_shape(send, pair, *routing)
 
 
+@pytest.mark.one_process
 def test_rows_of_another_dtype_are_refused():
     x, topk_idx, weights = make_inputs(CONFIG, seed=16)
     ours, _ = support.runners(CONFIG, by_experts)

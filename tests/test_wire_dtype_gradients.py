@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import support
-from support import make_config, make_inputs, make_rows
+from sample_inputs import make_inputs, make_rows
+from support import make_config
 
 pytestmark = pytest.mark.long
 
@@ -33,6 +34,7 @@ by_output = {
 }
 
 
+@pytest.mark.one_process
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
 @pytest.mark.parametrize("output", ["experts", "tokens"])
 def test_the_gradient_passes_the_wire_unchanged(dtype, output):

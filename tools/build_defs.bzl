@@ -21,8 +21,11 @@ def smf_cc_library(name, deps = [], more_srcs = [], **kwargs):
         **kwargs
     )
 
-def smf_cc_unit(name, deps = [], test_deps = [], more_tests = [], **kwargs):
-    """A smf_cc_library, and a test each of <name>_test.cc, if it exists, and of `more_tests`."""
+def smf_cc_unit(name, deps = [], test_deps = [], more_tests = [], one_thread = False, **kwargs):
+    """A smf_cc_library, and a test each of <name>_test.cc, if it exists, and of `more_tests`.
+
+    `one_thread`: the tests start no thread, so that the thread sanitizer leaves them out.
+    """
     smf_cc_library(name, deps, **kwargs)
     for src in native.glob([name + "_test.cc"]) + more_tests:
         native.cc_test(
@@ -31,6 +34,7 @@ def smf_cc_unit(name, deps = [], test_deps = [], more_tests = [], **kwargs):
             timeout = "moderate",  # Sanitizers slow threads down.
             srcs = [src],
             copts = COPTS,
+            tags = ["no_tsan"] if one_thread else [],
             deps = deps + test_deps + [
                 ":" + name,
                 "@googletest//:gtest_main",

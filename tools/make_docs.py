@@ -6,6 +6,7 @@ The ```python blocks of a file run as one script, from the first to the last, on
 A block that starts with ```python raises=SomeError must raise that error.
 """
 
+import concurrent.futures
 import os
 import pathlib
 import re
@@ -54,11 +55,10 @@ def script(text: str) -> str:
 
 
 def run_blocks(path: str) -> bool:
-    """Whether the blocks of a file run; prints what they print."""
+    """Whether the blocks of a file run; prints what they have printed."""
     program = script(pathlib.Path(path).read_text())
     if not program:
         return True
-    print(f"running the blocks of {path}", flush=True)
     env = dict(
         os.environ,
         JAX_PLATFORMS="cpu",
@@ -69,7 +69,15 @@ def run_blocks(path: str) -> bool:
         # Tracebacks name the Markdown file and its lines.
         source = pathlib.Path(folder, pathlib.Path(path).name)
         source.write_text(program)
-        return subprocess.run([sys.executable, str(source)], env=env).returncode == 0
+        run = subprocess.run(
+            [sys.executable, str(source)],
+            env=env,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+    print(f"the blocks of {path}:\n{run.stdout}", end="", flush=True)
+    return run.returncode == 0
 
 
 def main(out: str) -> int:
@@ -78,7 +86,11 @@ def main(out: str) -> int:
             "expected files behind all links, got none behind", *broken, file=sys.stderr, sep="\n"
         )
         return 1
-    failed = [path for path in FILES if not run_blocks(path)]
+    # Files are independent of each other, so they run side by side.
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+        failed = [
+            path for path, ran in zip(FILES, pool.map(run_blocks, FILES), strict=True) if not ran
+        ]
     if failed:
         print(f"blocks failed in {', '.join(failed)}", file=sys.stderr)
         return 1

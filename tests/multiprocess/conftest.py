@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 
 import pytest
-import two_hosts
+
+from processes import two_hosts
 
 
 @functools.cache
 def reason() -> str | None:
-    """Why there are no two hosts here; asked once."""
+    """Why this machine cannot make two hosts of itself, or None; found out once."""
     return two_hosts.why_not()
 
 

@@ -12,12 +12,13 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import failing
 import groups
 import jax
 import layers
-import rank
 
 from jax_sm_free.bootstrap import Bootstrap
+from processes import rank
 
 
 def run_once() -> None:
@@ -42,7 +43,7 @@ def fail_once(how: str, place: str, again: bool) -> Failure:
     """A good run, one in which the last process acts, and a good run on a new buffer.
 
     Args:
-      how: what it does: see `layers.act`.
+      how: what it does: see `failing.act`.
       place: of `layers.PLACES`.
       again: whether all are there for the last run.
     """
@@ -52,7 +53,7 @@ def fail_once(how: str, place: str, again: bool) -> Failure:
     run = layers.on_ranks(mesh, layers.layer_of(buffer, action))
     layers.run_well(run, mesh, inputs)
     if is_last():
-        action.place, action.do = place, lambda: layers.act(how, place)
+        action.place, action.do = place, lambda: failing.act(how, place)
     ran_s = seconds_of(lambda: run(*inputs))
     rank.announce("has failed")
     if how == "raise" and is_last():

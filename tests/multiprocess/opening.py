@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import resource
+import sys
 import time
 import weakref
 from collections.abc import Callable
@@ -15,7 +16,8 @@ from typing import Any
 
 import jax
 import layers
-import rank
+
+from processes import rank
 
 # A child that has not ended by then hangs.
 _CHILD_S = 20.0
@@ -38,6 +40,31 @@ def open_and_log() -> list[str]:
     return texts
 
 
+def open_differently(sizes_of_last: dict[str, Any]) -> str:
+    """The last process opens a buffer of other sizes. Then all open one of the same."""
+    mesh = layers.mesh_of()
+    sizes = sizes_of_last if jax.process_index() == jax.process_count() - 1 else {}
+    try:
+        layers.open_buffer(mesh, **sizes)
+    except ValueError as error:
+        text = str(error)
+    layers.check_new_buffer()
+    return text
+
+
+def open_without_ucx() -> str:
+    """Fails to open where the last process lacks the package, and opens once it has the package."""
+    if jax.process_index() == jax.process_count() - 1:
+        sys.modules["libucx"] = None
+    try:
+        layers.open_buffer(layers.mesh_of())
+    except (ImportError, RuntimeError) as error:
+        text = f"{type(error).__name__}: {error}"
+    sys.modules.pop("libucx", None)
+    layers.check_new_buffer()
+    return text
+
+
 def count_descriptors(num_buffers: int) -> list[int]:
     """How many file descriptors are in use with one buffer open, with two, and so on."""
     mesh, inputs = layers.mesh_of(), layers.make_inputs(layers.mesh_of())
@@ -52,7 +79,7 @@ def count_descriptors(num_buffers: int) -> list[int]:
 
 
 def open_with_few_descriptors() -> str:
-    """The last process may open few files. Then it may open more."""
+    """Fails to open where the last process may open few files, and opens once it may open more."""
     jax.devices()
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
     if jax.process_index() == jax.process_count() - 1:
@@ -75,7 +102,7 @@ def fork_between_runs() -> list[int]:
         run = layers.on_ranks(mesh, layers.layer_of(buffer, layers.Action()))
         layers.run_well(run, mesh, inputs)
         if rank.number() == 0:
-            # What the end of a Python program does for us. JAX's own part of it hangs in a child.
+            # What runs for our buffers when Python exits. JAX's own part would hang in a child.
             at_exit: Callable[[], None] = weakref.finalize._exitfunc  # type: ignore[attr-defined]
             statuses = [_fork(buffer.close), _fork(at_exit), _fork_a_loader(buffer)]
         for _ in range(3):

@@ -2,7 +2,8 @@
 
 Each process runs the same tests in the same order. Meshes have devices of all processes, one's in
 turn with another's, and results are gathered, so that a test sees what it sees in one process.
-Tests that are not about results of whole programs are not for this.
+Tests that are not about results of whole programs are not for this; those that are marked
+`one_process` are left out.
 """
 
 from __future__ import annotations
@@ -10,14 +11,23 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import faulty_runs
 import jax
 import numpy as np
 import pytest
 import support
-import together
 from jax.experimental import multihost_utils
 
+from processes import together
+
 _on_ranks = support.on_ranks
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leaves out the tests that are marked `one_process`."""
+    left_out = [item for item in items if item.get_closest_marker("one_process")]
+    config.hook.pytest_deselected(items=left_out)
+    items[:] = [item for item in items if item not in left_out]
 
 
 class Gathered:
@@ -29,21 +39,21 @@ class Gathered:
         self._has_begun = False
 
     def __call__(self, *args: Any) -> Any:
-        if support.ON_CPU:  # Where a run fails for all.
+        if support.ON_CPU:  # On CPU a run that fails raises in every process.
             return whole(self.begin(*args))
         out, error = None, None
         try:
             out = jax.block_until_ready(self.begin(*args))
-        except support.RUN_ERROR as raised:
+        except faulty_runs.RUN_ERROR as raised:
             error = str(raised)
-        # Who has results would wait for those of who has none.
+        # A process that has results would wait for those of a process that has an error.
         for other in together.told_to_all(self._mesh, error):
             if other is not None:
                 raise jax.errors.JaxRuntimeError(error or other)
         return whole(out)
 
     def begin(self, *args: Any) -> Any:
-        """The results as they are, of this process; no process is still compiling then."""
+        """This process's part of the results. All processes have compiled before the run begins."""
         if not self._has_begun:
             together.compile_and_meet(self._ungathered, self._mesh, *args)
             self._has_begun = True
@@ -58,7 +68,7 @@ def whole(results: Any) -> Any:
 
 
 def gather(array: jax.Array) -> np.ndarray:
-    """Bit by bit: XLA's own way for narrow floats changes NaNs."""
+    """The whole array, gathered as integers, because XLA changes NaNs of narrow floats."""
     bits = jax.lax.bitcast_convert_type(array, f"uint{8 * array.dtype.itemsize}")
     return np.asarray(multihost_utils.process_allgather(bits, tiled=True)).view(array.dtype)
 
@@ -76,12 +86,12 @@ def on_ranks(fn: Callable[..., Any], mesh: Any, *args: Any, **kwargs: Any) -> Ga
 
 
 def errors_by_rank(buffer: Any, run: Gathered, *args: Any) -> list[str | None]:
-    """`support.errors_by_rank`, told by each process to all."""
+    """`faulty_runs.errors_by_rank` of all processes together."""
     here = support.ranks_here(buffer)
     try:
         out = run.begin(*args)
-        errors = {rank: support.error_of_rank(buffer, out, rank) for rank in here}
-    except support.RUN_ERROR as error:
+        errors = {rank: faulty_runs.error_of_rank(buffer, out, rank) for rank in here}
+    except faulty_runs.RUN_ERROR as error:
         errors = dict.fromkeys(here, str(error))
     all_told = together.told_to_all(buffer.mesh, errors)
     errors = {rank: error for told in all_told for rank, error in told.items()}
@@ -94,4 +104,4 @@ support.SOME_RANKS = max(support.SOME_RANKS, jax.process_count())
 support.mesh_of = mesh_of
 support.on_ranks = on_ranks
 support.whole = whole
-support.errors_by_rank = errors_by_rank
+faulty_runs.errors_by_rank = errors_by_rank

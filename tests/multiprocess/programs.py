@@ -9,7 +9,7 @@ import sys
 import time
 from typing import Any
 
-import rank
+from processes import rank
 
 
 def add_up(value: int) -> tuple[int, int, list[float]]:
@@ -33,15 +33,17 @@ def add_up(value: int) -> tuple[int, int, list[float]]:
 
 
 def add_up_announced() -> Any:
-    """The same, with a stop before it."""
+    """Pauses, and then runs `add_up`."""
     rank.pause("ready")
     return add_up(0)
 
 
 def fail_in(failing: int) -> None:
-    """Raises in one rank; the others wait for what never comes."""
+    """Raises in one rank when it is told to; the others wait for what never comes."""
     if rank.number() == failing:
+        rank.pause("about to fail")
         raise ValueError("no such luck")
+    rank.announce("waits")
     time.sleep(600)
 
 
@@ -53,7 +55,7 @@ def hang_with_child() -> None:
 
 
 def wait_between() -> int:
-    """Counts to the end, if it may."""
+    """Pauses, and then counts to 29 in three seconds."""
     rank.pause("before")
     for count in range(30):
         rank.announce(f"count {count}")

@@ -7,8 +7,9 @@ import os
 import subprocess
 import sys
 
-import launcher
 import pytest
+
+from processes import launcher
 
 pytestmark = [pytest.mark.cpu_only, pytest.mark.long]
 

@@ -8,19 +8,21 @@ import sys
 from typing import Any
 
 import jax
-import launcher
 import pytest
+
+from processes import launcher
 
 pytestmark = [pytest.mark.timeout(1000), pytest.mark.long]
 
 TESTS = pathlib.Path(__file__).parents[1]
 PARTS = {
-    "apis": ("api", "buffer", "programs", "stats"),
+    "apis": ("api", "buffer", "programs", "meshes", "stats"),
     "numbers": ("numbers", "wire_dtype", "wire_dtype_gradients"),
-    "flights": ("flight", "broken_rules", "stress"),
+    "flights": ("flight", "broken_rules"),
+    "stress": ("stress",),
     "faults": ("faults", "routing"),
 }
-PLACES = {"apis": (2, 1), "numbers": (2, 2), "flights": (4, 1), "faults": (2, 4)}
+PLACES = {"apis": (2, 1), "numbers": (2, 2), "flights": (2, 2), "stress": (4, 1), "faults": (2, 4)}
 
 
 @pytest.mark.cpu_only
@@ -43,7 +45,7 @@ def test_over_gpu_processes(num_processes, part):
 
 
 def run(part: str, **places: Any) -> None:
-    # Processes that no longer do the same have nothing more to say: -x.
+    # -x: after a failure the processes no longer run the same tests.
     options = ["-qx", "-p", "over_processes", "-p", "no:cacheprovider", "-p", "no:xdist"]
     folders = [str(TESTS), str(pathlib.Path(__file__).parent), *filter(None, sys.path)]
     with launcher.start(
@@ -55,6 +57,6 @@ def run(part: str, **places: Any) -> None:
         env={"CI": "1", "PYTHONPATH": os.pathsep.join([str(launcher.ROOT), *folders])},
         **places,
     ) as group:
-        # JAX's shutdown raises once more what runs have raised.
+        # JAX's shutdown would raise the errors of runs a second time.
         group.results(shutdown=False)
         assert " passed" in group.log.of(0)

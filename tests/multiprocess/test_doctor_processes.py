@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 
-import launcher
 import programs
 import pytest
+
+from processes import launcher
 
 SMALL = ["--hidden=32", "--num_experts=16", "--top_k=2", "--max_tokens=16", "--probe_mib=1"]
 pytestmark = pytest.mark.cpu_only
@@ -39,7 +40,7 @@ def test_ready(tmp_path):
 
 
 def test_two_hosts(tmp_path, hosts):
-    """They say which host they are, and how little the cable carries."""
+    """The findings name each host, and say how few bytes the cable carries."""
     megabits = 200
     hosts.slow_down(megabits)
     status, output, found = examine(tmp_path, hosts=hosts.hosts)
@@ -53,7 +54,7 @@ def test_two_hosts(tmp_path, hosts):
 
 
 def test_a_network_that_leads_nowhere(tmp_path, hosts):
-    """It says what each network answers, before any run has to."""
+    """The doctor says which network does not answer, without a run."""
     hosts.add_dead_end("br0", ["172.17.0.1/16", "172.17.0.1/16"])
     env = {"UCX_NET_DEVICES": "br0"}
     status, output, _ = examine(tmp_path, hosts=hosts.hosts, env=env)

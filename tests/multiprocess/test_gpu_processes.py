@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import time
 
+import failing
 import gpu_layers
 import jax
-import launcher
 import layers
+import opening
 import pytest
+import running
 import support
 from support import assert_matches
+
+from processes import launcher
 
 pytestmark = [
     pytest.mark.gpu_only,
@@ -32,19 +36,19 @@ FOUR = {
 
 @pytest.mark.parametrize("env", [{}, {"JAX_SM_FREE_NVSHMEM_PUTS": "1"}], ids=["pointers", "puts"])
 def test_many_runs_of_two_buffers(env):
-    launcher.run(layers.run_many, 100, 8, env=env, **PLACES)
+    launcher.run(running.run_many, 100, 8, env=env, **PLACES)
 
 
 def test_many_runs_of_four_processes():
-    launcher.run(layers.run_many, 40, 8, **FOUR)
+    launcher.run(running.run_many, 40, 8, **FOUR)
 
 
 def test_every_process_may_see_all_gpus():
-    launcher.run(layers.run_many, 4, 2, gpus="JAX_LOCAL_DEVICE_IDS", **PLACES)
+    launcher.run(running.run_many, 4, 2, gpus="JAX_LOCAL_DEVICE_IDS", **PLACES)
 
 
 def test_groups():
-    launcher.run(layers.run_in_groups, **FOUR)
+    launcher.run(running.run_in_groups, **FOUR)
 
 
 def test_a_fault_of_one_group_ends_the_processes_of_all():
@@ -77,7 +81,7 @@ def test_nothing_is_left_in_shared_memory():
 
 
 def test_buffers_of_different_sizes_do_not_open():
-    texts = launcher.run(layers.open_differently, {"num_slots": 3}, **PLACES)
+    texts = launcher.run(opening.open_differently, {"num_slots": 3}, **PLACES)
     assert len(set(texts)) == 1
     assert_matches(texts[0], "got num_slots 2 in process 0 and 3 in process")
 
@@ -115,7 +119,7 @@ def test_a_killed_process_is_named(place, places):
 
 
 def test_a_death_while_nvshmem_starts_ends_all():
-    """There is no waiting for NVSHMEM with a limit: JAX ends who waits for one that has died."""
+    """NVSHMEM waits without a limit, so JAX ends the processes that wait for the dead one."""
     distributed = {"heartbeat_timeout_seconds": 10}
     with launcher.start(gpu_layers.die_in_start, distributed=distributed, **PLACES) as group:
         ended = group.wait()
@@ -132,7 +136,7 @@ def test_a_process_that_raises_is_waited_for_and_named(place):
 
 
 def test_a_process_that_is_stopped_for_long_is_named():
-    """It finds out when it goes on, and takes part in the next buffer."""
+    """The stopped process gets the error when it goes on, and can open the next buffer."""
     with launcher.start(gpu_layers.fail_once, "pause", "before_send", True, **PLACES) as group:
         group[LAST].wait_for("before_send")
         group[LAST].stop()
@@ -147,7 +151,7 @@ def test_a_process_that_is_stopped_for_long_is_named():
 
 
 def test_a_process_that_is_stopped_shortly_is_slow():
-    with launcher.start(layers.stop_shortly, **PLACES) as group:
+    with launcher.start(failing.stop_shortly, **PLACES) as group:
         group[LAST].wait_for("before_send")
         group[LAST].stop()
         time.sleep(2.0)

@@ -10,15 +10,18 @@ import subprocess
 import sys
 import time
 
-import launcher
 import programs
 import pytest
 
+from processes import launcher
+
 pytestmark = pytest.mark.cpu_only
+
+GONE_S = 30.0  # how long it may take until an orphan has been killed and reaped
 
 
 def is_there(pid: int) -> bool:
-    """Whether a process has this number, be it a zombie."""
+    """Whether a process, or a zombie, has this number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -37,6 +40,8 @@ def test_results_by_rank(num_processes, num_devices):
 def test_all_output_is_shown_when_one_fails(monkeypatch):
     monkeypatch.setattr(launcher, "GRACE_S", 0.5)
     with launcher.start(programs.fail_in, 1, num_processes=2, distributed=None) as group:
+        group[0].wait_for("waits")
+        group[1].resume()
         with pytest.raises(launcher.LaunchError) as error:
             group.results()
         assert not any(is_there(r.pid) for r in group)
@@ -49,6 +54,7 @@ def test_all_output_is_shown_when_one_fails(monkeypatch):
 
 def test_one_that_raises_ends_beside_one_that_goes_on():
     with launcher.start(programs.fail_in, 0, num_processes=1, distributed=None) as group:
+        group[0].resume()
         (ended,) = group.wait()
     assert (ended.status, ended.result) == (1, None)
     assert "no such luck" in ended.output
@@ -64,7 +70,7 @@ def test_too_late_is_killed_with_its_children():
         child = int(re.search(r"child (\d+)", group.output())[1])
     assert not is_there(group[0].pid)
     # The child's new parent may take a moment to reap it.
-    end = time.monotonic() + 5
+    end = time.monotonic() + GONE_S
     while is_there(child) and time.monotonic() < end:
         time.sleep(0.05)
     assert not is_there(child)
@@ -80,8 +86,7 @@ def test_killed_and_stopped_where_it_said_so():
         assert not is_there(group[1].pid)
         group[2].wait_for("count 2")
         group[2].stop()
-        time.sleep(0.3)  # what was written before the signal arrives
-        stopped = group.log.of(2)
+        stopped = group.log.settled(2)
         group[0].wait_for("count 29")
         assert group.log.of(2) == stopped
         group[2].go_on()
@@ -120,7 +125,7 @@ def test_free_ports_are_none_that_the_kernel_gives_away(tmp_path, monkeypatch):
     given.write_text("9000\t65000\n")
     for _ in range(20):
         assert not 9000 <= launcher.free_port() <= 65000
-    given.write_text("1024\t65535\n")  # Where it gives all away, there is no other.
+    given.write_text("1024\t65535\n")  # If the kernel gives away all ports, one of those has to do.
     assert launcher.free_port() > 1024
 
 
@@ -152,17 +157,19 @@ def test_scripts_and_modules():
 
 
 def test_ranks_end_with_the_launcher():
-    """Be it killed: a launcher in a process of its own."""
+    """Also when the launcher is killed; here it runs in a process of its own."""
     lines = (
-        "import launcher, programs, time",
+        "import programs, time",
+        "from processes import launcher",
         "with launcher.start(programs.wait_between, num_processes=1, distributed=None) as group:",
         "    group[0].wait_for('before')",
         "    print(group[0].pid, flush=True)",
         "    time.sleep(600)",
     )
+    folders = [str(launcher.ROOT), str(pathlib.Path(__file__).parent)]
     process = subprocess.Popen(
         [sys.executable, "-c", "\n".join(lines)],
-        env={**os.environ, "PYTHONPATH": str(pathlib.Path(__file__).parent)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(folders)},
         stdout=subprocess.PIPE,
     )
     try:
@@ -170,7 +177,7 @@ def test_ranks_end_with_the_launcher():
     finally:
         process.kill()
         process.communicate()
-    end = time.monotonic() + 5
+    end = time.monotonic() + GONE_S
     while is_there(rank) and time.monotonic() < end:
         time.sleep(0.05)
     assert not is_there(rank)

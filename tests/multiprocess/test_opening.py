@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import os
 
-import launcher
 import layers
 import opening
 import pytest
 from support import assert_matches
+
+from processes import launcher
 
 pytestmark = pytest.mark.cpu_only
 
@@ -43,7 +44,7 @@ def test_processes_of_a_host_with_a_bridge_share_memory(hosts):
     """Of three processes the first and the last are on one host."""
     hosts.add_dead_end(*BRIDGE)
     here, there = hosts.hosts
-    # Else each of them would have System V memory of its own.
+    # With --ipc each process would have System V memory of its own.
     here = dataclasses.replace(here, prefix=tuple(w for w in here.prefix if w != "--ipc"))
     options = {"num_processes": 3, "hosts": (here, there), "env": {"UCX_LOG_LEVEL": "info"}}
     with launcher.start(layers.check_new_buffer, **options) as group:
@@ -64,7 +65,7 @@ def test_processes_of_a_host_with_a_bridge_share_memory(hosts):
 def test_a_network_that_the_environment_chooses_is_named_where_it_fails(
     hosts, dead_end, is_silent, seen
 ):
-    """At opening, in all processes, whatever it is that UCX meets there."""
+    """When the buffer opens, and in all processes, whatever error UCX has there."""
     name, addresses = dead_end
     hosts.add_dead_end(name, addresses, is_silent)
     env = {"UCX_NET_DEVICES": name}
@@ -119,7 +120,7 @@ def test_without_system_v_memory_processes_exchange_by_tcp_and_say_so():
 
 @pytest.mark.parametrize("num_processes", [1, 2])
 def test_a_forked_child_leaves_its_parents_buffer_alone(num_processes):
-    """Also where it closes the buffer, or its Python ends."""
+    """Also if the child closes the buffer, or its Python exits."""
     devices = 3 - num_processes
     places = {"num_processes": num_processes, "num_devices": devices}
     statuses = launcher.run(opening.fork_between_runs, **places)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pathlib
 
-import launcher
 import pytest
 import saved_programs
+
+from processes import launcher
 
 pytestmark = pytest.mark.cpu_only
 

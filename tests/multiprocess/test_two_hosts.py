@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 import time
 
-import launcher
 import layers
-import pair
 import pytest
 
+from processes import launcher, pair
+
 DEMO = launcher.ROOT / "examples" / "train_moe_lm.py"
-# Small: the time of a test is that of compiling.
+# Small sizes: a test takes as long as compiling takes.
 DEMO_FLAGS = (
     "--steps=4 --layers=1 --batch=8 --length=16 --hidden=32 --experts=8 --target=10 --noremat"
 )
@@ -45,10 +45,16 @@ def connect(group):
 def test_cable_is_as_slow_as_told(hosts):
     hosts.slow_down(MEGABITS)
     num_bytes = 4 << 20
-    with start_transfer(hosts, num_bytes) as group:
-        connect(group)
-        seconds = group.results()[0]
-    assert seconds == pytest.approx(num_bytes * 8 / (MEGABITS * 1e6), rel=0.25)
+    expected = pytest.approx(num_bytes * 8 / (MEGABITS * 1e6), rel=0.25)
+    seconds = []
+    # A busy machine makes some transfers slower than the cable is, but none faster.
+    for _ in range(5):
+        with start_transfer(hosts, num_bytes) as group:
+            connect(group)
+            seconds.append(group.results()[0])
+        if min(seconds) == expected:
+            break
+    assert min(seconds) == expected, seconds
 
 
 def test_cable_is_cut_and_mended(hosts):
@@ -57,8 +63,7 @@ def test_cable_is_cut_and_mended(hosts):
         connect(group)
         group[0].wait_for("30 percent")
         hosts.cut()
-        time.sleep(0.2)  # what is on its way
-        seen = group.log.of(0)
+        seen = group.log.settled(0)
         time.sleep(0.5)
         assert group.log.of(0) == seen
         hosts.mend()
@@ -84,7 +89,7 @@ def train(tmp_path, **options):
 
 
 def test_trains_as_in_one_process(hosts, tmp_path):
-    """Over a slow cable: that costs time alone."""
+    """A slow cable between the hosts changes how long training takes, and not the losses."""
     want = train(tmp_path, num_processes=1, num_devices=4)
     hosts.slow_down(MEGABITS)
     got = train(tmp_path, num_processes=2, num_devices=2, hosts=hosts.hosts)
@@ -107,7 +112,7 @@ def test_a_cut_ends_both_sides(hosts):
         assert hosts.num_bytes() > 2 * TOKENS * HIDDEN * 4  # of the two steps before
         hosts.cut()
         cut = time.time()
-        ended = group.wait(shutdown=False)  # without the cable it cannot
+        ended = group.wait(shutdown=False)  # JAX cannot shut down without the cable
     for number, end in enumerate(ended):
         assert end.status == 0, end.output
         at, text = end.result

@@ -6,13 +6,17 @@ import time
 
 import jax
 import layers
-import together
 
 import jax_sm_free as smf
+from processes import together
 
 
-def wait_for_the_last(seconds: float) -> smf.BufferStats:
-    """What this process counts in a run in which the last one's send comes that much later."""
+def wait_for_the_last(seconds: float) -> tuple[smf.BufferStats, float]:
+    """What this process counts in a run in which the last one's send comes that much later.
+
+    Returns:
+      The counts, and the seconds that the run took in this process.
+    """
     mesh = layers.mesh_of()
     with layers.open_buffer(mesh) as buffer:
         inputs, action = layers.make_inputs(mesh), layers.Action()
@@ -21,7 +25,9 @@ def wait_for_the_last(seconds: float) -> smf.BufferStats:
         before = buffer.stats()
         if jax.process_index() == jax.process_count() - 1:
             action.place, action.do = "before_send", lambda: time.sleep(seconds)
+        start = time.monotonic()
         layers.check(run(*inputs), inputs)
+        took = time.monotonic() - start
         counted = buffer.stats() - before
         together.meet(mesh)
-        return counted
+        return counted, took

@@ -1,6 +1,6 @@
 """What the GPU benchmark measures of one contestant and one case, each row on its own.
 
-What fails becomes the row's error, and the next row goes on.
+A failure is written down as the error of its row, and the next row is measured.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from benchmarks.table import Table
 from benchmarks.variants import Variant
 
 OPS = ("dispatch", "combine")
-# A phase that exchanges of their gradients have, and those of the forward pass do not.
+# A phase that only the exchanges of the backward pass have.
 _BACKWARD = {"dispatch": "sum", "combine": "spread"}
-# What a floor is known of.
+# The phases whose floor is known.
 _PHASES = ("route + pack", "unpack", "reduce-pack", "sum", "spread")
 _LEAST_ROUNDS = 5
 
@@ -64,11 +64,11 @@ class Runs:
         self._put(op, self.time(op))
 
     def phases(self, op: str) -> None:
-        """The same by phase, from a profile."""
+        """The phases of a dispatch or a combine, from a profile."""
         self._put_phases(op, self._trace(op, self._run(op)))
 
     def gradient(self, op: str) -> None:
-        """A dispatch or a combine with its gradients; by phase those of the exchange for them."""
+        """A dispatch or a combine with its gradients, and the phases of the backward exchange."""
         name = f"{op} + gradient"
         fn, args = self._with_gradient(op)
         run = programs.compile_one(*self._loop(programs.chained(fn), args))
@@ -128,7 +128,7 @@ class Runs:
 
     @contextlib.contextmanager
     def row(self, name: str) -> Iterator[None]:
-        """Writes down what goes wrong within, as the row's error."""
+        """Writes an exception of its body down as the error of the row."""
         try:
             yield
         except Exception as error:
@@ -179,7 +179,7 @@ class Runs:
         for run in runs.values():
             if isinstance(run, Exception):
                 raise run
-        # Processes have to agree on how often.
+        # All processes have to run the same number of rounds.
         most = 15 if jax.process_count() == 1 else _LEAST_ROUNDS
         times = timing.race(runs, self.plan.seconds, least=_LEAST_ROUNDS, most=most)
         num = steps or self.plan.steps
@@ -200,7 +200,7 @@ class Runs:
         having: str | None = None,
         details: bool = True,
     ) -> None:
-        """Of exchanges that have a phase; without `details`, what floors are known of."""
+        """Phases of exchanges with the phase `having`; without `details` those with a floor."""
         num_sms = self.setting.num_sms
         ours = self.who == "ours"
         found = (

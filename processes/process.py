@@ -7,13 +7,16 @@ import os
 import signal
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 
-from rank import ENDED
+from processes.rank import ENDED
 
 TIMEOUT_S = 60.0
-# How long after its end a process's output may still come.
+# How long the output of a process that has ended may still come.
 _DRAIN_S = 10.0
+# No more output is on its way if none has come for so long.
+_SETTLED_S = 0.3
 
 
 class LaunchError(AssertionError):
@@ -35,6 +38,14 @@ class Log:
     def of(self, rank: int) -> str:
         with self.news:
             return "\n".join(line for who, line in self.lines if who == rank)
+
+    def settled(self, rank: int) -> str:
+        """What `rank` wrote, once nothing more of it has arrived for a while."""
+        before, now = None, self.of(rank)
+        while now != before:
+            time.sleep(_SETTLED_S)
+            before, now = now, self.of(rank)
+        return now
 
     def wait(self, condition: Callable[[], bool], seconds: float) -> bool:
         with self.news:
@@ -76,7 +87,7 @@ class Rank:
         """Returns when the rank has written a line that contains `text`, now or before.
 
         Raises:
-          LaunchError: if its program ends without, or the time.
+          LaunchError: if its program or the time ends before that.
         """
         has_ended = lambda: self.status is not None or self.has_written(ENDED)  # noqa: E731
         self._log.wait(lambda: self.has_written(text) or has_ended(), seconds)
@@ -95,7 +106,7 @@ class Rank:
         self._threads[1].join()
 
     def kill_unreaped(self) -> None:
-        """SIGKILL, by a launcher that looks after another rank first: `kill` reaps it."""
+        """Sends SIGKILL and leaves the process unreaped, as a busy launcher does, until `kill`."""
         self._may_be_reaped.clear()
         self._signal(signal.SIGKILL)
 
@@ -108,7 +119,7 @@ class Rank:
         self._signal(signal.SIGCONT)
 
     def write_stacks(self) -> None:
-        """Has a process that runs, or was stopped, write where its Python threads are."""
+        """Makes the process, also a stopped one, write where its Python threads are."""
         self.go_on()
         self._signal(signal.SIGUSR1)
 
@@ -124,7 +135,7 @@ class Rank:
             self._process.stdin.close()
 
     def _say(self, byte: bytes) -> None:
-        with contextlib.suppress(BrokenPipeError):  # It has ended meanwhile.
+        with contextlib.suppress(BrokenPipeError):  # The process has ended meanwhile.
             os.write(self._process.stdin.fileno(), byte)
 
     def _signal(self, number: int) -> None:
@@ -136,7 +147,7 @@ class Rank:
             self._log.add(self.number, line.decode(errors="replace").rstrip("\n"))
 
     def _reap(self) -> None:
-        # The number of the process, and so of its group, is not given away before it is reaped.
+        # No other process gets this number, or a group of this number, before this one is reaped.
         os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOWAIT)
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)

@@ -15,7 +15,7 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 
-from launcher import Host
+from processes.launcher import Host
 
 _NETWORK = "10.77.0."
 _CABLE = "cable"
@@ -51,7 +51,7 @@ class TwoHosts:
     def add_dead_end(self, name: str, addresses: Sequence[str], is_silent: bool = False) -> None:
         """Gives each host a network interface that is up and leads nowhere, as bridges do.
 
-        `is_silent`: it takes packets, as a firewall does, where others find that nobody is there.
+        `is_silent`: packets vanish, as in a firewall. Otherwise the sender gets an error.
         """
         for host, address in zip(self._names, addresses, strict=True):
             other_end = ("type", "veth", "peer", "name", f"{name}_end")
@@ -78,7 +78,7 @@ class TwoHosts:
             _run("tc", "-n", name, "qdisc", "replace", "dev", _CABLE, "root", "tbf", *shape)
 
     def cut(self) -> None:
-        """No packet arrives any more; connections are not told."""
+        """No packet arrives any more, and no connection gets an error."""
         self._set("down")
 
     def mend(self) -> None:

@@ -12,7 +12,7 @@ from jax_sm_free.bootstrap import Bootstrap
 
 
 def told_to_all(mesh: jax.sharding.Mesh, what: Any) -> list[Any]:
-    """What every process of the mesh tells."""
+    """A list of what each process of the mesh gave as `what`, the same in all of them."""
     with Bootstrap(mesh) as bootstrap:
         return [pickle.loads(told) for told in bootstrap.exchange(pickle.dumps(what))]
 
@@ -23,6 +23,6 @@ def meet(mesh: jax.sharding.Mesh) -> None:
 
 
 def compile_and_meet(run: Callable[..., Any], mesh: jax.sharding.Mesh, *args: Any) -> None:
-    """Compiles a jitted function and waits until all have: nobody waits for it within a run."""
+    """Compiles a jitted function and waits until all processes have, so that no run waits."""
     run.lower(*args).compile()
     meet(mesh)

@@ -1,7 +1,7 @@
 """What runs in each process of `launcher`: starts JAX, then the program.
 
-`python rank.py SPEC` is the launcher's business. Programs import this module for `announce` and
-`pause`, by which a test knows where a rank is.
+The launcher runs `python -m processes.rank SPEC RESULT`. Programs import this module for `announce`
+and `pause`, which tell a test where a rank is.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Spec:
 
     Attributes:
       kind: "function", "script" or "module".
-      target: "directory/module.py:function", a path, or a module's name.
+      target: "module:function", a path, or a module's name.
       args: of the function, or the command line of a script or a module.
       distributed: what `jax.distributed.initialize` gets besides the place; None: it is not called.
       launcher: the process that ends this one when it dies.
@@ -49,7 +49,7 @@ class Spec:
 
 
 def number() -> int:
-    """Of this process in the group."""
+    """The number of this process in the group."""
     return int(os.environ[PROCESS_ID])
 
 
@@ -68,7 +68,7 @@ def pause(what: str) -> None:
 
 def main() -> None:
     faulthandler.enable()
-    # Where the launcher reads it, also while pytest has the output of its tests.
+    # A copy of stderr, because pytest takes stderr itself while a test runs.
     faulthandler.register(signal.SIGUSR1, os.dup(2), all_threads=True)
     spec_path, result_path = map(pathlib.Path, sys.argv[1:])
     spec: Spec = pickle.loads(spec_path.read_bytes())
@@ -85,8 +85,8 @@ def main() -> None:
         result_path.write_bytes(pickle.dumps(result))
     sys.stdout.flush()
     sys.stderr.flush()
-    # If all have ended well, each shuts JAX down as any program does. Otherwise it would wait
-    # there for the dead, so then it just leaves.
+    # If all ranks have ended well, each shuts JAX down as any program does. The shutdown waits for
+    # every rank, so if one has died, the others leave without it.
     announce(ENDED)
     if os.read(0, 1) != b"\n":
         os._exit(status)
@@ -107,9 +107,8 @@ def _run(spec: Spec) -> Any:
             os.environ[ADDRESS], int(os.environ[NUM_PROCESSES]), number(), **spec.distributed
         )
     if spec.kind == "function":
-        path, name = spec.target.rsplit(":", 1)
-        sys.path.append(str(pathlib.Path(path).parent))
-        return getattr(importlib.import_module(pathlib.Path(path).stem), name)(*spec.args)
+        module, name = spec.target.split(":")
+        return getattr(importlib.import_module(module), name)(*spec.args)
     sys.argv[1:] = map(str, spec.args)
     if spec.kind == "module":
         runpy.run_module(spec.target, run_name="__main__", alter_sys=True)

@@ -7,13 +7,13 @@ import socket
 import time
 from typing import Any
 
-import rank
+from processes import rank
 
 _CHUNK = 1 << 16
 
 
 def transfer(port: int, num_bytes: int) -> float:
-    """Seconds that `num_bytes` take from process 1 to process 0; process 0 tells, 1 returns 0."""
+    """Sends `num_bytes` from process 1 to process 0; process 0 returns the seconds, 1 returns 0."""
     address = (os.environ[rank.ADDRESS].rsplit(":", 1)[0], port)
     if rank.number() == 0:
         with socket.create_server(address) as server:
@@ -36,16 +36,16 @@ def _receive(connection: socket.socket, num_bytes: int) -> float:
 
 
 def exchange_for_ever(timeout_s: float, tokens: int, hidden: int) -> tuple[float, str]:
-    """Dispatches until that fails: (the time of day, what the error says).
+    """Dispatches until a dispatch fails, and returns the time of day and the error then.
 
     Every token goes to the other rank. Announces each step as it begins.
     """
     import jax
     import jax.numpy as jnp
     import numpy as np
-    import together
 
     import jax_sm_free as smf
+    from processes import together
 
     mesh = jax.sharding.Mesh(np.array(jax.devices()), ("ep",))
     spec = jax.P("ep")

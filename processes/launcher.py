@@ -28,14 +28,16 @@ from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
 from typing import Any, NoReturn
 
-import rank as rank_lib
-from process import TIMEOUT_S, LaunchError, Log, Rank
+from processes import rank as rank_lib
+from processes.process import TIMEOUT_S, LaunchError, Log, Rank
 
-ROOT = pathlib.Path(__file__).parents[2]
-# How long ranks may still run after another has failed: it may have told them.
+ROOT = pathlib.Path(__file__).parents[1]
+# How long the other ranks may still run after one has failed. It may have told them of its fault.
 GRACE_S = 10.0
-# How long a process takes to write its stacks.
-_STACKS_S = 0.5
+# How long a process may take to begin to write its stacks, and then to end.
+_STACKS_S, _REST_OF_STACKS_S = 10.0, 0.5
+# What is in the heading of each stack.
+_STACK = "(most recent call first)"
 _LOWEST_PORT = 1 << 13
 _GIVEN_PORTS = pathlib.Path("/proc/sys/net/ipv4/ip_local_port_range")
 _DEVICE_COUNT = re.compile(r"--xla_force_host_platform_device_count=\d+")
@@ -44,7 +46,7 @@ NO_OPTIONS: dict[str, Any] = {}
 
 @dataclasses.dataclass(frozen=True)
 class Host:
-    """Where a rank runs: words before its command, and an address that reaches it."""
+    """Where a rank runs: `prefix` is put before its command, `address` is where others reach it."""
 
     prefix: tuple[str, ...] = ()
     address: str = "127.0.0.1"
@@ -52,7 +54,7 @@ class Host:
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """How a rank ended: exit status, below zero the signal; its output; what it returned."""
+    """How a rank ended: its exit status (minus the signal that killed it), output and result."""
 
     status: int
     output: str
@@ -83,10 +85,10 @@ class Group(Sequence[Rank]):
         return "\n".join([*lines, f"exit status by rank: {', '.join(states)}"])
 
     def wait(self, shutdown: bool = True) -> list[Ended]:
-        """Waits until every rank has ended, each as it may.
+        """Waits until every rank has ended, well or not.
 
         Args:
-          shutdown: whether ranks that have all ended well shut JAX down, which takes all of them.
+          shutdown: whether the ranks shut JAX down, if all have ended well. It needs all of them.
 
         Raises:
           LaunchError: if the time is over; ranks that still run write their stacks and are killed.
@@ -150,9 +152,14 @@ class Group(Sequence[Rank]):
 
     def _write_stacks(self) -> None:
         running = [r for r in self.ranks if not self._is_done(r)]
+        if not running:
+            return
         for r in running:
             r.write_stacks()
-        self.log.wait(lambda: False, _STACKS_S if running else 0)
+        self.log.wait(
+            lambda: all(self._is_done(r) or r.has_written(_STACK) for r in running), _STACKS_S
+        )
+        self.log.wait(lambda: False, _REST_OF_STACKS_S)
 
     def _give_up(self) -> NoReturn:
         late = [r.number for r in self.ranks if not self._is_done(r)]
@@ -170,9 +177,9 @@ class Group(Sequence[Rank]):
 
 
 def free_port() -> int:
-    """A port that nobody uses, and that the kernel gives to nobody who asks for any.
+    """A port that nobody uses, and that the kernel gives to no program that asks for any port.
 
-    Whoever connects to somewhere asks for one, and may do so before a rank listens on this one.
+    A program that opens a connection asks for any port, and could get this one before a rank does.
     """
     lowest, highest = map(int, _GIVEN_PORTS.read_text().split())
     ports = range(_LOWEST_PORT, 1 << 16)
@@ -201,8 +208,8 @@ def start(
     """Starts a group of processes; at the end of the context none of them is left.
 
     Args:
-      target: a function at the top of a module beside which its imports are found, a script, or the
-        name of a module to run.
+      target: a function at the top of a module that can be imported, a script, or the name of a
+        module to run.
       *args: of the function, to be pickled, or the words behind the script or the module.
       num_processes: one rank of `jax.distributed` each.
       num_devices: CPU devices of each; on GPUs (JAX_PLATFORMS=cuda) each process has one, its own.
@@ -223,11 +230,8 @@ def start(
         with Group(folder, timeout_s) as group:
             for number in range(num_processes):
                 command = [*hosts[number % len(hosts)].prefix, sys.executable, "-u"]
-                command += [
-                    rank_lib.__file__,
-                    str(folder / "spec"),
-                    str(folder / f"result{number}"),
-                ]
+                command += ["-m", rank_lib.__name__]
+                command += [str(folder / "spec"), str(folder / f"result{number}")]
                 place = _place(number, num_processes, num_devices, address, gpus, num_gpus)
                 group.ranks.append(Rank(number, group.log, command, {**place, **(env or {})}))
             yield group
@@ -243,7 +247,7 @@ def _make_spec(target: Any, args: tuple[Any, ...], distributed: Any) -> rank_lib
     kind = "script" if isinstance(target, pathlib.Path) else "module"
     if callable(target):
         kind = "function"
-        target = f"{target.__code__.co_filename}:{target.__qualname__}"
+        target = f"{target.__module__}:{target.__qualname__}"
     return rank_lib.Spec(kind, str(target), args, distributed, os.getpid())
 
 
@@ -268,5 +272,5 @@ def _place(
         env[gpus] = str(number % (num_gpus or num_processes))
         if num_gpus is not None and num_gpus < num_processes:
             env["JAX_SM_FREE_SHARED_GPUS"] = "1"
-            env["NCCL_HOSTID"] = str(number)  # It refuses two processes of one host on one GPU.
+            env["NCCL_HOSTID"] = str(number)  # NCCL refuses two processes of one host on one GPU.
     return env

@@ -1,4 +1,4 @@
-"""Whether compute ran between send and recv, and copies under it: read from a profile."""
+"""The exchanges of a profile: whether compute ran between send and recv, beside copies."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _exchange(events: list[Event]) -> Exchange:
     kernels = [event for event in events if event.kind == "ours"]
     packs = [i for i, kernel in enumerate(kernels) if kernel.phase in trace.PACK_PHASES]
     ends = packs[-1] + 1 if packs else len(kernels)
-    send, recv = kernels[:ends], kernels[ends:]  # A recv may route, too: a combine's does.
+    send, recv = kernels[:ends], kernels[ends:]  # The recv of a combine routes, too.
     begin, end = send[0].start_us, kernels[-1].start_us
     return Exchange(
         op="combine" if any(kernel.phase == "reduce-pack" for kernel in send) else "dispatch",

@@ -1,0 +1,1 @@
+"""Groups of processes on this machine, for tests and for benchmarks."""
