@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "cc/cuda/host/device_scope.h"
+#include "cc/cuda/host/refusal.h"
 #include "cc/cuda/host/status_fault.h"
 #include "cc/cuda/kernels/kernels.h"
 
@@ -190,16 +191,12 @@ Result<std::shared_ptr<DeviceBuffer>> DeviceBuffer::Make(
     int64_t id, const Config& config, const std::vector<std::optional<Place>>& places,
     const std::optional<Neighbours>& neighbours) {
   const DeviceScope scope;
-  const auto refuse = [](std::string expected, std::string seen) {
-    return Fault{
-        .op = "Buffer", .expected = std::move(expected), .seen = std::move(seen), .exchange = {}};
-  };
   if (config.ep_size > kMaxRanks) {
-    return refuse("at most " + std::to_string(kMaxRanks) + " ranks with peer access",
+    return Refuse("at most " + std::to_string(kMaxRanks) + " ranks with peer access",
                   std::to_string(config.ep_size));
   }
   if (NumKeys(config) > kTileEntries * 64) {
-    return refuse("at most " + std::to_string(kTileEntries * 64) + " experts and ranks",
+    return Refuse("at most " + std::to_string(kTileEntries * 64) + " experts and ranks",
                   std::to_string(NumKeys(config)));
   }
   std::shared_ptr<DeviceBuffer> buffer(new DeviceBuffer(id, config, places));
@@ -210,12 +207,12 @@ Result<std::shared_ptr<DeviceBuffer>> DeviceBuffer::Make(
     std::byte* region = neighbours ? neighbours->regions[places[device]->rank] : nullptr;
     const std::string error =
         buffer->Allocate(static_cast<int32_t>(device), *places[device], region);
-    if (!error.empty()) return refuse("memory for the buffer", error);
+    if (!error.empty()) return Refuse("memory for the buffer", error);
   }
   for (size_t device = 0; device < places.size(); ++device) {
     if (!places[device]) continue;
     const std::string error = buffer->Connect(static_cast<int32_t>(device), places);
-    if (!error.empty()) return refuse("peer access between the devices of a group", error);
+    if (!error.empty()) return Refuse("peer access between the devices of a group", error);
   }
   buffer->StartMovers(places);
   return buffer;

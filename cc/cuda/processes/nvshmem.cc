@@ -8,6 +8,8 @@
 #include <cstring>
 #include <utility>
 
+#include "cc/cuda/host/refusal.h"
+
 namespace jax_sm_free::cuda {
 
 #define SMF_NVSHMEM_FUNCTIONS(apply) \
@@ -28,6 +30,7 @@ namespace jax_sm_free::cuda {
   apply(nvshmemx_set_attr_uniqueid_args);
 
 struct Nvshmem::Functions {
+// NOLINTNEXTLINE(bugprone-macro-parentheses): a declaration has its name without parentheses.
 #define SMF_DECLARE(name) decltype(&::name) name = nullptr
   SMF_NVSHMEM_FUNCTIONS(SMF_DECLARE)
 #undef SMF_DECLARE
@@ -35,18 +38,14 @@ struct Nvshmem::Functions {
 
 namespace {
 
-Fault Failed(std::string expected, std::string seen) {
-  return {.op = "Buffer", .expected = std::move(expected), .seen = std::move(seen), .exchange = {}};
-}
-
 Fault CallFailed(const char* call, int code) {
-  return Failed(std::string(call) + " to return 0",
+  return Refuse(std::string(call) + " to return 0",
                 std::to_string(code) + "; NVSHMEM_DEBUG=WARN in the environment may tell more");
 }
 
 Fault LoadFailed(const std::string& path) {
   const char* error = dlerror();
-  return Failed("the library " + path, error == nullptr ? "nothing" : error);
+  return Refuse("the library " + path, error == nullptr ? "nothing" : error);
 }
 
 // Read by the library when the first process makes an id, or joins.
@@ -103,7 +102,7 @@ std::optional<Fault> Nvshmem::Join(const std::string& id, int pe, int num_pes) {
   const std::lock_guard lock(mutex_);
   nvshmemx_uniqueid_t unique_id = NVSHMEMX_UNIQUEID_INITIALIZER;
   if (id.size() != sizeof(unique_id)) {
-    return Failed("an id of NVSHMEM of " + std::to_string(sizeof(unique_id)) + " bytes",
+    return Refuse("an id of NVSHMEM of " + std::to_string(sizeof(unique_id)) + " bytes",
                   std::to_string(id.size()));
   }
   std::memcpy(&unique_id, id.data(), sizeof(unique_id));
@@ -114,7 +113,7 @@ std::optional<Fault> Nvshmem::Join(const std::string& id, int pe, int num_pes) {
   if (code != 0) return CallFailed("nvshmemx_hostlib_init_attr", code);
   // It returns 0, too, where it found the other processes and then could not set up the device.
   if (!IsJoined()) {
-    return Failed("nvshmemx_init_status 2 (initialized)",
+    return Refuse("nvshmemx_init_status 2 (initialized)",
                   std::to_string(functions_->nvshmemx_init_status()) +
                       "; NVSHMEM_DEBUG=WARN in the environment may tell more");
   }
@@ -148,7 +147,6 @@ void Nvshmem::Unregister(void* memory) {
 }
 
 void Nvshmem::Put(void* target, const void* source, size_t bytes, int pe) {
-  if (bytes == 0) return;
   const std::lock_guard lock(mutex_);
   functions_->nvshmem_putmem_nbi(target, source, bytes, pe);
 }

@@ -16,8 +16,10 @@
 #include "cc/cuda/host/crossbar.h"
 #include "cc/cuda/host/device_scope.h"
 #include "cc/cuda/host/group_end.h"
+#include "cc/cuda/host/refusal.h"
 #include "cc/cuda/processes/gpu_id.h"
 #include "cc/cuda/processes/nvshmem.h"
+#include "cc/cuda/processes/nvshmem_regions.h"
 #include "cc/cuda/processes/shared_memory.h"
 #include "cc/cuda/processes/symmetric_heap.h"
 
@@ -28,10 +30,6 @@ constexpr size_t kHeapStep = size_t{512} << 20;  // NVSHMEM_CUMEM_GRANULARITY
 
 // For tests with more processes than GPUs, since a GPU gives them its time in turn.
 bool MayShareGpus() { return std::getenv("JAX_SM_FREE_SHARED_GPUS") != nullptr; }
-
-Fault Refuse(std::string expected, std::string seen) {
-  return {.op = "Buffer", .expected = std::move(expected), .seen = std::move(seen), .exchange = {}};
-}
 
 // What a process tells the others first; its dropped blocks follow, i64 each.
 struct Hello {
@@ -72,7 +70,7 @@ class Opening {
   // Makes this process one of NVSHMEM's, with all others.
   std::optional<Fault> Join();
   // Takes this rank's region, and finds those of the others.
-  std::optional<Fault> FindRegions(const RegionLayout& regions);
+  std::optional<Fault> FindRegions(const Config& config);
   // Shares the group's crossbar, and what is to be told of the end of the group and of all groups,
   // with the processes of this host.
   std::optional<Fault> ShareMemory();
@@ -205,8 +203,8 @@ std::optional<Fault> Opening::TakeMemory(size_t bytes) {
                     "takes");
 }
 
-std::optional<Fault> Opening::FindRegions(const RegionLayout& regions) {
-  if (auto fault = TakeMemory(static_cast<size_t>(regions.total))) return fault;
+std::optional<Fault> Opening::FindRegions(const Config& config) {
+  if (auto fault = TakeMemory(static_cast<size_t>(RegionsOf(config).total))) return fault;
   auto* own = static_cast<std::byte*>(neighbours_.memory.get());
   std::vector<int32_t> out_of_reach;  // PE, or -1
   WarnOfHidden();
@@ -218,7 +216,7 @@ std::optional<Fault> Opening::FindRegions(const RegionLayout& regions) {
   if (std::count(out_of_reach.begin(), out_of_reach.end(), -1) == std::ssize(out_of_reach)) {
     return std::nullopt;
   }
-  auto made = Courier::Make(nvshmem_, regions, out_of_reach);
+  auto made = Courier::Make(std::make_unique<NvshmemRegions>(nvshmem_, own, out_of_reach), config);
   if (const Fault* fault = FaultOf(made)) return *fault;
   neighbours_.courier = std::get<std::shared_ptr<Courier>>(std::move(made));
   for (size_t rank = 0; rank < out_of_reach.size(); ++rank) {
@@ -313,7 +311,7 @@ Result<std::shared_ptr<DeviceBuffer>> OpenNvshmemBuffer(
   Opening opening(processes, device, std::get<Nvshmem*>(nvshmem));
   if (auto fault = opening.Meet()) return *fault;
   if (auto fault = opening.Join()) return *fault;
-  if (auto fault = opening.FindRegions(RegionsOf(config))) return *fault;
+  if (auto fault = opening.FindRegions(config)) return *fault;
   if (auto fault = opening.ShareMemory()) return *fault;
   auto buffer = DeviceBuffer::Make(id, config, places, opening.neighbours());
   if (FaultOf(buffer) != nullptr) return buffer;
