@@ -29,7 +29,7 @@ std::string Describe(const char* step, int32_t device, cudaError_t error) {
          cudaGetErrorString(error);
 }
 
-// Lets `device` reach the memory of `peer`. Empty if it does.
+// Lets `device` reach the memory of `peer`. Returns what went wrong, or an empty text.
 std::string EnablePeer(int32_t device, int32_t peer) {
   int can = 0;
   (void)cudaDeviceCanAccessPeer(&can, device, peer);
@@ -62,7 +62,7 @@ std::optional<std::string> DeviceBuffer::SeenFault() const {
     std::optional<Fault> fault = rank->SeenFault();
     if (!fault) continue;
     if (!IsEcho(rank->view.status->fault)) {
-      // Before anybody here knows of it.
+      // Other processes hear of the fault before this call returns it.
       if (neighbours_) neighbours_->group_end->TellFault(fault->Describe());
       return fault->Describe();
     }
@@ -116,7 +116,7 @@ std::string DeviceBuffer::Allocate(int32_t device, const Place& place, std::byte
   const int64_t num_local = config.num_local_experts();
   const int64_t num_runs = config.ep_size * num_local;
   const int64_t max_rows = std::max(config.recv_capacity, config.max_recv_tokens());
-  Counters* counters = nullptr;  // as read
+  Counters* counters = nullptr;  // the reader's copy
   std::string error;
   const auto take = [&](auto*& pointer, bool host, int64_t count) {
     using T = std::remove_reference_t<decltype(*pointer)>;
@@ -230,7 +230,7 @@ void DeviceBuffer::Free() {
   const DeviceScope scope;
   for (size_t device = 0; device < ranks_.size(); ++device) {
     if (ranks_[device] == nullptr) continue;
-    // What was enqueued still uses the memory; the movers go on until it has ended.
+    // Enqueued work still uses the memory, and needs the movers until it has ended.
     (void)cudaSetDevice(static_cast<int>(device));
     (void)cudaDeviceSynchronize();
   }
@@ -239,7 +239,7 @@ void DeviceBuffer::Free() {
     rank->mover.reset();
     rank->counters.reset();
   }
-  // A buffer that was dropped has not said so yet.
+  // A buffer that was dropped, not closed, has not told the others yet.
   if (neighbours_) neighbours_->group_end->TellClosed();
   memory_.clear();
   ranks_.clear();

@@ -48,11 +48,11 @@ Fault LoadFailed(const std::string& path) {
   return Refuse("the library " + path, error == nullptr ? "nothing" : error);
 }
 
-// Read by the library when the first process makes an id, or joins.
+// The library reads these variables when this process makes an id, or joins.
 void SetEnvironment() {
-  // NVLink multicast is for its collectives, which we do not call, and takes memory of its own.
+  // NVLink multicast serves the collectives of NVSHMEM, which we do not call, and takes memory.
   setenv("NVSHMEM_DISABLE_NVLS", "1", 1);
-  // A thread that would watch for kernels which call NVSHMEM, where no NIC needs it. None of ours
+  // Where there is no NIC, a thread would serve kernels that call NVSHMEM. None of our kernels
   // does.
   setenv("NVSHMEM_DISABLE_LOCAL_ONLY_PROXY", "1", 0);
 }
@@ -65,7 +65,7 @@ Result<Nvshmem*> Nvshmem::Load(const std::string& path) {
   const std::lock_guard lock(mutex);
   if (loaded != nullptr) return loaded;
   SetEnvironment();
-  // Who has loaded the same file before shares it, with what it has initialized.
+  // A library that has loaded the same file before shares it with us, initialized or not.
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (handle == nullptr) return LoadFailed(path);
   auto functions = std::make_unique<Functions>();
@@ -111,7 +111,7 @@ std::optional<Fault> Nvshmem::Join(const std::string& id, int pe, int num_pes) {
   if (code != 0) return CallFailed("nvshmemx_set_attr_uniqueid_args", code);
   code = functions_->nvshmemx_hostlib_init_attr(NVSHMEMX_INIT_WITH_UNIQUEID, &attributes);
   if (code != 0) return CallFailed("nvshmemx_hostlib_init_attr", code);
-  // It returns 0, too, where it found the other processes and then could not set up the device.
+  // NVSHMEM also returns 0 if it found the other processes and then could not set up the device.
   if (!IsJoined()) {
     return Refuse("nvshmemx_init_status 2 (initialized)",
                   std::to_string(functions_->nvshmemx_init_status()) +
