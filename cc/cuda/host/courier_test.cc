@@ -108,8 +108,9 @@ class CourierTest : public ::testing::Test {
     view_.config = kConfig;
     view_.regions = RegionsOf(kConfig);
     view_.rank = 1;
-    for (int32_t rank = 0; rank < kConfig.ep_size; ++rank)
+    for (int32_t rank = 0; rank < kConfig.ep_size; ++rank) {
       view_.base[rank] = courier_->OutboxOf(rank);
+    }
     view_.base[view_.rank] = own_.data();
     for (size_t i = 0; i < own_.size(); ++i) own_[i] = static_cast<std::byte>(i * 31 % 251);
   }

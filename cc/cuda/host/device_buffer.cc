@@ -33,8 +33,9 @@ std::string Describe(const char* step, int32_t device, cudaError_t error) {
 std::string EnablePeer(int32_t device, int32_t peer) {
   int can = 0;
   (void)cudaDeviceCanAccessPeer(&can, device, peer);
-  if (can == 0)
+  if (can == 0) {
     return "device " + std::to_string(device) + " has no peer access to " + std::to_string(peer);
+  }
   (void)cudaSetDevice(device);
   const cudaError_t error = cudaDeviceEnablePeerAccess(peer, 0);
   if (error == cudaErrorPeerAccessAlreadyEnabled) (void)cudaGetLastError();
@@ -165,7 +166,7 @@ std::string DeviceBuffer::Connect(int32_t device, const std::vector<std::optiona
     if (peer == static_cast<size_t>(device) || !place || place->group != places[device]->group) {
       continue;
     }
-    const std::string error = EnablePeer(device, static_cast<int32_t>(peer));
+    std::string error = EnablePeer(device, static_cast<int32_t>(peer));
     if (!error.empty()) return error;
     view.base[place->rank] = ranks_[peer]->view.base[place->rank];
   }

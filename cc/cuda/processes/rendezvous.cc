@@ -30,7 +30,7 @@ Fault SameGpu(int32_t first, int32_t second) {
 
 }  // namespace
 
-Rendezvous::Rendezvous(const Processes& processes, const GpuId& gpu, std::string host)
+Rendezvous::Rendezvous(const Processes& processes, const GpuId& gpu, const std::string& host)
     : processes_(processes) {
   std::random_device random;
   CopyText(host, own_.host);

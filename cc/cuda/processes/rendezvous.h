@@ -29,7 +29,7 @@ class Rendezvous {
  public:
   // `processes` outlives this object. `gpu` is this process's. `host` is a text that the processes
   // of one host share.
-  Rendezvous(const Processes& processes, const GpuId& gpu, std::string host = MemoryHost());
+  Rendezvous(const Processes& processes, const GpuId& gpu, const std::string& host = MemoryHost());
 
   // Tells all processes of this one, and hears of them. `words` is what the transport tells beside
   // that. Returns the words of all, by process. Refuses processes that share a GPU, because a GPU
