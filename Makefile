@@ -179,7 +179,8 @@ lint-py: setup
 	$(VENV_PYTHON) -m ruff format --check
 	$(VENV_PYTHON) -m mypy
 
-lint-cc: setup .venv/debian-lint
+# Sources for GPUs are linted where there is nvcc.
+lint-cc: setup .venv/debian-lint $(if $(shell command -v nvcc),$(HEADERS)/cuda)
 	tools/lint_cc.sh $(VENV_PYTHON) $(HEADERS)
 
 $(VENV)/docs: requirements/docs.txt | $(VENV)/ready

@@ -10,6 +10,7 @@
 
 #include "cc/cuda/host/device_buffer.h"
 #include "cc/cuda/processes/nvshmem_buffer.h"
+#include "cc/cuda/processes/rendezvous.h"
 #include "xla_ffi/handler_entry.h"
 #include "xla_ffi/module.h"
 
@@ -28,13 +29,10 @@ int64_t OpenBuffer(const std::string& name, const nb::dict& sizes, const PythonP
   return id;
 }
 
-// `exchange` takes and gives bytes, `warn` takes a text: those of Processes.
-void OpenNvshmemBuffer(int64_t id, const std::string& name, const nb::dict& sizes,
-                       const PythonPlaces& places, int32_t process,
-                       const std::vector<int32_t>& process_of_rank, const std::string& library,
-                       const nb::callable& exchange, const nb::callable& warn) {
-  const Config config = ToConfig(sizes);
-  const std::vector<std::optional<Place>> by_device = ToPlaces(places);
+// `exchange` takes and gives bytes, `warn` takes a text: the functions of Processes. Both outlive
+// what this returns, which may be used without the GIL.
+cuda::Processes ToProcesses(int32_t process, const std::vector<int32_t>& process_of_rank,
+                            const nb::callable& exchange, const nb::callable& warn) {
   const auto call = [&exchange](const std::string& text) {
     const nb::gil_scoped_acquire acquire;
     std::vector<std::string> heard;
@@ -48,8 +46,18 @@ void OpenNvshmemBuffer(int64_t id, const std::string& name, const nb::dict& size
     const nb::gil_scoped_acquire acquire;
     warn(text);
   };
-  const cuda::Processes processes{process, process_of_rank, call, call_warn};
-  // Python goes on meanwhile: the other processes may wait for a callback of a program.
+  return {process, process_of_rank, call, call_warn};
+}
+
+void OpenNvshmemBuffer(int64_t id, const std::string& name, const nb::dict& sizes,
+                       const PythonPlaces& places, int32_t process,
+                       const std::vector<int32_t>& process_of_rank, const std::string& library,
+                       const nb::callable& exchange, const nb::callable& warn) {
+  const Config config = ToConfig(sizes);
+  const std::vector<std::optional<Place>> by_device = ToPlaces(places);
+  const cuda::Processes processes = ToProcesses(process, process_of_rank, exchange, warn);
+  // Other threads of Python run meanwhile, because the other processes may wait for a callback of a
+  // program.
   const nb::gil_scoped_release release;
   Register(cuda::OpenNvshmemBuffer(id, config, by_device, library, processes), name);
 }

@@ -25,7 +25,7 @@ constexpr Config MakeConfig(int32_t ep_size, int32_t max_tokens) {
 TEST(DeviceStateTest, RegionsLieBehindEachOther) {
   for (const int32_t ep_size : {1, 2, 4, 32}) {
     const RegionLayout regions = RegionsOf(MakeConfig(ep_size, 4096));
-    const int64_t num_messages = 3 * ep_size;
+    const int64_t num_messages = int64_t{3} * ep_size;
     const std::vector<std::pair<int64_t, int64_t>> parts = {
         {regions.signals, num_messages * 8},
         {regions.acks, num_messages * 8},
@@ -79,7 +79,7 @@ TEST(DeviceStateTest, TheFirstPartIsHalfOfTheTokensInWholeTiles) {
     const int64_t first = FirstPartTokens(config, tokens, kRowBytes);
     ASSERT_EQ(first % tile, 0) << tokens;
     ASSERT_GE(2 * first, tokens);
-    ASSERT_LT(2 * first, tokens + 2 * tile + 1);
+    ASSERT_LT(2 * first, tokens + int64_t{2} * tile + 1);
     ASSERT_LT(first, tokens);
   }
 }

@@ -1,4 +1,4 @@
-// Reads what a rank's kernels count, while they run.
+// Reads the counters of a rank while its kernels run.
 
 #ifndef JAX_SM_FREE_CC_CUDA_HOST_COUNTER_READER_H_
 #define JAX_SM_FREE_CC_CUDA_HOST_COUNTER_READER_H_
@@ -13,12 +13,12 @@
 
 namespace jax_sm_free::cuda {
 
-// A copy of a few hundred bytes on a stream of its own: it waits for no kernel, only for copies
-// that the same copy engine has begun, and where the CUDA driver lets no thread enqueue anything
-// (device_state.h). Thread-safe.
+// Copies a few hundred bytes on a stream of its own. The copy waits for no kernel. It waits for
+// copies that the same copy engine has begun, and while the CUDA driver lets no thread enqueue
+// anything (device_state.h). Thread-safe.
 class CounterReader {
  public:
-  // `copy` is pinned memory of this reader's alone.
+  // `copy` is pinned memory that this reader alone uses.
   CounterReader(int device, const RankView& view, Counters* copy);
   ~CounterReader();
   CounterReader(const CounterReader&) = delete;
@@ -32,7 +32,7 @@ class CounterReader {
   Counters* const copy_;
   std::mutex mutex_;
   cudaStream_t stream_ = nullptr;
-  cudaError_t status_ = cudaSuccess;  // of making the stream
+  cudaError_t status_ = cudaSuccess;  // of the call that made the stream
 };
 
 }  // namespace jax_sm_free::cuda

@@ -1,100 +1,88 @@
 #include "cc/cuda/host/courier.h"
 
-#include <cuda_runtime_api.h>
-
 #include <atomic>
-#include <cstring>
-#include <string>
 #include <utility>
 
 namespace jax_sm_free::cuda {
 namespace {
 
-uint64_t LoadAcquire(std::byte* address) {
-  return std::atomic_ref(*reinterpret_cast<uint64_t*>(address)).load(std::memory_order_acquire);
+// Where a table [num_slots, ep_size] of the destination's region has the entry of this rank.
+int64_t EntryOf(const RankView& view, int32_t slot) {
+  return int64_t{slot} * view.config.ep_size + view.rank;
+}
+
+// The word that a kernel has written, if it is not the one that was sent last.
+std::optional<uint64_t> TakeNews(std::byte* word, uint64_t& sent) {
+  const uint64_t value =
+      std::atomic_ref(*reinterpret_cast<uint64_t*>(word)).load(std::memory_order_acquire);
+  if (value == std::exchange(sent, value)) return std::nullopt;
+  return value;
 }
 
 }  // namespace
 
-Courier::Courier(Nvshmem* nvshmem, std::vector<int32_t> pes)
-    : nvshmem_(nvshmem), pes_(std::move(pes)), outboxes_(pes_.size()), sent_(pes_.size()) {}
+Courier::Courier(std::unique_ptr<RemoteRegions> remote, int32_t ep_size)
+    : remote_(std::move(remote)), outboxes_(ep_size) {}
 
-Result<std::shared_ptr<Courier>> Courier::Make(Nvshmem* nvshmem, const RegionLayout& regions,
-                                               std::vector<int32_t> pes) {
-  std::shared_ptr<Courier> courier(new Courier(nvshmem, std::move(pes)));
-  if (auto fault = courier->Open(regions)) return *fault;
+Result<std::shared_ptr<Courier>> Courier::Make(std::unique_ptr<RemoteRegions> remote,
+                                               const Config& config) {
+  std::shared_ptr<Courier> courier(new Courier(std::move(remote), config.ep_size));
+  if (auto fault = courier->MakeOutboxes(RegionsOf(config))) return *fault;
   return courier;
 }
 
-std::optional<Fault> Courier::Open(const RegionLayout& regions) {
-  const auto bytes = static_cast<size_t>(regions.recv);  // all that stands before the messages
-  for (size_t dst = 0; dst < pes_.size(); ++dst) {
-    if (pes_[dst] < 0) continue;
-    void* outbox = nullptr;
-    if (const cudaError_t error = cudaHostAlloc(&outbox, bytes, cudaHostAllocPortable);
-        error != cudaSuccess) {
-      return Fault{.op = "Buffer",
-                   .expected = std::to_string(bytes) + " bytes of pinned memory",
-                   .seen = cudaGetErrorString(error),
-                   .exchange = {}};
-    }
-    std::memset(outbox, 0, bytes);
-    if (auto fault = nvshmem_->Register(outbox, bytes)) {
-      (void)cudaFreeHost(outbox);
-      return fault;
-    }
-    outboxes_[dst] = static_cast<std::byte*>(outbox);
+std::optional<Fault> Courier::MakeOutboxes(const RegionLayout& regions) {
+  for (size_t dst = 0; dst < outboxes_.size(); ++dst) {
+    if (!remote_->Serves(static_cast<int32_t>(dst))) continue;
+    const Result<std::byte*> made = remote_->MakeOutbox(static_cast<size_t>(regions.recv));
+    if (const Fault* fault = FaultOf(made)) return *fault;
+    outboxes_[dst].front = std::get<std::byte*>(made);
   }
   return std::nullopt;
 }
 
-Courier::~Courier() {
-  for (std::byte* outbox : outboxes_) {
-    if (outbox == nullptr) continue;
-    nvshmem_->Unregister(outbox);
-    (void)cudaFreeHost(outbox);
-  }
-}
-
 void Courier::Send(const RankView& view, const CopyOrder& order) {
-  const RegionLayout& regions = view.regions;
-  std::byte* own = view.base[view.rank];
-  const int64_t in = int64_t{order.slot} * view.config.ep_size + view.rank;
-  std::byte* target = own + regions.recv + in * regions.message_bytes;
+  const int64_t entry = EntryOf(view, order.slot);
+  const int64_t message = view.regions.recv + entry * view.regions.message_bytes;
   for (const Piece& piece : PiecesOf(view, order)) {
-    nvshmem_->Put(target + piece.begin, own + piece.source, piece.bytes, pes_[order.dst]);
+    if (piece.bytes == 0) continue;
+    remote_->Put(order.dst, message + piece.begin, view.base[view.rank] + piece.source,
+                 piece.bytes);
   }
-  nvshmem_->PutSignal(own + regions.signals + in * 8, order.signal, pes_[order.dst]);
+  remote_->PutSignal(order.dst, view.regions.signals + entry * 8, order.signal);
 }
 
 bool Courier::Forward(const RankView& view) {
-  const RegionLayout& regions = view.regions;
-  std::byte* own = view.base[view.rank];
   bool found = false;
   for (int32_t dst = 0; dst < view.config.ep_size; ++dst) {
     if (!Serves(dst)) continue;
-    const std::byte* outbox = outboxes_[dst];
     for (int32_t slot = 0; slot < view.config.num_slots; ++slot) {
-      const int64_t in = int64_t{slot} * view.config.ep_size + view.rank;
-      const auto news = [&](int64_t offset, uint64_t& sent) {
-        const uint64_t value = LoadAcquire(outboxes_[dst] + offset);
-        return value != std::exchange(sent, value);
-      };
-      const int64_t noticed = regions.noticed + in * 8;
-      if (news(noticed, sent_[dst].notices[slot])) {
-        const int64_t notice = regions.notices + in * regions.notice_bytes;
-        nvshmem_->PutAndWait(own + notice, outbox + notice, regions.notice_bytes, pes_[dst]);
-        nvshmem_->PutSignal(own + noticed, sent_[dst].notices[slot], pes_[dst]);
-        found = true;
-      }
-      const int64_t ack = regions.acks + in * 8;
-      if (news(ack, sent_[dst].acks[slot])) {
-        nvshmem_->PutSignal(own + ack, sent_[dst].acks[slot], pes_[dst]);
-        found = true;
-      }
+      found |= ForwardNotice(view, dst, slot);
+      found |= ForwardAck(view, dst, slot);
     }
   }
   return found;
+}
+
+bool Courier::ForwardNotice(const RankView& view, int32_t dst, int32_t slot) {
+  Outbox& outbox = outboxes_[dst];
+  const int64_t noticed = view.regions.noticed + EntryOf(view, slot) * 8;
+  const std::optional<uint64_t> news = TakeNews(outbox.front + noticed, outbox.noticed[slot]);
+  if (!news) return false;
+  const int64_t bytes = view.regions.notice_bytes;
+  const int64_t notice = view.regions.notices + EntryOf(view, slot) * bytes;
+  remote_->PutAndWait(dst, notice, outbox.front + notice, bytes);
+  remote_->PutSignal(dst, noticed, *news);
+  return true;
+}
+
+bool Courier::ForwardAck(const RankView& view, int32_t dst, int32_t slot) {
+  Outbox& outbox = outboxes_[dst];
+  const int64_t ack = view.regions.acks + EntryOf(view, slot) * 8;
+  const std::optional<uint64_t> news = TakeNews(outbox.front + ack, outbox.acks[slot]);
+  if (!news) return false;
+  remote_->PutSignal(dst, ack, *news);
+  return true;
 }
 
 }  // namespace jax_sm_free::cuda

@@ -1,5 +1,4 @@
-// Carries messages to ranks whose memory this GPU does not reach: from the host, through NVSHMEM,
-// by a NIC.
+// Carries messages to the ranks whose memory this GPU does not reach.
 
 #ifndef JAX_SM_FREE_CC_CUDA_HOST_COURIER_H_
 #define JAX_SM_FREE_CC_CUDA_HOST_COURIER_H_
@@ -11,55 +10,61 @@
 #include <optional>
 #include <vector>
 
+#include "cc/config.h"
 #include "cc/cuda/device_state.h"
-#include "cc/cuda/processes/nvshmem.h"
+#include "cc/cuda/host/remote_regions.h"
 #include "cc/fault.h"
 
 namespace jax_sm_free::cuda {
 
-// Kernels write notices and acknowledgements straight into the regions of other ranks. For a rank
-// that is out of reach, they write them into its outbox here, a copy in pinned memory of the front
-// of its region, and the courier brings them to the same place there. Messages it takes from where
-// they were packed.
+// Kernels write notices and acknowledgements straight into the regions of the ranks that their GPU
+// reaches. A rank out of reach has an outbox instead: a copy, in pinned memory, of the front of its
+// region, up to the messages. Kernels write into the outbox as they would into the region, and the
+// courier copies what is new to the same place in the region. The courier takes messages from where
+// kernels packed them.
 //
-// Nothing of it runs on the GPU. NVSHMEM's own puts on a stream would: each is a kernel that waits
-// for a thread of the host, and might find no SM while kernels that wait for messages hold all.
+// All of this happens on the host. Copies that a stream orders would not do: NVSHMEM, for one,
+// issues each of them as a kernel, which finds no SM while kernels that wait for messages hold all.
 //
-// A rank's messages stay where they were packed until they are acknowledged, so that nothing waits
-// for the NIC but notices, whose outbox can be closed any time. Used by one thread, the mover's.
+// A packed message stays as it is until its receiver has acknowledged it, so the courier does not
+// wait for its bytes to leave. A kernel may write the next notice at any time, so the courier waits
+// until a notice has left its outbox.
+//
+// The mover's thread alone uses a courier.
 class Courier {
  public:
-  // Outboxes for the ranks that have a number in `pes`, by rank; -1 for one within reach.
-  static Result<std::shared_ptr<Courier>> Make(Nvshmem* nvshmem, const RegionLayout& regions,
-                                               std::vector<int32_t> pes);
-  ~Courier();
+  // Makes an outbox for each rank that `remote` serves.
+  static Result<std::shared_ptr<Courier>> Make(std::unique_ptr<RemoteRegions> remote,
+                                               const Config& config);
   Courier(const Courier&) = delete;
   Courier& operator=(const Courier&) = delete;
 
-  bool Serves(int32_t dst) const { return pes_[dst] >= 0; }
-  // What stands for the region of `dst`.
-  std::byte* OutboxOf(int32_t dst) const { return outboxes_[dst]; }
+  // Whether `dst` is out of reach.
+  bool Serves(int32_t dst) const { return outboxes_[dst].front != nullptr; }
+  // The memory that kernels take for the region of `dst`. Null for a rank within reach.
+  std::byte* OutboxOf(int32_t dst) const { return outboxes_[dst].front; }
 
-  // Sends bytes of a packed message, and their signal behind them.
+  // Sends bytes of a packed message, and the signal behind them.
   void Send(const RankView& view, const CopyOrder& order);
-  // Sends the notices and acknowledgements that have come into the outboxes. Whether there were
+  // Sends the notices and acknowledgements that are new in the outboxes. Returns whether there were
   // any.
   bool Forward(const RankView& view);
 
  private:
-  Courier(Nvshmem* nvshmem, std::vector<int32_t> pes);
-  std::optional<Fault> Open(const RegionLayout& regions);
-
-  // The last that was sent on, by slot.
-  struct Sent {
-    std::array<uint64_t, kMaxSlots> notices{};
+  struct Outbox {
+    std::byte* front = nullptr;
+    // The last values that Forward has sent, by slot.
+    std::array<uint64_t, kMaxSlots> noticed{};
     std::array<uint64_t, kMaxSlots> acks{};
   };
 
-  Nvshmem* const nvshmem_;
-  const std::vector<int32_t> pes_;    // by rank
-  std::vector<std::byte*> outboxes_;  // by rank; null for one within reach
-  std::vector<Sent> sent_;            // by rank
+  Courier(std::unique_ptr<RemoteRegions> remote, int32_t ep_size);
+  std::optional<Fault> MakeOutboxes(const RegionLayout& regions);
+  bool ForwardNotice(const RankView& view, int32_t dst, int32_t slot);
+  bool ForwardAck(const RankView& view, int32_t dst, int32_t slot);
+
+  const std::unique_ptr<RemoteRegions> remote_;
+  std::vector<Outbox> outboxes_;  // by rank
 };
 
 }  // namespace jax_sm_free::cuda

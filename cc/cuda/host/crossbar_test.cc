@@ -34,7 +34,7 @@ TEST(Crossbar, WhoHoldsALinkForTooLongLosesIt) {
   const Crossbar::Ticket lost = crossbar.TryTake(3);
   std::this_thread::sleep_for(Crossbar::kLost + std::chrono::milliseconds(1));
   EXPECT_NE(crossbar.TryTake(3), 0);
-  crossbar.Release(3, lost);  // too late: another rank has it
+  crossbar.Release(3, lost);  // too late, because another rank has the link
   EXPECT_EQ(crossbar.TryTake(3), 0);
 }
 

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "cc/cuda/host/device_scope.h"
+#include "cc/cuda/host/refusal.h"
 #include "cc/cuda/host/status_fault.h"
 #include "cc/cuda/kernels/kernels.h"
 
@@ -28,12 +29,13 @@ std::string Describe(const char* step, int32_t device, cudaError_t error) {
          cudaGetErrorString(error);
 }
 
-// Lets `device` reach the memory of `peer`. Empty if it does.
+// Lets `device` reach the memory of `peer`. Returns what went wrong, or an empty text.
 std::string EnablePeer(int32_t device, int32_t peer) {
   int can = 0;
   (void)cudaDeviceCanAccessPeer(&can, device, peer);
-  if (can == 0)
+  if (can == 0) {
     return "device " + std::to_string(device) + " has no peer access to " + std::to_string(peer);
+  }
   (void)cudaSetDevice(device);
   const cudaError_t error = cudaDeviceEnablePeerAccess(peer, 0);
   if (error == cudaErrorPeerAccessAlreadyEnabled) (void)cudaGetLastError();
@@ -61,7 +63,7 @@ std::optional<std::string> DeviceBuffer::SeenFault() const {
     std::optional<Fault> fault = rank->SeenFault();
     if (!fault) continue;
     if (!IsEcho(rank->view.status->fault)) {
-      // Before anybody here knows of it.
+      // Other processes hear of the fault before this call returns it.
       if (neighbours_) neighbours_->group_end->TellFault(fault->Describe());
       return fault->Describe();
     }
@@ -115,7 +117,7 @@ std::string DeviceBuffer::Allocate(int32_t device, const Place& place, std::byte
   const int64_t num_local = config.num_local_experts();
   const int64_t num_runs = config.ep_size * num_local;
   const int64_t max_rows = std::max(config.recv_capacity, config.max_recv_tokens());
-  Counters* counters = nullptr;  // as read
+  Counters* counters = nullptr;  // the reader's copy
   std::string error;
   const auto take = [&](auto*& pointer, bool host, int64_t count) {
     using T = std::remove_reference_t<decltype(*pointer)>;
@@ -164,7 +166,7 @@ std::string DeviceBuffer::Connect(int32_t device, const std::vector<std::optiona
     if (peer == static_cast<size_t>(device) || !place || place->group != places[device]->group) {
       continue;
     }
-    const std::string error = EnablePeer(device, static_cast<int32_t>(peer));
+    std::string error = EnablePeer(device, static_cast<int32_t>(peer));
     if (!error.empty()) return error;
     view.base[place->rank] = ranks_[peer]->view.base[place->rank];
   }
@@ -190,16 +192,12 @@ Result<std::shared_ptr<DeviceBuffer>> DeviceBuffer::Make(
     int64_t id, const Config& config, const std::vector<std::optional<Place>>& places,
     const std::optional<Neighbours>& neighbours) {
   const DeviceScope scope;
-  const auto refuse = [](std::string expected, std::string seen) {
-    return Fault{
-        .op = "Buffer", .expected = std::move(expected), .seen = std::move(seen), .exchange = {}};
-  };
   if (config.ep_size > kMaxRanks) {
-    return refuse("at most " + std::to_string(kMaxRanks) + " ranks with peer access",
+    return Refuse("at most " + std::to_string(kMaxRanks) + " ranks with peer access",
                   std::to_string(config.ep_size));
   }
   if (NumKeys(config) > kTileEntries * 64) {
-    return refuse("at most " + std::to_string(kTileEntries * 64) + " experts and ranks",
+    return Refuse("at most " + std::to_string(kTileEntries * 64) + " experts and ranks",
                   std::to_string(NumKeys(config)));
   }
   std::shared_ptr<DeviceBuffer> buffer(new DeviceBuffer(id, config, places));
@@ -210,12 +208,12 @@ Result<std::shared_ptr<DeviceBuffer>> DeviceBuffer::Make(
     std::byte* region = neighbours ? neighbours->regions[places[device]->rank] : nullptr;
     const std::string error =
         buffer->Allocate(static_cast<int32_t>(device), *places[device], region);
-    if (!error.empty()) return refuse("memory for the buffer", error);
+    if (!error.empty()) return Refuse("memory for the buffer", error);
   }
   for (size_t device = 0; device < places.size(); ++device) {
     if (!places[device]) continue;
     const std::string error = buffer->Connect(static_cast<int32_t>(device), places);
-    if (!error.empty()) return refuse("peer access between the devices of a group", error);
+    if (!error.empty()) return Refuse("peer access between the devices of a group", error);
   }
   buffer->StartMovers(places);
   return buffer;
@@ -233,7 +231,7 @@ void DeviceBuffer::Free() {
   const DeviceScope scope;
   for (size_t device = 0; device < ranks_.size(); ++device) {
     if (ranks_[device] == nullptr) continue;
-    // What was enqueued still uses the memory; the movers go on until it has ended.
+    // Enqueued work still uses the memory, and needs the movers until it has ended.
     (void)cudaSetDevice(static_cast<int>(device));
     (void)cudaDeviceSynchronize();
   }
@@ -242,7 +240,7 @@ void DeviceBuffer::Free() {
     rank->mover.reset();
     rank->counters.reset();
   }
-  // A buffer that was dropped has not said so yet.
+  // A buffer that was dropped, not closed, has not told the others yet.
   if (neighbours_) neighbours_->group_end->TellClosed();
   memory_.clear();
   ranks_.clear();

@@ -1,4 +1,4 @@
-// The current device of a thread, within a scope.
+// Keeps the current device of a thread.
 
 #ifndef JAX_SM_FREE_CC_CUDA_HOST_DEVICE_SCOPE_H_
 #define JAX_SM_FREE_CC_CUDA_HOST_DEVICE_SCOPE_H_
@@ -7,7 +7,7 @@
 
 namespace jax_sm_free::cuda {
 
-// Returns to the caller's device when a scope ends.
+// Sets the current device back, when a scope ends, to what it was at the start.
 class DeviceScope {
  public:
   DeviceScope() { (void)cudaGetDevice(&device_); }

@@ -16,8 +16,8 @@ struct Write {
   uint64_t value;
 };
 
-// Writes to device memory, of any GPU with peer access, or to pinned memory, behind all that is on
-// `stream`, in order.
+// Enqueues writes, in order, behind all that is on `stream`. An address lies in pinned memory, or
+// in device memory of a GPU that this one reaches.
 cudaError_t WriteBehind(cudaStream_t stream, const std::array<Write, 2>& writes);
 
 }  // namespace jax_sm_free::cuda

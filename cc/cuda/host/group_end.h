@@ -1,4 +1,4 @@
-// That ranks can not go on, told by the one that knows to those of other processes.
+// How a rank that knows that the group cannot go on tells ranks of other processes.
 
 #ifndef JAX_SM_FREE_CC_CUDA_HOST_GROUP_END_H_
 #define JAX_SM_FREE_CC_CUDA_HOST_GROUP_END_H_
@@ -15,24 +15,26 @@
 
 namespace jax_sm_free::cuda {
 
-// In memory that the processes of a group share. All zeros at first.
+// Lies in memory that the processes of a group share. All zeros at first.
 struct ClosedNote {
   std::atomic<int32_t> closed;
 };
 
-// In memory that the processes of all groups of a buffer share. All zeros at first.
+// Lies in memory that the processes of all groups of a buffer share. All zeros at first.
 struct FaultNote {
   enum Progress : int32_t { kEmpty, kClaimed, kWritten };
-  static_assert(std::atomic<int32_t>::is_always_lock_free);  // else it could not be shared
+  static_assert(std::atomic<int32_t>::is_always_lock_free);  // so that processes can share it
 
   std::atomic<int32_t> progress;  // of the text
   char text[2048];                // of the first fault, 0-terminated
 };
 
-// A fault ends the ranks of all groups, which run one program. Closing ends those of one group, of
-// which none may get a message any more; others may still have some to run.
+// A fault ends the ranks of all groups, because all of them run one program. A rank that closes its
+// buffer ends the ranks of its own group alone: none of them may get a message any more, while
+// other groups may still have work to do.
 //
-// Thread-safe, and safe beside a process that dies within a call: what it had to tell is lost.
+// Thread-safe. If a process dies within a call, the others lose what it had to tell, and nothing
+// else.
 class GroupEnd {
  public:
   GroupEnd(std::shared_ptr<ClosedNote> closed, std::shared_ptr<FaultNote> fault)
@@ -49,7 +51,7 @@ class GroupEnd {
     fault_->progress.store(FaultNote::kWritten, std::memory_order_release);
   }
 
-  // Whether one of these was told: no message may come any more.
+  // Whether a fault or a closing was told, so that no message may come any more.
   bool HasCome() const {
     return closed_->closed.load(std::memory_order_acquire) != 0 || HasFault();
   }

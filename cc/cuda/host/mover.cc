@@ -14,18 +14,18 @@
 namespace jax_sm_free::cuda {
 namespace {
 
-// How long the thread looks for orders without sleeping after there was a sign of any. A step of a
-// program is shorter than this, and a sleep would add its length to an exchange.
+// How long the thread looks for orders, without sleeping, after the last sign of one. A step of a
+// program is shorter than this. A sleep would make an exchange longer.
 constexpr auto kSpinTime = std::chrono::milliseconds(20);
 constexpr auto kSleepTime = std::chrono::milliseconds(1);
 
-// How long before the end of a copy the next one is enqueued.
+// The next copy is enqueued so long before the end of the copy before.
 constexpr std::chrono::microseconds kLead{6};
 
-// A copy's own time, however small.
+// The time that a copy of no bytes would take.
 constexpr std::chrono::microseconds kStartUp{3};
 
-// Numbers of orders wrap: from here on, one is of the round before.
+// The numbers of orders wrap around. An order that is so far ahead is one of the round before.
 constexpr uint32_t kFarAhead = uint32_t{1} << 31;
 
 constexpr int64_t kMeasuredBytes = int64_t{64} << 20;
@@ -71,8 +71,8 @@ bool Mover::TakeOrder() {
     const uint64_t word = std::atomic_ref(entry.words[i]).load(std::memory_order_acquire);
     const auto ahead = static_cast<uint32_t>(word >> 32) - static_cast<uint32_t>(num_orders_ + 1);
     if (ahead != 0) {
-      // The mailbox went round while the driver held this thread up; what it lost was read in
-      // place.
+      // The mailbox went round while the driver held this thread up. The destinations have read the
+      // messages of the orders that were lost where these were packed.
       if (ahead < kFarAhead) num_orders_ += ahead;
       return false;
     }
@@ -104,7 +104,7 @@ bool Mover::FinishCopy() {
   Copy& copy = on_its_way_;
   if (copy.dst < 0) return false;
   const Clock::time_point now = Clock::now();
-  // While the copy before still runs, this one cannot have begun.
+  // This copy cannot have begun while the copy before still runs.
   if (!IsDone(before_)) copy.end = std::max(copy.end, now + copy.length);
   if (now + kLead < copy.end && !IsDone(copy)) return false;
   ReleaseLink();
@@ -151,7 +151,8 @@ cudaError_t Mover::Issue(const CopyOrder& order, uint64_t number) {
   return WriteBehind(stream, {{{signal, order.signal}, {done_ + order.dst, number}}});
 }
 
-// Nothing more is copied: peers read what is posted in place, until a call or a check raises this.
+// The mover copies nothing from then on. Peers read messages where they were packed, until a call
+// or a check raises the fault.
 void Mover::Fail(cudaError_t status) {
   failed_ = true;
   waiting_.clear();
@@ -178,7 +179,7 @@ cudaError_t Mover::MeasureLink(int32_t dst) {
   while ((ticket = crossbar_->TryTake(dst)) == 0) std::this_thread::yield();
   (void)cudaEventCreate(&start);
   (void)cudaEventCreate(&stop);
-  for (int i = 0; i < 2; ++i) {  // the first one warms up
+  for (int i = 0; i < 2; ++i) {  // the first copy warms up
     (void)cudaEventRecord(start, stream);
     (void)cudaMemcpyAsync(view_.base[dst] + regions.recv, view_.base[view_.rank] + regions.recv,
                           bytes, cudaMemcpyDeviceToDevice, stream);
@@ -203,7 +204,7 @@ cudaError_t Mover::Prepare() {
   return status;
 }
 
-// Who waits for whom on this GPU, if a kernel has said so.
+// Tells the user which rank waits for which one, if a kernel on this GPU waits for long.
 void Mover::TellSlowWait() {
   FaultRecord& record = view_.status->slow_wait;
   const std::optional<Fault> fault = FaultIn(record, view_, kSlowWaitSeconds);
@@ -213,7 +214,7 @@ void Mover::TellSlowWait() {
   std::atomic_ref(record.claimed).store(0, std::memory_order_release);
 }
 
-// The fault that this rank has met. What follows from another's is that one's to tell.
+// Tells the user of this rank's fault. Another rank tells of a fault from which this one follows.
 void Mover::TellFault() {
   if (has_seen_fault_) return;
   FaultRecord& record = view_.status->fault;

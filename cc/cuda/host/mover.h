@@ -24,48 +24,51 @@
 
 namespace jax_sm_free::cuda {
 
-// The host thread of one GPU. Kernels post orders to its mailbox in pinned memory; for each it
-// enqueues a copy of exactly the message's bytes on the stream of that destination, and behind it a
-// write of the sequence number to the destination's signal. Nothing it enqueues ever waits.
+// The host thread of one GPU. Kernels post orders to the mailbox in pinned memory. For each order
+// the mover enqueues a copy of exactly the message's bytes on the stream of that destination, and
+// behind the copy a write to the destination's signal. Nothing that the mover enqueues ever waits.
 //
 //   mailbox ---> waiting ---------------> on its way -----------------------> done
 //                         the crossbar                 shortly before the end
 //                         gives the link               the link goes back
 //
 // Copy engines serve one peer after the other, so a rank has one copy on its way at a time. All
-// ranks post to their peers in the order of the ring, and keep it: whoever took the next free link
-// instead would leave two ranks with the same last destination. The link goes back a little before
-// the copy ends, for it takes the host some time to enqueue the next one; when that is follows from
-// how long a link needs for a byte, measured when the buffer is made.
+// ranks post to their peers in the order of the ring, and movers keep this order. A mover that took
+// the next free link instead would leave two ranks with the same last destination.
+//
+// The mover gives a link back a little before the copy ends, because the host needs some time to
+// enqueue the next copy. It computes that moment from the time that the link needs for a byte,
+// which it measures when the buffer is made.
 class Mover {
  public:
-  // `crossbar` is shared by the group. `done` u64 [ep_size] is pinned memory of this mover's alone,
-  // zeros. Measures the links to the peers, whose regions are there and hold no messages yet.
-  // `courier`, if any, takes what is for ranks out of reach. `group_end`, if any, hears of this
-  // rank's fault, and ends this rank's waits when it has come. A group of one rank has a mover,
-  // too, which tells its faults and moves nothing.
+  // The group shares `crossbar`. `courier`, if any, takes the orders for ranks out of reach.
+  // `group_end`, if any, hears of this rank's fault, and ends this rank's waits when the group has
+  // ended. `done` u64 [ep_size] is zeros in pinned memory that this mover alone uses.
+  //
+  // Measures the links to the peers, whose regions exist and hold no messages yet. A group of one
+  // rank has a mover, too, which tells its faults and moves nothing.
   Mover(int device, const RankView& view, std::shared_ptr<Crossbar> crossbar,
         std::shared_ptr<Courier> courier, std::shared_ptr<GroupEnd> group_end, uint64_t* done);
   ~Mover();
   Mover(const Mover&) = delete;
   Mover& operator=(const Mover&) = delete;
 
-  // Called when an exchange was enqueued: orders will come soon.
+  // Called when an exchange was enqueued, because orders will come soon.
   void Wake();
 
-  // What the first copy that failed has met, if one did. It stays.
+  // The fault of the first copy that failed, if one has failed. It stays.
   std::optional<Fault> CopyFault();
 
  private:
   using Clock = std::chrono::steady_clock;
 
-  // A copy that was enqueued: its number, and when it should have moved its bytes.
+  // A copy that was enqueued.
   struct Copy {
     int32_t dst = -1;
     Crossbar::Ticket ticket = 0;
     uint64_t number = 0;
-    Clock::duration length{};
-    Clock::time_point end{};
+    Clock::duration length{};  // that it should take
+    Clock::time_point end{};   // when it should have moved its bytes
   };
 
   bool IsForCourier(int32_t dst) const { return courier_ != nullptr && courier_->Serves(dst); }
@@ -73,7 +76,7 @@ class Mover {
   cudaError_t MeasureLink(int32_t dst);
   void ReleaseLink();
   void Run();
-  // Each says whether it found anything to do.
+  // TakeOrder, FinishCopy and StartCopy return whether they found anything to do.
   bool TakeOrder();
   void Accept(const CopyOrder& order);
   bool FinishCopy();
@@ -90,12 +93,12 @@ class Mover {
   const std::shared_ptr<Crossbar> crossbar_;
   const std::shared_ptr<Courier> courier_;
   const std::shared_ptr<GroupEnd> group_end_;
-  uint64_t* const done_;                  // by destination: the last copy that has arrived
+  uint64_t* const done_;  // by destination: the number of the last copy that has arrived
   std::vector<cudaStream_t> streams_;     // by destination
   std::vector<double> seconds_per_byte_;  // by destination
   std::deque<CopyOrder> waiting_;
   Copy on_its_way_;
-  Copy before_;              // may still move its last bytes
+  Copy before_;              // the copy before, which may still move its last bytes
   uint64_t num_orders_ = 0;  // taken from the mailbox
   std::mutex mutex_;
   std::condition_variable woken_;

@@ -86,7 +86,7 @@ std::optional<Fault> FaultIn(FaultRecord& record, const RankView& view, double w
   const Op op = static_cast<Op>(record.op);
   fault.op = OpName(op);
   fault.rank = view.rank;
-  // Sequence numbers start at 1: a token that names no exchange leaves 0.
+  // Sequence numbers start at 1. The record has 0 if the token names no exchange.
   if (record.sequence > 0) {
     fault.exchange = DescribeExchange(KindOf(op), record.sequence, record.slot);
   }

@@ -1,4 +1,4 @@
-// The fault that a kernel wrote into pinned memory as numbers, in words.
+// Puts into words a fault that a kernel wrote into pinned memory as numbers.
 
 #ifndef JAX_SM_FREE_CC_CUDA_HOST_STATUS_FAULT_H_
 #define JAX_SM_FREE_CC_CUDA_HOST_STATUS_FAULT_H_
@@ -10,10 +10,11 @@
 
 namespace jax_sm_free::cuda {
 
-// None until a kernel has written all of it. `waited_s`: how long, if it is about a wait.
+// Returns none until a kernel has written all of the record. `waited_s` is how long the kernel has
+// waited, if the fault is about a wait.
 std::optional<Fault> FaultIn(FaultRecord& record, const RankView& view, double waited_s);
 
-// Whether the fault only follows from another rank's, or from the buffer's end.
+// Whether the fault only follows from the fault of another rank, or from the end of the buffer.
 bool IsEcho(const FaultRecord& record);
 
 }  // namespace jax_sm_free::cuda

@@ -33,6 +33,7 @@ class CountersTest : public testing::TestWithParam<Case> {
 
   std::vector<Floats> NumbersOfAll(int64_t count) {
     std::vector<Floats> numbers;
+    numbers.reserve(GetParam().ep_size);
     for (int32_t rank = 0; rank < GetParam().ep_size; ++rank) numbers.push_back(ops.Numbers(count));
     return numbers;
   }

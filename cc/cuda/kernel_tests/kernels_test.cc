@@ -56,8 +56,9 @@ class Checker {
 
   // Checks the rows of a dispatch, and returns where they should be.
   Places CheckDispatch() {
-    Places places(case_.ep_size, std::vector<Place>(case_.num_tokens * kTopK));
+    Places places(case_.ep_size, std::vector<Place>(int64_t{case_.num_tokens} * kTopK));
     std::vector<Floats> x;
+    x.reserve(case_.ep_size);
     for (int32_t source = 0; source < case_.ep_size; ++source) x.push_back(Expected(source));
     for (int32_t rank = 0; rank < case_.ep_size; ++rank) {
       FindTokenRows(rank, places);
@@ -149,6 +150,7 @@ class KernelsTest : public testing::TestWithParam<Case> {
  protected:
   std::vector<Floats> NumbersOfAll(int64_t count) {
     std::vector<Floats> numbers;
+    numbers.reserve(GetParam().ep_size);
     for (int32_t rank = 0; rank < GetParam().ep_size; ++rank) numbers.push_back(ops.Numbers(count));
     return numbers;
   }

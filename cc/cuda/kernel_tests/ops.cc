@@ -81,8 +81,9 @@ Arrays Ops::MakeArrays(int32_t rank) {
   a.token.resize(kTokenSize);
   a.x = Numbers(int64_t{case_.num_tokens} * case_.hidden);
   a.weights = Numbers(int64_t{case_.num_tokens} * kTopK);
-  for (int32_t i = 0; i < case_.num_tokens * kTopK; ++i)
+  for (int32_t i = 0; i < case_.num_tokens * kTopK; ++i) {
     a.idx.push_back(ExpertFor(i / kTopK, i % kTopK));
+  }
   a.rows.assign(config_.recv_capacity * case_.hidden, NAN);
   a.row_weights.assign(config_.recv_capacity, NAN);
   a.group_sizes.assign(kLocalExperts, kUnset);
@@ -197,6 +198,7 @@ std::vector<Floats> Ops::Combine(const std::vector<Floats>& y, bool weighted) {
   }
   Move();
   std::vector<Floats> sums;
+  sums.reserve(config_.ep_size);
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
     sums.push_back(SumsOf(Op::kCombineRecv, rank, rows[rank], nullptr));
   }

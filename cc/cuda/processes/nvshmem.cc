@@ -8,6 +8,8 @@
 #include <cstring>
 #include <utility>
 
+#include "cc/cuda/host/refusal.h"
+
 namespace jax_sm_free::cuda {
 
 #define SMF_NVSHMEM_FUNCTIONS(apply) \
@@ -28,6 +30,7 @@ namespace jax_sm_free::cuda {
   apply(nvshmemx_set_attr_uniqueid_args);
 
 struct Nvshmem::Functions {
+// NOLINTNEXTLINE(bugprone-macro-parentheses): a declaration has its name without parentheses.
 #define SMF_DECLARE(name) decltype(&::name) name = nullptr
   SMF_NVSHMEM_FUNCTIONS(SMF_DECLARE)
 #undef SMF_DECLARE
@@ -35,25 +38,21 @@ struct Nvshmem::Functions {
 
 namespace {
 
-Fault Failed(std::string expected, std::string seen) {
-  return {.op = "Buffer", .expected = std::move(expected), .seen = std::move(seen), .exchange = {}};
-}
-
 Fault CallFailed(const char* call, int code) {
-  return Failed(std::string(call) + " to return 0",
+  return Refuse(std::string(call) + " to return 0",
                 std::to_string(code) + "; NVSHMEM_DEBUG=WARN in the environment may tell more");
 }
 
 Fault LoadFailed(const std::string& path) {
   const char* error = dlerror();
-  return Failed("the library " + path, error == nullptr ? "nothing" : error);
+  return Refuse("the library " + path, error == nullptr ? "nothing" : error);
 }
 
-// Read by the library when the first process makes an id, or joins.
+// The library reads these variables when this process makes an id, or joins.
 void SetEnvironment() {
-  // NVLink multicast is for its collectives, which we do not call, and takes memory of its own.
+  // NVLink multicast serves the collectives of NVSHMEM, which we do not call, and takes memory.
   setenv("NVSHMEM_DISABLE_NVLS", "1", 1);
-  // A thread that would watch for kernels which call NVSHMEM, where no NIC needs it. None of ours
+  // Where there is no NIC, a thread would serve kernels that call NVSHMEM. None of our kernels
   // does.
   setenv("NVSHMEM_DISABLE_LOCAL_ONLY_PROXY", "1", 0);
 }
@@ -66,7 +65,7 @@ Result<Nvshmem*> Nvshmem::Load(const std::string& path) {
   const std::lock_guard lock(mutex);
   if (loaded != nullptr) return loaded;
   SetEnvironment();
-  // Who has loaded the same file before shares it, with what it has initialized.
+  // A library that has loaded the same file before shares it with us, initialized or not.
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (handle == nullptr) return LoadFailed(path);
   auto functions = std::make_unique<Functions>();
@@ -103,7 +102,7 @@ std::optional<Fault> Nvshmem::Join(const std::string& id, int pe, int num_pes) {
   const std::lock_guard lock(mutex_);
   nvshmemx_uniqueid_t unique_id = NVSHMEMX_UNIQUEID_INITIALIZER;
   if (id.size() != sizeof(unique_id)) {
-    return Failed("an id of NVSHMEM of " + std::to_string(sizeof(unique_id)) + " bytes",
+    return Refuse("an id of NVSHMEM of " + std::to_string(sizeof(unique_id)) + " bytes",
                   std::to_string(id.size()));
   }
   std::memcpy(&unique_id, id.data(), sizeof(unique_id));
@@ -112,9 +111,9 @@ std::optional<Fault> Nvshmem::Join(const std::string& id, int pe, int num_pes) {
   if (code != 0) return CallFailed("nvshmemx_set_attr_uniqueid_args", code);
   code = functions_->nvshmemx_hostlib_init_attr(NVSHMEMX_INIT_WITH_UNIQUEID, &attributes);
   if (code != 0) return CallFailed("nvshmemx_hostlib_init_attr", code);
-  // It returns 0, too, where it found the other processes and then could not set up the device.
+  // NVSHMEM also returns 0 if it found the other processes and then could not set up the device.
   if (!IsJoined()) {
-    return Failed("nvshmemx_init_status 2 (initialized)",
+    return Refuse("nvshmemx_init_status 2 (initialized)",
                   std::to_string(functions_->nvshmemx_init_status()) +
                       "; NVSHMEM_DEBUG=WARN in the environment may tell more");
   }
@@ -148,7 +147,6 @@ void Nvshmem::Unregister(void* memory) {
 }
 
 void Nvshmem::Put(void* target, const void* source, size_t bytes, int pe) {
-  if (bytes == 0) return;
   const std::lock_guard lock(mutex_);
   functions_->nvshmem_putmem_nbi(target, source, bytes, pe);
 }

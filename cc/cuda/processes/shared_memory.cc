@@ -10,14 +10,14 @@
 #include <fstream>
 #include <utility>
 
+#include "cc/cuda/host/refusal.h"
+
 namespace jax_sm_free::cuda {
 namespace {
 
 Fault Failed(const char* call, const std::string& name, int error) {
-  return {.op = "Buffer",
-          .expected = std::string(call) + " of shared memory " + name + " to succeed",
-          .seen = std::strerror(error),
-          .exchange = {}};
+  return Refuse(std::string(call) + " of shared memory " + name + " to succeed",
+                std::strerror(error));
 }
 
 }  // namespace

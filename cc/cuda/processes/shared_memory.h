@@ -12,13 +12,13 @@
 
 namespace jax_sm_free::cuda {
 
-// Names what this process shares memory with: two processes with the same text can. Containers of
-// one host differ in it if each has a /dev/shm of its own.
+// A text that two processes have in common if they can share memory. Containers of one host have
+// different texts if each has a /dev/shm of its own.
 std::string MemoryHost();
 
-// A block of zeros under a name. It has the name until the process that created it says Unname, or
-// drops the block: then nothing is left of it when the processes that opened it have ended, however
-// they end.
+// A block of memory under a name, zeros at first. The block has the name until the process that
+// created it calls Unname, or drops the block. From then on, nothing is left of the block when the
+// processes that opened it have ended, however they end.
 class SharedMemory {
  public:
   static Result<std::shared_ptr<SharedMemory>> Create(const std::string& name, size_t bytes);

@@ -32,7 +32,7 @@ std::shared_ptr<void> SymmetricHeap::Take(size_t bytes, const Ids& dropped_by_al
     allocated_bytes_ -= blocks_.at(id).bytes;
     blocks_.erase(id);
   }
-  // An id is used up where there is no memory, too: others may have got some.
+  // The id counts as used even if there is no memory here, because others may have got some.
   const int64_t id = next_id_++;
   const size_t needed = allocated_bytes_ + bytes;
   void* memory = functions.allocate(bytes, std::max(needed, most_bytes_) - most_bytes_);

@@ -1,4 +1,4 @@
-// Blocks of symmetric memory: whose are in use, whose may be used again.
+// Blocks of symmetric memory: which of them are in use, and which may be used again.
 
 #ifndef JAX_SM_FREE_CC_CUDA_PROCESSES_SYMMETRIC_HEAP_H_
 #define JAX_SM_FREE_CC_CUDA_PROCESSES_SYMMETRIC_HEAP_H_
@@ -14,15 +14,17 @@
 namespace jax_sm_free::cuda {
 
 // To allocate symmetric memory, and to free it, is collective over all processes. To open a buffer
-// is, too, but to close one is not: processes close when they like, some without knowing it, and
-// one may have died. So a block that is dropped is only marked here. It is freed, or used again, at
-// the next opening, if all processes have dropped it: until then a late peer may write into it,
-// and finds memory there. Blocks have the same ids everywhere, in the order of their allocation.
+// is collective, too. To close a buffer is not: processes close at different times, and a process
+// may have died. So this class only marks a block that is dropped. The next opening frees the
+// block, or uses it again, if all processes have dropped it. Until then a late peer may write into
+// the block, and finds memory there. A block has the same id in all processes, because all allocate
+// blocks in the same order.
 class SymmetricHeap {
  public:
   using Ids = std::set<int64_t>;
   struct Functions {
-    // Bytes, and those of them for which the heap has to grow: what was freed stays with it.
+    // Takes the size of the block, and the bytes by which the heap has to grow. The heap keeps what
+    // was freed.
     std::function<void*(size_t, size_t)> allocate;
     std::function<void(void*)> free;
   };
@@ -30,8 +32,8 @@ class SymmetricHeap {
   // The blocks that this process has dropped.
   Ids Dropped() const;
 
-  // A block of `bytes`, dropped with the last copy of the pointer; null if there is no memory.
-  // Collective: all give the same `bytes` and the same `dropped_by_all`. Not zeroed.
+  // A block of `bytes`, not zeroed, which is dropped with the last copy of the pointer. Null if
+  // there is no memory. Collective: all give the same `bytes` and the same `dropped_by_all`.
   std::shared_ptr<void> Take(size_t bytes, const Ids& dropped_by_all, const Functions& functions);
 
  private:
