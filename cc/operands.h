@@ -10,8 +10,12 @@
 
 namespace jax_sm_free {
 
-// Element types of rows that are summed.
+// Element types of rows that are summed. VisitDType (cc/cpu/numeric.h) turns one into a type for
+// code on the host, and VisitElement (cc/cuda/kernels/elements.cuh) into a type for kernels.
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+inline constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
+
+constexpr int64_t ElementBytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // Rows in two parts, side by side on the wire: values and, for quantised rows, their scales.
 // scales_bytes is 0 where there are none.
@@ -39,9 +43,7 @@ struct Matrix {
   DType dtype = DType::kFloat32;
   int64_t hidden = 0;
 
-  constexpr int64_t row_bytes() const {
-    return hidden * (dtype == DType::kFloat32 ? int64_t{4} : int64_t{2});
-  }
+  constexpr int64_t row_bytes() const { return hidden * ElementBytes(dtype); }
 };
 
 // What the dispatch said about its token rows: the contract of jax_sm_free.results.Layout.

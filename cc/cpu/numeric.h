@@ -7,6 +7,8 @@
 #include <cfenv>
 #include <cstdint>
 
+#include "cc/operands.h"
+
 namespace jax_sm_free {
 
 struct Float32 {
@@ -51,16 +53,32 @@ struct Float16 {
   }
 };
 
+// Calls fn<Float32>(), fn<BFloat16>() or fn<Float16>(), and returns what it returns. Inlined, so
+// that a function that is compiled for wider vectors has all of `fn` inside.
+template <typename Fn>
+__attribute__((always_inline)) inline auto VisitDType(DType dtype, const Fn& fn) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return fn.template operator()<Float32>();
+    case DType::kBFloat16:
+      return fn.template operator()<BFloat16>();
+    case DType::kFloat16:
+      break;
+  }
+  return fn.template operator()<Float16>();
+}
+
 // float8_e4m3fn: four bits of exponent, three of mantissa, no infinities; 0x7F is NaN.
 struct Float8E4M3 {
   using Storage = uint8_t;
+  static constexpr uint8_t kNan = 0x7F;
   static float Load(uint8_t code) {
     const uint32_t sign = uint32_t{code & 0x80U} << 24;
     const uint32_t magnitude = code & 0x7FU;
     const uint32_t normal = (magnitude << 20) + (120U << 23);
     const auto subnormal = std::bit_cast<uint32_t>(static_cast<float>(magnitude) * 0x1p-9F);
     const uint32_t finite = magnitude < 8 ? subnormal : normal;
-    return std::bit_cast<float>(sign | (magnitude == 0x7F ? 0x7FC00000U : finite));
+    return std::bit_cast<float>(sign | (magnitude == kNan ? 0x7FC00000U : finite));
   }
   static uint8_t Store(float value) {  // to nearest, ties to even, at most 448; NaN stays NaN
     const auto bits = std::bit_cast<uint32_t>(value);
@@ -72,7 +90,7 @@ struct Float8E4M3 {
     const uint32_t rounded = magnitude < 0x3C800000U ? subnormal : normal;
     const uint32_t finite = rounded > 0x7EU ? 0x7EU : rounded;
     return static_cast<uint8_t>(((bits >> 24) & 0x80U) |
-                                (magnitude > 0x7F800000U ? 0x7FU : finite));
+                                (magnitude > 0x7F800000U ? uint32_t{kNan} : finite));
   }
 };
 

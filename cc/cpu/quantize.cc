@@ -72,17 +72,9 @@ QuantizedRows::QuantizedRows(const Matrix& matrix, const std::byte* x, int64_t n
     : hidden_(matrix.hidden),
       values_(std::make_unique_for_overwrite<uint8_t[]>(num_rows * hidden_)),
       scales_(std::make_unique_for_overwrite<float[]>(num_rows * NumScales(hidden_))) {
-  switch (matrix.dtype) {
-    case DType::kFloat32:
-      QuantizeRows<Float32>(x, num_rows, hidden_, values_.get(), scales_.get());
-      break;
-    case DType::kBFloat16:
-      QuantizeRows<BFloat16>(x, num_rows, hidden_, values_.get(), scales_.get());
-      break;
-    case DType::kFloat16:
-      QuantizeRows<Float16>(x, num_rows, hidden_, values_.get(), scales_.get());
-      break;
-  }
+  VisitDType(matrix.dtype, [&]<typename T>() {
+    QuantizeRows<T>(x, num_rows, hidden_, values_.get(), scales_.get());
+  });
 }
 
 ConstRows QuantizedRows::rows() const {
@@ -93,14 +85,7 @@ ConstRows QuantizedRows::rows() const {
 }
 
 void DequantizeRow(const Matrix& matrix, const std::byte* wire, std::byte* out) {
-  switch (matrix.dtype) {
-    case DType::kFloat32:
-      return DequantizeAs<Float32>(matrix.hidden, wire, out);
-    case DType::kBFloat16:
-      return DequantizeAs<BFloat16>(matrix.hidden, wire, out);
-    case DType::kFloat16:
-      return DequantizeAs<Float16>(matrix.hidden, wire, out);
-  }
+  VisitDType(matrix.dtype, [&]<typename T>() { DequantizeAs<T>(matrix.hidden, wire, out); });
 }
 
 }  // namespace jax_sm_free

@@ -21,8 +21,6 @@ using testing::Poisoned;
 using testing::Random;
 using testing::Rounded;
 
-constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
-
 // Row `i` as it travels: values, then scales.
 std::vector<std::byte> WireRow(const ConstRows& rows, int64_t i) {
   std::vector<std::byte> wire(rows.row_bytes());

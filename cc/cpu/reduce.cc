@@ -16,7 +16,8 @@
 #else
 #define SMF_VECTORIZED
 #endif
-#define SMF_INLINE inline __attribute__((always_inline))
+#define SMF_INLINED __attribute__((always_inline))
+#define SMF_INLINE inline SMF_INLINED
 
 namespace jax_sm_free {
 namespace {
@@ -90,50 +91,16 @@ SMF_INLINE float ScaleAndDotBody(const std::byte* in, const std::byte* y, float 
   return partial[0];
 }
 
-SMF_VECTORIZED void SumFloat32(const Terms& terms, int64_t hidden, std::byte* out) {
-  SumBody<Float32>(terms, hidden, out);
-}
-SMF_VECTORIZED void SumBFloat16(const Terms& terms, int64_t hidden, std::byte* out) {
-  SumBody<BFloat16>(terms, hidden, out);
-}
-SMF_VECTORIZED void SumFloat16(const Terms& terms, int64_t hidden, std::byte* out) {
-  SumBody<Float16>(terms, hidden, out);
-}
-SMF_VECTORIZED float ScaleAndDotFloat32(const std::byte* in, const std::byte* y, float weight,
-                                        int64_t hidden, std::byte* out) {
-  return ScaleAndDotBody<Float32>(in, y, weight, hidden, out);
-}
-SMF_VECTORIZED float ScaleAndDotBFloat16(const std::byte* in, const std::byte* y, float weight,
-                                         int64_t hidden, std::byte* out) {
-  return ScaleAndDotBody<BFloat16>(in, y, weight, hidden, out);
-}
-SMF_VECTORIZED float ScaleAndDotFloat16(const std::byte* in, const std::byte* y, float weight,
-                                        int64_t hidden, std::byte* out) {
-  return ScaleAndDotBody<Float16>(in, y, weight, hidden, out);
+SMF_VECTORIZED void Sum(const Matrix& matrix, const Terms& terms, std::byte* out) {
+  VisitDType(matrix.dtype,
+             [&]<typename T>() SMF_INLINED { SumBody<T>(terms, matrix.hidden, out); });
 }
 
-void Sum(const Matrix& matrix, const Terms& terms, std::byte* out) {
-  switch (matrix.dtype) {
-    case DType::kFloat32:
-      return SumFloat32(terms, matrix.hidden, out);
-    case DType::kBFloat16:
-      return SumBFloat16(terms, matrix.hidden, out);
-    case DType::kFloat16:
-      return SumFloat16(terms, matrix.hidden, out);
-  }
-}
-
-float ScaleAndDot(const Matrix& matrix, const std::byte* in, const std::byte* y, float weight,
-                  std::byte* out) {
-  switch (matrix.dtype) {
-    case DType::kFloat32:
-      return ScaleAndDotFloat32(in, y, weight, matrix.hidden, out);
-    case DType::kBFloat16:
-      return ScaleAndDotBFloat16(in, y, weight, matrix.hidden, out);
-    case DType::kFloat16:
-      return ScaleAndDotFloat16(in, y, weight, matrix.hidden, out);
-  }
-  return 0;
+SMF_VECTORIZED float ScaleAndDot(const Matrix& matrix, const std::byte* in, const std::byte* y,
+                                 float weight, std::byte* out) {
+  return VisitDType(matrix.dtype, [&]<typename T>() SMF_INLINED {
+    return ScaleAndDotBody<T>(in, y, weight, matrix.hidden, out);
+  });
 }
 
 }  // namespace

@@ -69,8 +69,7 @@ class ReduceTest : public ::testing::TestWithParam<std::tuple<DType, int>> {
 };
 
 inline auto AllMatrices() {
-  return ::testing::Combine(::testing::Values(DType::kFloat32, DType::kBFloat16, DType::kFloat16),
-                            ::testing::Values(1, 7, 511, 513));
+  return ::testing::Combine(::testing::ValuesIn(kDTypes), ::testing::Values(1, 7, 511, 513));
 }
 
 std::string NameOfMatrix(const ::testing::TestParamInfo<std::tuple<DType, int>>& info);

@@ -46,9 +46,10 @@ template <typename V>
 using BitsOf = std::conditional_t<sizeof(V) == sizeof(uint4), uint4,
                                   std::conditional_t<sizeof(V) == 4, uint32_t, uint16_t>>;
 
-// Calls fn<T, kWidth> for the dtype of `matrix`, with 16-byte vectors where rows allow them.
+// Calls fn<T, kWidth>() with the element type of `matrix`, and the number of elements that one load
+// moves: 16 bytes of them where rows are whole multiples of 16 bytes, else one.
 template <typename Fn>
-void Dispatch(const Matrix& matrix, Fn fn) {
+void VisitElement(const Matrix& matrix, Fn fn) {
   const bool wide = matrix.row_bytes() % 16 == 0;
   switch (matrix.dtype) {
     case DType::kFloat32:
@@ -61,12 +62,12 @@ void Dispatch(const Matrix& matrix, Fn fn) {
   }
 }
 
-// Calls fn<T, kWidth> for all of them.
+// Calls fn<T, kWidth>() for all that VisitElement chooses from.
 template <typename Fn>
 void ForEachElement(Fn fn) {
-  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-    Dispatch(Matrix{dtype, 8}, fn);
-    Dispatch(Matrix{dtype, 1}, fn);
+  for (const DType dtype : kDTypes) {
+    VisitElement(Matrix{dtype, 8}, fn);
+    VisitElement(Matrix{dtype, 1}, fn);
   }
 }
 

@@ -137,7 +137,7 @@ struct LoadAll {
 }  // namespace
 
 void LaunchPackQuantized(const RankView& view, const PackQuantizedArgs& args, cudaStream_t stream) {
-  Dispatch(args.matrix, Launch{view, args, stream});
+  VisitElement(args.matrix, Launch{view, args, stream});
 }
 
 cudaError_t LoadPackQuantized() {

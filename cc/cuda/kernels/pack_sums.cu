@@ -180,7 +180,7 @@ struct LoadAll {
 
 void LaunchPackSums(const RankView& view, const PackSumsArgs& args, cudaStream_t stream) {
   Enqueue(BeginPackSumsKernel, {1, kMaxRanks}, stream, view, args);
-  Dispatch(args.matrix, Launch{view, args, stream});
+  VisitElement(args.matrix, Launch{view, args, stream});
 }
 
 cudaError_t LoadPackSums() {

@@ -166,7 +166,7 @@ void LaunchSpread(const RankView& view, const SpreadArgs& args, cudaStream_t str
   (void)cudaMemsetAsync(view.covered, 0, args.rows.layout.num_rows, stream);
   static const int blocks = FullGrid(MarkKernel);
   Enqueue(MarkKernel, {blocks, kRowThreads}, stream, view, args);  // behind a memset
-  Dispatch(args.matrix, Launch{view, args, stream});
+  VisitElement(args.matrix, Launch{view, args, stream});
 }
 
 cudaError_t LoadSpread() {

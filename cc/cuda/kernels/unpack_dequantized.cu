@@ -170,14 +170,14 @@ void LaunchUnpackExpertsDequantized(const RankView& view, const UnpackExpertsArg
   const Matrix& matrix = *out.dequantized;
   LaunchPlan(view, out, stream);
   ForEachTurn(view.config.ep_size, out.all_here, [&](const Turn& turn, const Turn& next) {
-    Dispatch(matrix, LaunchExpertsTurn{view, out, matrix.hidden, turn, next, stream});
+    VisitElement(matrix, LaunchExpertsTurn{view, out, matrix.hidden, turn, next, stream});
   });
 }
 
 void LaunchUnpackTokensDequantized(const RankView& view, const UnpackTokensArgs& out,
                                    cudaStream_t stream) {
   const Matrix& matrix = *out.dequantized;
-  Dispatch(matrix, LaunchTokens{view, out, matrix.hidden, stream});
+  VisitElement(matrix, LaunchTokens{view, out, matrix.hidden, stream});
 }
 
 cudaError_t LoadUnpackDequantized() {
