@@ -6,6 +6,8 @@
 
 #include <cstdint>
 
+#include "cc/wire_format.h"
+
 namespace jax_sm_free {
 
 // A receive that has waited for so long says for whom, once.
@@ -22,7 +24,8 @@ struct Config {
   int64_t expert_capacity = 0;   // the size of every group; 0: each as its rows need
   int64_t row_bytes = 0;         // of the widest row that travels
   double timeout_s = 100.0;      // how long a receive waits
-  bool float8_wire = false;      // rows of a dispatch travel quantised: cc/quantized.h
+  // How the rows of a dispatch travel.
+  WireFormat wire_format = WireFormat::kPlain;
 
   constexpr int32_t num_local_experts() const { return num_experts / ep_size; }
   constexpr int64_t max_recv_tokens() const { return int64_t{ep_size} * max_tokens; }

@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <utility>
 
-#include "cc/quantized.h"
 #include "cc/token.h"
 
 namespace jax_sm_free {
@@ -236,6 +235,7 @@ class Check {
   bool CheckMoved(size_t i) {
     const Content content = table_.arrays[i].content;
     if (content == kTyped) return true;
+    const bool quantizes = config_.wire_format != WireFormat::kPlain;
     const bool is_wide_as_first = given_[i].row_bytes == given_[FirstLike(i)].row_bytes;
     if (!is_wide_as_first && given_[FirstLike(i)].dims[0] > 0) {
       return Refuse(std::string(table_.arrays[i].name) + " of the dtype of " +
@@ -243,14 +243,15 @@ class Check {
                     "another");
     }
     if (content == kScales) {
-      if (config_.float8_wire && given_[i].row_bytes > 0) {
+      if (quantizes && given_[i].row_bytes > 0) {
         return Refuse("no scales where the wire quantises", "some");
       }
-      return config_.float8_wire || HasRowBytes(given_[i - 1].row_bytes + given_[i].row_bytes);
+      return quantizes || HasRowBytes(given_[i - 1].row_bytes + given_[i].row_bytes);
     }
-    if (!config_.float8_wire) return true;
+    if (!quantizes) return true;
     if (!HasElements(i)) return false;
-    return HasRowBytes(QuantizedRowBytes({*given_[i].dtype, given_[i].dims[1]}));
+    const RowFormat format{config_.wire_format, {*given_[i].dtype, given_[i].dims[1]}};
+    return HasRowBytes(format.WireBytes(given_[i].row_bytes));
   }
 
   const OpTable& table_;

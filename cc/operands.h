@@ -6,7 +6,8 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <optional>
+
+#include "cc/wire_format.h"
 
 namespace jax_sm_free {
 
@@ -46,6 +47,25 @@ struct Matrix {
   constexpr int64_t row_bytes() const { return hidden * ElementBytes(dtype); }
 };
 
+// How the rows of a dispatch travel.
+struct RowFormat {
+  WireFormat wire = WireFormat::kPlain;
+  Matrix matrix = {};  // what the rows are, where the wire quantises them; else unused
+
+  constexpr bool is_plain() const { return wire == WireFormat::kPlain; }
+
+  // Bytes on the wire of a row that has `row_bytes` in the arrays of the program.
+  constexpr int64_t WireBytes(int64_t row_bytes) const {
+    return VisitWireFormat(wire, [&]<typename Format>() {
+      if constexpr (Format::kQuantizes) {
+        return matrix.hidden + ScalesBytes<Format>(matrix.hidden);
+      } else {
+        return row_bytes;
+      }
+    });
+  }
+};
+
 // What the dispatch said about its token rows: the contract of jax_sm_free.results.Layout.
 struct LayoutIn {
   const int32_t* rows = nullptr;           // [ep_size * max_tokens, fanout]
@@ -71,11 +91,11 @@ struct ExpertRows {
 
 // dispatch_send.
 struct DispatchSendIn {
-  const int32_t* position =
-      nullptr;  // i32 []: where the program believes the rank to be in the mesh
+  // i32 []: where the program believes the rank to be in the mesh.
+  const int32_t* position = nullptr;
   TopK topk;
-  ConstRows rows;                        // [num_tokens]
-  std::optional<Matrix> quantized = {};  // what the rows are, where the wire quantises them
+  ConstRows rows;  // [num_tokens]
+  RowFormat format = {};
 };
 
 // combine_backward_send.
@@ -99,24 +119,24 @@ struct OwnRows {
 
 // dispatch_recv of output "experts".
 struct ExpertsOut {
-  MutableRows rows;                        // [recv_capacity]
-  std::optional<Matrix> dequantized = {};  // what they are, where the wire quantises them
-  int32_t* group_sizes = nullptr;          // [num_local_experts]
-  int32_t* counts = nullptr;               // [num_local_experts]
-  float* weights = nullptr;                // [recv_capacity]
-  int32_t* dropped = nullptr;              // []
-  LayoutOut layout;                        // fanout is top_k
+  MutableRows rows;  // [recv_capacity]
+  RowFormat format = {};
+  int32_t* group_sizes = nullptr;  // [num_local_experts]
+  int32_t* counts = nullptr;       // [num_local_experts]
+  float* weights = nullptr;        // [recv_capacity]
+  int32_t* dropped = nullptr;      // []
+  LayoutOut layout;                // fanout is top_k
 };
 
 // dispatch_recv of output "tokens", with R = ep_size * max_tokens.
 struct TokensOut {
-  MutableRows rows;                        // [R]
-  std::optional<Matrix> dequantized = {};  // what they are, where the wire quantises them
-  int32_t* topk_idx = nullptr;             // [R, top_k]
-  float* topk_weights = nullptr;           // [R, top_k]
-  int32_t* counts = nullptr;               // [num_local_experts]
-  int32_t* num_tokens = nullptr;           // []
-  LayoutOut layout;                        // fanout is 1
+  MutableRows rows;  // [R]
+  RowFormat format = {};
+  int32_t* topk_idx = nullptr;    // [R, top_k]
+  float* topk_weights = nullptr;  // [R, top_k]
+  int32_t* counts = nullptr;      // [num_local_experts]
+  int32_t* num_tokens = nullptr;  // []
+  LayoutOut layout;               // fanout is 1
 };
 
 // combine_recv, dispatch_backward_recv.

@@ -88,10 +88,10 @@ Given GivenOf(Out<B>& result) {
   return GivenOf(*result);
 }
 
-// What `values` are where this buffer's wire quantises them.
-inline std::optional<Matrix> QuantizedOf(const Config& config, const ffi::AnyBuffer& values) {
-  if (!config.float8_wire) return std::nullopt;
-  return MatrixOf(values);
+// How `values` travel. Plain rows may have any element type.
+inline RowFormat FormatOf(const Config& config, const ffi::AnyBuffer& values) {
+  if (config.wire_format == WireFormat::kPlain) return {};
+  return {config.wire_format, MatrixOf(values)};
 }
 
 // An operand without elements stands for one that is absent.
@@ -114,7 +114,7 @@ inline MutableRows RowsOf(Out<ffi::AnyBuffer>& values, Out<ffi::AnyBuffer>& scal
   return {BytesOf(values), RowBytes(*values), BytesOf(scales), RowBytes(*scales)};
 }
 
-inline LayoutOut LayoutOf(Out<S32>& rows, Out<S32>& num_rows_from) {
+inline LayoutOut LayoutResult(Out<S32>& rows, Out<S32>& num_rows_from) {
   return {rows->typed_data(), num_rows_from->typed_data()};
 }
 

@@ -39,7 +39,7 @@ auto RunDispatchSend(const Call& call, ffi::AnyBuffer values, ffi::AnyBuffer sca
       .position = position.typed_data(),
       .topk = {topk_idx.typed_data(), topk_weights.typed_data(), topk_idx.dimensions()[0]},
       .rows = RowsOf(values, scales),
-      .quantized = QuantizedOf(call.config(), values)};
+      .format = FormatOf(call.config(), values)};
   return DispatchSend(call, in, token->typed_data());
 }
 
@@ -49,12 +49,12 @@ auto RunDispatchRecv(const Call& call, F32 token, ffi::AnyBuffer own_values,
                      Out<ffi::AnyBuffer> scales, Out<S32> group_sizes, Out<S32> counts,
                      Out<F32> weights, Out<S32> dropped, Out<S32> rows, Out<S32> num_rows_from) {
   const ExpertsOut out{.rows = RowsOf(values, scales),
-                       .dequantized = QuantizedOf(call.config(), *values),
+                       .format = FormatOf(call.config(), *values),
                        .group_sizes = group_sizes->typed_data(),
                        .counts = counts->typed_data(),
                        .weights = weights->typed_data(),
                        .dropped = dropped->typed_data(),
-                       .layout = LayoutOf(rows, num_rows_from)};
+                       .layout = LayoutResult(rows, num_rows_from)};
   const OwnRows own{RowsOf(own_values, own_scales), own_values.dimensions()[0]};
   return DispatchRecv(call, token.typed_data(), own, out);
 }
@@ -66,12 +66,12 @@ auto RunDispatchRecvTokens(const Call& call, F32 token, ffi::AnyBuffer own_value
                            Out<S32> counts, Out<S32> num_tokens, Out<S32> rows,
                            Out<S32> num_rows_from) {
   const TokensOut out{.rows = RowsOf(values, scales),
-                      .dequantized = QuantizedOf(call.config(), *values),
+                      .format = FormatOf(call.config(), *values),
                       .topk_idx = topk_idx->typed_data(),
                       .topk_weights = topk_weights->typed_data(),
                       .counts = counts->typed_data(),
                       .num_tokens = num_tokens->typed_data(),
-                      .layout = LayoutOf(rows, num_rows_from)};
+                      .layout = LayoutResult(rows, num_rows_from)};
   const OwnRows own{RowsOf(own_values, own_scales), own_values.dimensions()[0]};
   return DispatchRecvTokens(call, token.typed_data(), own, out);
 }

@@ -16,6 +16,7 @@
 #include "cc/layout.h"
 #include "cc/rank_stats.h"
 #include "cc/runtime.h"
+#include "cc/wire_format.h"
 #include "nanobind/nanobind.h"
 #include "nanobind/stl/optional.h"
 #include "nanobind/stl/string.h"  // IWYU pragma: keep
@@ -79,7 +80,9 @@ inline Config ToConfig(const nb::dict& sizes) {
   take("expert_capacity", config.expert_capacity);
   take("row_bytes", config.row_bytes);
   take("timeout_s", config.timeout_s);
-  take("float8_wire", config.float8_wire);
+  bool float8_wire = false;
+  take("float8_wire", float8_wire);
+  if (float8_wire) config.wire_format = WireFormat::kFloat8Block128;
   return config;
 }
 

@@ -5,9 +5,9 @@
 #include "cc/cpu/exchange.h"
 #include "cc/cpu/numeric.h"
 #include "cc/cpu/pack.h"
-#include "cc/cpu/quantize.h"
 #include "cc/cpu/reduce.h"
 #include "cc/cpu/unpack.h"
+#include "cc/cpu/wire_rows.h"
 #include "cc/fault_texts.h"
 
 namespace jax_sm_free {
@@ -58,11 +58,9 @@ std::optional<Fault> DispatchSend(const HostCall& call, const DispatchSendIn& in
   if (*in.position != call.rank->position) {
     return Fail(call, call.run, PositionDiffers(call.rank->position, *in.position));
   }
-  std::optional<QuantizedRows> quantized;
-  if (in.quantized) quantized.emplace(*in.quantized, in.rows.values, in.topk.num_tokens);
-  const ConstRows rows = quantized ? quantized->rows() : in.rows;
+  const WireRows rows(in.format, in.rows, in.topk.num_tokens);
   const auto pack = [&](const auto& tokens, int32_t dst) {
-    return PackDispatch(call.config(), tokens, in.topk, dst, rows, call.rank->pool.Take());
+    return PackDispatch(call.config(), tokens, in.topk, dst, rows.rows(), call.rank->pool.Take());
   };
   return SendRows(call, in.topk, pack, token);
 }

@@ -30,7 +30,7 @@ struct Case {
   Routing routing = Routing::kAnywhere;
   int64_t recv_capacity = -1;  // -1: room for all that tokens can name
   bool held_up = false;        // the driver lets no copy through
-  bool float8_wire = false;
+  WireFormat wire_format = WireFormat::kPlain;
   double timeout_s = 5;
 };
 
@@ -108,7 +108,7 @@ class Ops {
   int32_t ExpertFor(int32_t token, int32_t k);
   Arrays MakeArrays(int32_t rank);
   int64_t row_bytes() const { return matrix().row_bytes(); }
-  std::optional<Matrix> quantized() const;  // what rows are on a float8 wire
+  RowFormat format() const { return {case_.wire_format, matrix()}; }
   LayoutIn LayoutOf(int32_t rank) const;
   OwnRows OwnOf(int32_t rank) const;
   DeviceCall CallOf(Op op, int32_t rank) const;

@@ -35,23 +35,15 @@ void LaunchRoute(const RankView& view, const RouteArgs& args, cudaStream_t strea
 
 // pack.cu
 
-// Token rows into messages, and posts them part by part.
+// Token rows into messages, and posts them part by part. Rows that the wire quantises:
+// pack_quantized.cu.
 struct PackArgs {
   ConstRows rows;
   int64_t num_tokens = 0;
-  bool leaves_own = false;  // the recv reads this rank's own rows where they are
+  bool leaves_own = false;  // the recv reads this rank's own rows where they are; of plain rows
+  RowFormat format = {};
 };
 void LaunchPack(const RankView& view, const PackArgs& args, cudaStream_t stream);
-
-// pack_quantized.cu
-
-// The same, for rows that travel as float8 with scales.
-struct PackQuantizedArgs {
-  Matrix matrix;
-  const std::byte* x = nullptr;  // [num_tokens]
-  int64_t num_tokens = 0;
-};
-void LaunchPackQuantized(const RankView& view, const PackQuantizedArgs& args, cudaStream_t stream);
 
 // wait.cu
 
@@ -68,11 +60,11 @@ struct WaitArgs {
 };
 void LaunchWait(const RankView& view, const WaitArgs& args, cudaStream_t stream);
 
-// unpack_experts.cu
+// unpack_experts.cu and unpack_tokens.cu. Rows that the wire quantised: unpack_dequantized.cu.
 
 struct UnpackExpertsArgs : ExpertsOut {
-  ConstRows own_rows =
-      {};  // [tokens], what this rank sent from; null where its rows were packed, too
+  // [tokens], what this rank sent from; null where its own rows were packed, too.
+  ConstRows own_rows = {};
   bool all_here = false;  // LaunchWait has waited for the messages, not for notices alone
 };
 // Places the groups, for LaunchUnpackExperts. One block.
@@ -82,20 +74,10 @@ void LaunchPlan(const RankView& view, const UnpackExpertsArgs& out, cudaStream_t
 // on their way, the rest is written.
 void LaunchUnpackExperts(const RankView& view, const UnpackExpertsArgs& out, cudaStream_t stream);
 
-// unpack_tokens.cu
-
 struct UnpackTokensArgs : TokensOut {
   ConstRows own_rows = {};  // as above
 };
 void LaunchUnpackTokens(const RankView& view, const UnpackTokensArgs& out, cudaStream_t stream);
-
-// unpack_dequantized.cu
-
-// Both of them for rows that came as float8 with scales: back to what out.dequantized says.
-void LaunchUnpackExpertsDequantized(const RankView& view, const UnpackExpertsArgs& out,
-                                    cudaStream_t stream);
-void LaunchUnpackTokensDequantized(const RankView& view, const UnpackTokensArgs& out,
-                                   cudaStream_t stream);
 
 // pack_sums.cu
 

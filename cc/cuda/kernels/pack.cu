@@ -43,6 +43,7 @@ __global__ void __launch_bounds__(kRowThreads)
 }  // namespace
 
 void LaunchPack(const RankView& view, const PackArgs& args, cudaStream_t stream) {
+  if (!args.format.is_plain()) return LaunchPackQuantized(view, args, stream);
   static const int most = FullGrid(PackKernel);
   const int64_t warps = args.num_tokens * SegmentsOf(args).per_row;
   EnqueueBehind(PackKernel, {BlocksAndWatch(warps, most), kRowThreads}, stream, view, args);

@@ -8,6 +8,7 @@
 
 #include "cc/cuda/kernels/claims.cuh"
 #include "cc/cuda/kernels/device.cuh"
+#include "cc/cuda/kernels/kernels.h"
 #include "cc/cuda/kernels/launch.h"
 #include "cc/cuda/kernels/post.cuh"
 
@@ -81,6 +82,9 @@ __device__ void PackParts(const RankView& view, const Segments& segments, int64_
     steps.End(part);
   }
 }
+
+// LaunchPack for rows that the wire quantises: pack_quantized.cu.
+void LaunchPackQuantized(const RankView& view, const PackArgs& args, cudaStream_t stream);
 
 }  // namespace jax_sm_free::cuda
 

@@ -47,6 +47,7 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
 }  // namespace
 
 void LaunchUnpackExperts(const RankView& view, const UnpackExpertsArgs& out, cudaStream_t stream) {
+  if (!out.format.is_plain()) return LaunchUnpackExpertsDequantized(view, out, stream);
   static const int blocks = FullGrid(UnpackExpertsKernel);
   LaunchPlan(view, out, stream);
   ForEachTurn(view.config.ep_size, out.all_here, [&](const Turn& turn, const Turn& next) {

@@ -186,6 +186,10 @@ __device__ void TakeTurn(const RankView& view, const UnpackExpertsArgs& out, con
   }
 }
 
+// LaunchUnpackExperts for rows that the wire quantised: unpack_dequantized.cu.
+void LaunchUnpackExpertsDequantized(const RankView& view, const UnpackExpertsArgs& out,
+                                    cudaStream_t stream);
+
 }  // namespace jax_sm_free::cuda
 
 #endif  // JAX_SM_FREE_CC_CUDA_KERNELS_UNPACK_EXPERTS_CUH_

@@ -85,6 +85,10 @@ __device__ void UnpackTokens(const RankView& view, const UnpackTokensArgs& out,
   if (current.failed != kNothing && IsLastBlock(view.state)) Acknowledge(view);
 }
 
+// LaunchUnpackTokens for rows that the wire quantised: unpack_dequantized.cu.
+void LaunchUnpackTokensDequantized(const RankView& view, const UnpackTokensArgs& out,
+                                   cudaStream_t stream);
+
 }  // namespace jax_sm_free::cuda
 
 #endif  // JAX_SM_FREE_CC_CUDA_KERNELS_UNPACK_TOKENS_CUH_
