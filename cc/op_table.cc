@@ -91,7 +91,8 @@ constexpr Operand kDispatchBackwardRecv[] = {
     {"weight_grads", {kTokens, kTopK}},
 };
 
-// The sizes of a call's dimensions: those of the buffer, and those that were seen so far.
+// The sizes of the dimensions of a call: those that the buffer fixes, and those of the arrays seen
+// so far.
 class Sizes {
  public:
   explicit Sizes(const Config& config) {
@@ -106,7 +107,7 @@ class Sizes {
 
   int64_t& at(Dim dim) { return sizes_[static_cast<size_t>(dim)]; }
 
-  // Whether an array of these sizes fits the others.
+  // Whether the array has these sizes in common with the buffer and the arrays before it.
   bool Fits(const Operand& operand, std::span<const int64_t> dims) {
     if (dims.size() != static_cast<size_t>(operand.rank)) return false;
     for (size_t i = 0; i < dims.size(); ++i) {
@@ -175,7 +176,7 @@ class Check {
     return "";
   }
 
-  // Whether the size of `dim`, where the call has it, is one of two.
+  // Whether the size of `dim` is one of two, or no array of the call has this dimension.
   bool IsOneOf(Dim dim, int64_t first, int64_t second, const char* what) {
     const int64_t size = sizes_.at(dim);
     if (size == Sizes::kUnseen || size == first || size == second) return true;
@@ -203,7 +204,7 @@ class Check {
     return true;
   }
 
-  // The first array of the same content.
+  // The first array with the same content as array i.
   size_t FirstLike(size_t i) const {
     size_t first = 0;
     while (table_.arrays[first].content != table_.arrays[i].content) ++first;
@@ -231,7 +232,7 @@ class Check {
         "another");
   }
 
-  // Rows of a dispatch; an array without rows may have any type.
+  // Rows of a dispatch. An array without rows may have any type.
   bool CheckMoved(size_t i) {
     const Content content = table_.arrays[i].content;
     if (content == kTyped) return true;

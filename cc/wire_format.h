@@ -1,11 +1,11 @@
-// How the rows of a dispatch travel. Each format is a type, which has all that differs between
-// formats; code for the host and kernels take the type as a template argument.
+// How the rows of a dispatch travel. Each format is a type, which holds everything that differs
+// between formats. Code for the host and kernels take the type as a template argument.
 //
-// A row on the wire is its values, and behind them its scales. A plain row has the values and the
-// scales that the program gave. A format that quantises makes both from the values of the program:
-// each value is one byte, and a group of neighbouring columns shares a scale.
+// A row on the wire is its values, followed by its scales. A plain row has the values and scales of
+// the program. A format that quantises computes both from the values of the program: each value
+// becomes one byte, and a group of neighbouring columns shares one scale.
 //
-// A new format is a value of WireFormat, which kWireFormats lists, a struct, and a case of
+// To add a format, add a value to WireFormat and to kWireFormats, a struct, and a case in
 // VisitWireFormat.
 
 #ifndef JAX_SM_FREE_CC_WIRE_FORMAT_H_
@@ -40,8 +40,8 @@ struct Float8Block128 {
   using Scale = float;
   static constexpr int64_t kScaleColumns = 128;
 
-  // The scale of a group whose largest magnitude has the bits `largest`. The bits of magnitudes
-  // have the order of the magnitudes.
+  // The scale of a group. `largest` is the largest magnitude in the group, as bits. Bits of
+  // magnitudes compare like the magnitudes.
   static constexpr Scale ScaleOf(uint32_t largest) {
     if (largest >= kInfinityBits) return std::bit_cast<float>(kNanBits);
     constexpr auto kLeast = std::bit_cast<uint32_t>(1e-4F);
@@ -49,7 +49,8 @@ struct Float8Block128 {
     return std::bit_cast<float>(std::max(largest, kLeast)) / kLargestValue;
   }
 
-  // A column is about value * factor; a value is column / factor. NaN where all of the group is.
+  // A value on the wire is column / factor, and becomes value * factor. The factor of a group with
+  // NaN or infinity is NaN.
   static constexpr float FactorOf(Scale scale) { return scale; }
 };
 
