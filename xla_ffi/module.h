@@ -1,4 +1,4 @@
-// What the extension modules of all platforms offer to Python in the same way.
+// What the extension modules of all platforms offer to Python.
 
 #ifndef JAX_SM_FREE_XLA_FFI_MODULE_H_
 #define JAX_SM_FREE_XLA_FFI_MODULE_H_
@@ -44,7 +44,7 @@ inline nb::capsule Capsule(XLA_FFI_Handler* handler) {
   return nb::capsule(reinterpret_cast<void*>(handler));
 }
 
-// {target: {stage: capsule}}, as jax.ffi.register_ffi_target takes them.
+// {target: {stage: capsule}}, as jax.ffi.register_ffi_target takes it.
 inline nb::dict Handlers(const std::vector<HandlerEntry>& entries) {
   nb::dict handlers;
   for (const HandlerEntry& entry : entries) {
@@ -64,7 +64,8 @@ inline std::shared_ptr<Buffer> FindOpen(int64_t id) {
   return buffer;
 }
 
-// The sizes by name. A class would do, too, but two modules can not both own one.
+// Takes the sizes from a dictionary. Not from a class: two modules can not both define the same
+// class.
 inline Config ToConfig(const nb::dict& sizes) {
   Config config;
   const auto take = [&sizes](const char* name, auto& value) {
@@ -86,7 +87,7 @@ inline Config ToConfig(const nb::dict& sizes) {
   return config;
 }
 
-// What the rank of a device of the buffer has counted, by name.
+// What the rank of a device has counted, by name.
 inline nb::dict StatsOf(int64_t id, int32_t device) {
   const std::shared_ptr<Buffer> buffer = FindOpen(id);
   const std::optional<Place> place = buffer->PlaceOf(device);
@@ -112,7 +113,7 @@ inline nb::dict StatsOf(int64_t id, int32_t device) {
   return by_name;
 }
 
-// The functions on buffers by id. The module adds its `handlers` and `open_buffer`.
+// Defines the functions on buffers. Each module adds its own `handlers` and `open_buffer`.
 inline void DefineCommon(nb::module_& module) {
   module.def("max_message_bytes",
              [](const nb::dict& sizes) { return MaxMessageBytes(ToConfig(sizes)); });
