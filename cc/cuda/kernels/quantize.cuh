@@ -113,10 +113,11 @@ class GroupScale {
   using Scale = typename Format::Scale;
 
   // `largest`: the bits of the group's largest magnitude.
-  __device__ explicit GroupScale(uint32_t largest)
-      : scale_(Format::ScaleOf(largest)),
-        factor_(Format::FactorOf(scale_)),
-        reciprocal_(__frcp_rn(factor_)) {}
+  __device__ explicit GroupScale(uint32_t largest) {
+    scale_ = Format::ScaleOf(largest);
+    factor_ = Format::FactorOf(scale_);
+    reciprocal_ = __frcp_rn(factor_);
+  }
 
   __device__ Scale scale() const { return scale_; }
 
