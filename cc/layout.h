@@ -44,11 +44,10 @@ inline constexpr int kNumKinds = 4;
 const char* KindName(Kind kind);
 
 struct MessageHeader {
-  int32_t kind = 0;       // Kind
-  int32_t num_rows = 0;   // token rows
-  int64_t row_bytes = 0;  // bytes of each row
-  int64_t first_part =
-      0;  // rows in the first part of the message, where messages are sent in parts
+  int32_t kind = 0;          // Kind
+  int32_t num_rows = 0;      // token rows
+  int64_t row_bytes = 0;     // bytes of each row
+  int64_t first_part = 0;    // rows in the first part, where messages are sent in parts
   int64_t num_tokens = 0;    // tokens of the sender, where its own rows are not packed
   int32_t num_common = 0;    // rows that are the same in the messages to all other ranks
   int32_t first_common = 0;  // common rows in the first part

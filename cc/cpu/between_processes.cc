@@ -9,7 +9,7 @@
 namespace jax_sm_free {
 namespace {
 
-// By group: how many ranks are of `process`.
+// By group: how many of its ranks are in `process`.
 std::vector<int32_t> NumHere(const std::vector<int32_t>& process_of, int32_t process,
                              int32_t ep_size) {
   std::vector<int32_t> num_here(process_of.size() / ep_size);
@@ -25,7 +25,7 @@ std::set<int32_t> Others(const std::vector<int32_t>& process_of, int32_t process
   return others;
 }
 
-// Of each group one.
+// One for each group.
 std::vector<InStep> InSteps(const std::vector<int32_t>& process_of, int32_t process,
                             int32_t ep_size) {
   std::vector<InStep> in_steps;
@@ -41,9 +41,9 @@ std::shared_ptr<BetweenProcesses> BetweenProcesses::Make(Place place, const Conf
                                                          Wire* wire, OnEnd on_end) {
   std::shared_ptr<BetweenProcesses> made(
       new BetweenProcesses(std::move(place), config, wire, std::move(on_end)));
-  // The inboxes call this while they are locked, and before their receivers get the fault: the
-  // other processes hear of it ahead of all that this one's program does then, such as closing the
-  // buffer.
+  // The inboxes call this while they are locked, and before their receivers get the fault. So the
+  // other processes hear of the fault before anything that the program of this process does then,
+  // such as closing the buffer.
   const auto on_fail = [weak = made->weak_from_this()](int64_t /*run*/, const Fault& fault) {
     const auto self = weak.lock();
     if (self == nullptr || !self->TellEnd(fault, Seen::kHere)) return;
@@ -103,9 +103,10 @@ std::optional<Fault> BetweenProcesses::Send(const ExchangeKey& key, int32_t src,
   return std::nullopt;
 }
 
-// Others hear of the first rank, which says that the group takes part, and of the last one.
+// Other processes hear of the first rank, which says that the group takes part, and of the last
+// rank.
 void BetweenProcesses::Finish(const ExchangeKey& key, int32_t member) {
-  if (num_here_.size() == 1) return;  // the messages say it all
+  if (num_here_.size() == 1) return;  // the messages themselves say this
   const int32_t group = GroupOf(member);
   inboxes_->Finish(key, member);
   const std::lock_guard lock(mutex_);
@@ -121,7 +122,7 @@ std::optional<Fault> BetweenProcesses::SendAll(const ExchangeKey& key, int32_t m
                                                const Pack& pack) {
   const int32_t rank = RankOf(member);
   for (int32_t i = 0; i < config_.ep_size; ++i) {
-    // Starting behind the own rank spreads the senders over the receivers.
+    // Each rank starts behind its own rank, so that senders spread over the receivers.
     const int32_t dst = (rank + 1 + i) % config_.ep_size;
     if (auto fault = Send(key, member, member - rank + dst, pack(dst))) return fault;
   }
@@ -162,7 +163,7 @@ void BetweenProcesses::Close(const Fault& fault) {
   inboxes_->Close(fault);
 }
 
-// ------------------------------------------------------------------------- from the wire's thread
+// --------------------------------------------------------- calls of the wire's thread
 
 BlockPool::Block BetweenProcesses::Allocate(const MessageNote& note, int64_t bytes) {
   if (!IsMember(note.dst) || !IsHere(note.dst) || bytes > MaxMessageBytes(config_)) return nullptr;
@@ -202,7 +203,7 @@ std::optional<Fault> BetweenProcesses::Accept(const MessageNote& note, Message m
     is_next = note.key.run >
               std::exchange(latest_run_[note.src], std::max(latest_run_[note.src], note.key.run));
   }
-  // A rank runs one program after the other, and what it sends arrives in that order.
+  // A rank runs one program after the other, and its messages arrive in that order.
   if (is_next) {
     inboxes_->Lose(note.src, "it has begun run " + std::to_string(note.key.run), note.key.run);
   }

@@ -44,7 +44,7 @@ void HostBuffer::SetTransport(const std::shared_ptr<Transport>& transport) {
 
 void HostBuffer::OnFail(int64_t run, const Fault& fault) {
   RecordFault(fault);
-  // Runs may fail in numbers, all of them for the same reason.
+  // Many runs may fail for the same reason. It is written once.
   const std::string text = fault.Describe();
   if (std::exchange(told_, text) != text) TellFault(fault);
   for (const std::unique_ptr<HostRank>& rank : ranks_) rank->ledger.MarkFailed(run);

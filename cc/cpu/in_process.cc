@@ -58,7 +58,7 @@ InProcess::Round& InProcess::FindRound(const ExchangeKey& key, int32_t group) {
   return round;
 }
 
-// Null if nobody waits there.
+// Null if no receiver waits there.
 InProcess::Inbox* InProcess::FindReceiver(const ExchangeKey& key, int32_t member) {
   Rounds& rounds = rounds_[GroupOf(member)];
   const auto found = rounds.find(key);
@@ -67,7 +67,7 @@ InProcess::Inbox* InProcess::FindReceiver(const ExchangeKey& key, int32_t member
   return inbox.receiver ? &inbox : nullptr;
 }
 
-// Of a receiver that waits, for a message that has come or never does.
+// Counts the wait of a receiver for a message that has come now, or never will.
 void InProcess::CountWait(const Inbox& inbox, int32_t member, int32_t source,
                           Watchdog::Clock::time_point until) {
   waited_ns_[member * ep_size_ + source] += Nanoseconds(until - inbox.messages_since).count();
@@ -96,7 +96,7 @@ std::vector<Message> InProcess::TakeMessages(const ExchangeKey& key, int32_t mem
 
 std::optional<Fault> InProcess::Begin(Op /*op*/, const Exchange& /*exchange*/, int32_t /*member*/,
                                       std::shared_ptr<const CallSite> /*site*/) {
-  return std::nullopt;  // ranks of one process name an exchange alike
+  return std::nullopt;  // ranks of one process always give an exchange the same name
 }
 
 std::optional<Fault> InProcess::Send(const ExchangeKey& key, int32_t src, int32_t dst,
@@ -112,7 +112,7 @@ std::optional<Fault> InProcess::Send(const ExchangeKey& key, int32_t src, int32_
   return std::nullopt;
 }
 
-// Into the inbox of `dst`.
+// Puts a message into the inbox of `dst`.
 std::optional<Fault> InProcess::Put(const ExchangeKey& key, int32_t src, int32_t dst,
                                     Message message) {
   Inbox& inbox = FindRound(key, GroupOf(dst)).inboxes[RankOf(dst)];
@@ -125,7 +125,7 @@ std::optional<Fault> InProcess::Put(const ExchangeKey& key, int32_t src, int32_t
   return std::nullopt;
 }
 
-// Of a rank that receives already.
+// Takes the messages of a rank that already receives, if all are there.
 void InProcess::TakeIfFull(const ExchangeKey& key, int32_t member,
                            std::vector<Delivery>& deliveries) {
   Inbox* inbox = FindReceiver(key, member);
@@ -142,13 +142,14 @@ std::optional<Fault> InProcess::SendAll(const ExchangeKey& key, int32_t member, 
   for (int32_t dst = 0; dst < ep_size_; ++dst) messages.push_back(pack(dst));
   std::vector<Delivery> deliveries;
   {
-    const std::lock_guard lock(mutex_);  // once for all: every rank of the process wants it
+    // Once for all messages: every rank of the process wants this lock.
+    const std::lock_guard lock(mutex_);
     if (std::optional<Fault> fault = FaultOfRun(key.run)) return fault;
     const int32_t first = member - RankOf(member);
     for (int32_t dst = 0; dst < ep_size_; ++dst) {
       if (auto fault = Put(key, member, first + dst, std::move(messages[dst]))) return fault;
     }
-    // First whether all are through: then nobody has to wait for groups.
+    // First counts this rank: if all ranks are through, none has to wait for other groups.
     CountFinished(key, GroupOf(member), 1, deliveries);
     for (int32_t dst = 0; dst < ep_size_; ++dst) TakeIfFull(key, first + dst, deliveries);
   }
@@ -172,13 +173,13 @@ void InProcess::AddFinished(const ExchangeKey& key, int32_t group, int32_t num) 
 void InProcess::CountFinished(const ExchangeKey& key, int32_t group, int32_t num,
                               std::vector<Delivery>& deliveries) {
   if (!sees_all_ranks_ || !all_groups_.Add(key, group, num)) return;
-  // In one go: no rank has the messages of an exchange in which another one fails.
+  // All at once: if an exchange fails on one rank, no rank gets its messages.
   for (int32_t each = 0; each < static_cast<int32_t>(rounds_.size()); ++each) {
     TakeFullInboxes(key, each, deliveries);
   }
 }
 
-// Of ranks that receive already; others need not wait when they come.
+// Only ranks that already receive. Others need not wait when they come.
 void InProcess::TakeFullInboxes(const ExchangeKey& key, int32_t group,
                                 std::vector<Delivery>& deliveries) {
   const auto found = rounds_[group].find(key);
@@ -189,7 +190,7 @@ void InProcess::TakeFullInboxes(const ExchangeKey& key, int32_t group,
     const Inbox& inbox = found->second.inboxes[rank];
     if (inbox.receiver && IsFull(inbox)) ready.push_back(rank);
   }
-  for (const int32_t rank : ready) {  // the last may erase the round
+  for (const int32_t rank : ready) {  // the last rank may erase the round
     Inbox& inbox = rounds_[group][key].inboxes[rank];
     Watchdog::Get().Cancel(inbox.timer);
     Receiver receiver = std::exchange(inbox.receiver, nullptr);
@@ -197,10 +198,11 @@ void InProcess::TakeFullInboxes(const ExchangeKey& key, int32_t group,
   }
 }
 
-// On the worker pool. Who gets it also drops the receiver, which may be the last to hold a buffer.
+// Runs receivers on the worker pool. The task also drops the receiver, which may be the last holder
+// of a buffer.
 void InProcess::Deliver(std::vector<Delivery> deliveries) {
   for (Delivery& delivery : deliveries) {
-    // std::function wants a copyable task, and messages are not.
+    // std::function needs a task that can be copied, and messages can not be copied.
     auto shared = std::make_shared<Delivery>(std::move(delivery));
     WorkerPool::Get().Run([shared = std::move(shared)]() mutable {
       const std::shared_ptr<Delivery> own = std::move(shared);
@@ -240,7 +242,8 @@ void InProcess::Receive(Op op, const Exchange& exchange, int32_t dst, Receiver r
   if (receiver) receiver(std::move(arrival));
 }
 
-// For a rank that has the messages of its own group. Comes back to it by a timer, if so.
+// Whether a rank that has the messages of its own group must wait for other groups. If so, a timer
+// asks again.
 bool InProcess::MustWaitForGroups(Round& round, const ExchangeKey& key, int32_t member) {
   if (!round.waits_for_groups) return false;
   Inbox& inbox = round.inboxes[RankOf(member)];
@@ -351,7 +354,7 @@ void InProcess::Fail(int64_t run, const Fault& fault) {
   {
     const std::lock_guard lock(mutex_);
     if (closed_ || !failed_runs_.emplace(run, fault).second) return;
-    // Runs are numbered upwards: a rank this late would find out by its own timeout.
+    // Runs are numbered upwards. A rank that is as late as this gets a timeout of its own.
     if (failed_runs_.size() > kMaxFailedRuns) failed_runs_.erase(failed_runs_.begin());
     deliveries = TakeReceivers([run](int64_t r) { return r == run; }, fault);
     on_fail_(run, fault);

@@ -1,4 +1,4 @@
-// Exact conversions of element types to and from float32, and the mode that sums are made in.
+// Exact conversions of element types to and from float32, and the floating-point mode of sums.
 
 #ifndef JAX_SM_FREE_CC_CPU_NUMERIC_H_
 #define JAX_SM_FREE_CC_CPU_NUMERIC_H_
@@ -53,8 +53,8 @@ struct Float16 {
   }
 };
 
-// Calls fn<Float32>(), fn<BFloat16>() or fn<Float16>(), and returns what it returns. Inlined, so
-// that a function that is compiled for wider vectors has all of `fn` inside.
+// Calls fn<Float32>(), fn<BFloat16>() or fn<Float16>(), and returns the result. The call is
+// inlined: a function that is compiled for wider vectors then contains all of `fn`.
 template <typename Fn>
 __attribute__((always_inline)) inline auto VisitDType(DType dtype, const Fn& fn) {
   switch (dtype) {
@@ -68,7 +68,7 @@ __attribute__((always_inline)) inline auto VisitDType(DType dtype, const Fn& fn)
   return fn.template operator()<Float16>();
 }
 
-// float8_e4m3fn: four bits of exponent, three of mantissa, no infinities; 0x7F is NaN.
+// float8_e4m3fn: four bits of exponent, three of mantissa, no infinities. 0x7F is NaN.
 struct Float8E4M3 {
   using Storage = uint8_t;
   static constexpr uint8_t kNan = 0x7F;
@@ -94,8 +94,8 @@ struct Float8E4M3 {
   }
 };
 
-// A thread's floating-point mode: rounding, and whether subnormals are flushed. XLA's threads flush
-// them and ours do not, so that sums would depend on the thread without this.
+// The floating-point mode of a thread: rounding, and whether subnormals are flushed. XLA's threads
+// flush them and ours do not. Without this class, sums would depend on the thread.
 class FloatMode {
  public:
   FloatMode() { (void)std::fegetenv(&mode_); }
@@ -105,7 +105,7 @@ class FloatMode {
   std::fenv_t mode_;
 };
 
-// IEEE arithmetic, subnormals kept, for the scope.
+// IEEE arithmetic, which keeps subnormals, until the end of the scope.
 class IeeeScope {
  public:
   IeeeScope() { (void)std::fesetenv(FE_DFL_ENV); }

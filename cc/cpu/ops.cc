@@ -41,7 +41,8 @@ std::optional<Fault> SendAll(const HostCall& call, const Transport::Pack& pack, 
   return std::nullopt;
 }
 
-// Token rows to the ranks of their experts: `pack_rows(tokens, dst)` makes the message of these.
+// Sends token rows to the ranks of their experts. `pack_rows(tokens, dst)` makes the message of
+// these tokens.
 template <typename PackRows>
 std::optional<Fault> SendRows(const HostCall& call, const TopK& topk, const PackRows& pack_rows,
                               float* token) {
@@ -100,9 +101,9 @@ void Receive(const HostCall& call, const float* token, Unpack unpack) {
       fault = unpack(call.config(), messages);
       if (fault) fault = Fail(call, exchange.key.run, *fault);
     }
-    arrival = Fault{};  // gives the blocks back before the program goes on
+    arrival = Fault{};  // returns the blocks before the program continues
     call.rank->ledger.Release(exchange);
-    caller_mode.Apply();  // what follows may be the rest of the program, on this thread
+    caller_mode.Apply();  // the rest of the program may run on this thread now
     call.done(fault);
   };
   call.rank->transport->Receive(call.op, exchange, call.rank->member, std::move(receive));
@@ -110,7 +111,7 @@ void Receive(const HostCall& call, const float* token, Unpack unpack) {
 
 void DispatchRecv(const HostCall& call, const float* token, const OwnRows& /*own*/,
                   const ExpertsOut& out) {
-  // The receiver that this is called from keeps the rank.
+  // `receive` in Receive holds the rank as long as this function exists.
   Receive(call, token,
           [rank = call.rank, out](const Config& config, const std::vector<Message>& messages) {
             std::optional<Fault> fault = UnpackExperts(config, messages, out);

@@ -9,8 +9,8 @@
 #include "cc/fault_texts.h"
 #include "cc/routing.h"
 
-// One body, compiled for wider vectors too and chosen when the library is loaded. Sanitizers can
-// not run the code that chooses.
+// A function with this attribute is compiled for several widths of vectors, and one version is
+// chosen when the library is loaded. Code that runs under a sanitizer can not choose.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(SMF_SANITIZER)
 #define SMF_VECTORIZED __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
@@ -23,9 +23,10 @@ namespace jax_sm_free {
 namespace {
 
 constexpr int64_t kChunk = 512;  // columns summed at a time, in registers and the nearest cache
-constexpr int kLanes = 16;       // partial sums of a dot product: a fixed order on every machine
+// Partial sums of a dot product; their order is the same on every machine.
+constexpr int kLanes = 16;
 
-// The rows of one sum, and a weight for each; null for a plain sum.
+// The rows of one sum, and their weights; null for a plain sum.
 struct Terms {
   const std::byte* const* rows = nullptr;
   const float* weights = nullptr;
@@ -168,7 +169,8 @@ std::optional<Fault> SumOverRanks(const Config& config, const Matrix& matrix, co
   }
   const IeeeScope ieee;
   const int32_t num_local = config.num_local_experts();
-  std::vector<int32_t> next(config.ep_size, 0);  // first row not summed yet, of each message
+  std::vector<int32_t> next(config.ep_size,
+                            0);  // of each message: the first row that is not summed yet
   std::vector<const std::byte*> terms;
   for (int64_t t = 0; t < topk.num_tokens; ++t) {
     terms.clear();
@@ -219,7 +221,8 @@ std::optional<Fault> SpreadGradients(const Config& config, const Matrix& matrix,
       }
     }
   }
-  for (int64_t row = 0; row < layout.num_rows; ++row) {  // padding, and rows past the last group
+  for (int64_t row = 0; row < layout.num_rows;
+       ++row) {  // rows of padding, and rows behind the last group
     if (written[row]) continue;
     std::fill_n(y_grad + row * row_bytes, row_bytes, std::byte{0});
     if (weights != nullptr) weight_grads[row] = 0;

@@ -11,13 +11,13 @@
 namespace jax_sm_free {
 namespace {
 
-// No result here depends on a subnormal number: whether the thread flushes them makes no
-// difference.
+// No result here depends on a subnormal number, so it does not matter whether the thread flushes
+// them.
 
 template <typename Format, typename T>
 typename Format::Scale QuantizeGroup(const typename T::Storage* x, int64_t size, uint8_t* values) {
   using Value = typename Format::Value;
-  uint32_t largest = 0;  // of the magnitudes, as bits
+  uint32_t largest = 0;  // the largest magnitude, as bits
   for (int64_t i = 0; i < size; ++i) {
     largest = std::max(largest, std::bit_cast<uint32_t>(T::Load(x[i])) & 0x7FFFFFFFU);
   }
@@ -63,7 +63,7 @@ void DequantizeRow(int64_t hidden, const std::byte* wire, std::byte* out) {
   auto* to = reinterpret_cast<typename T::Storage*>(out);
   for (int64_t first = 0; first < hidden; first += Format::kScaleColumns) {
     typename Format::Scale scale;
-    std::memcpy(&scale, scales, sizeof(scale));  // aligned only where hidden is
+    std::memcpy(&scale, scales, sizeof(scale));  // aligned only if hidden is
     scales += sizeof(scale);
     DequantizeGroup<Format, T>(values + first, std::min(Format::kScaleColumns, hidden - first),
                                Format::FactorOf(scale), to + first);

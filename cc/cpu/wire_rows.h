@@ -1,4 +1,4 @@
-// The rows of a dispatch to and from the format that they travel in: cc/wire_format.h.
+// Converts the rows of a dispatch to and from the format in which they travel: cc/wire_format.h.
 
 #ifndef JAX_SM_FREE_CC_CPU_WIRE_ROWS_H_
 #define JAX_SM_FREE_CC_CPU_WIRE_ROWS_H_
@@ -11,7 +11,8 @@
 
 namespace jax_sm_free {
 
-// The rows of a program as they travel: a quantised copy, or the rows themselves in a plain format.
+// The rows of a program as they travel. A plain format leaves the rows where they are; other
+// formats make a quantised copy.
 class WireRows {
  public:
   // `rows` must outlive this object.
@@ -25,7 +26,7 @@ class WireRows {
   ConstRows rows_;
 };
 
-// Writes row `row` of `out` from a row that has travelled.
+// Converts a row that has travelled, and writes it as row `row` of `out`.
 void PutRow(const RowFormat& format, const std::byte* wire, const MutableRows& out, int64_t row);
 
 }  // namespace jax_sm_free
