@@ -17,8 +17,8 @@
 
 #include "cc/config.h"
 #include "cc/cpu/block_pool.h"
-#include "cc/cpu/in_process.h"
 #include "cc/cpu/in_step.h"
+#include "cc/cpu/inboxes.h"
 #include "cc/cpu/transport.h"
 #include "cc/cpu/wire.h"
 #include "cc/cpu/wire_note.h"
@@ -39,7 +39,8 @@ namespace jax_sm_free {
 // of a peer shows that it has left out a part of a run; a timeout ends the wait for a silent peer.
 class BetweenProcesses : public Transport, public std::enable_shared_from_this<BetweenProcesses> {
  public:
-  struct Place {
+  // The ranks of a buffer in all groups, and the processes that they belong to.
+  struct Members {
     int64_t buffer = 0;
     int32_t process = 0;              // the number of this process
     std::vector<int32_t> process_of;  // by member
@@ -50,7 +51,7 @@ class BetweenProcesses : public Transport, public std::enable_shared_from_this<B
   using OnEnd = std::function<void(const Fault& fault)>;
 
   // `wire` must exist until Close.
-  static std::shared_ptr<BetweenProcesses> Make(Place place, const Config& config, Wire* wire,
+  static std::shared_ptr<BetweenProcesses> Make(Members members, const Config& config, Wire* wire,
                                                 OnEnd on_end);
 
   std::optional<Fault> Begin(Op op, const Exchange& exchange, int32_t member,
@@ -77,11 +78,11 @@ class BetweenProcesses : public Transport, public std::enable_shared_from_this<B
   // The process where a fault was seen first.
   enum class Seen { kHere, kElsewhere };
 
-  BetweenProcesses(Place place, const Config& config, Wire* wire, OnEnd on_end);
+  BetweenProcesses(Members members, const Config& config, Wire* wire, OnEnd on_end);
 
-  bool IsHere(int32_t member) const { return place_.process_of[member] == place_.process; }
+  bool IsHere(int32_t member) const { return members_.process_of[member] == members_.process; }
   bool IsMember(int32_t member) const {
-    return member >= 0 && member < static_cast<int32_t>(place_.process_of.size());
+    return member >= 0 && member < static_cast<int32_t>(members_.process_of.size());
   }
   int32_t GroupOf(int32_t member) const { return member / config_.ep_size; }
   int32_t RankOf(int32_t member) const { return member % config_.ep_size; }
@@ -92,13 +93,13 @@ class BetweenProcesses : public Transport, public std::enable_shared_from_this<B
   bool TellEnd(const Fault& fault, Seen seen);
   void Tell(const WireNote& note);
 
-  const Place place_;
+  const Members members_;
   const Config config_;
   Wire* const wire_;
   const OnEnd on_end_;
   const std::vector<int32_t> num_here_;  // by group: ranks of this process
   const std::set<int32_t> others_;       // all processes but this one
-  std::shared_ptr<InProcess> inboxes_;
+  std::shared_ptr<Inboxes> inboxes_;
   std::mutex mutex_;
   std::vector<InStep> in_step_;      // by group
   std::vector<int64_t> latest_run_;  // by member: the latest run of which it has sent anything

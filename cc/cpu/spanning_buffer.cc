@@ -21,16 +21,16 @@ Result<std::shared_ptr<SpanningBuffer>> SpanningBuffer::Open(
 }
 
 void SpanningBuffer::AddTransport(const Processes& processes) {
-  BetweenProcesses::Place place{
+  BetweenProcesses::Members members{
       .buffer = id(), .process = processes.self, .process_of = {}, .pools = {}};
   for (const std::vector<int32_t>& group : processes.of_rank) {
-    place.process_of.insert(place.process_of.end(), group.begin(), group.end());
+    members.process_of.insert(members.process_of.end(), group.begin(), group.end());
   }
-  place.pools.resize(place.process_of.size());
+  members.pools.resize(members.process_of.size());
   for (const std::unique_ptr<HostRank>& rank : ranks()) {
-    if (rank != nullptr) place.pools[rank->member] = &rank->pool;
+    if (rank != nullptr) members.pools[rank->member] = &rank->pool;
   }
-  auto transport = BetweenProcesses::Make(std::move(place), config(), wire_.get(),
+  auto transport = BetweenProcesses::Make(std::move(members), config(), wire_.get(),
                                           [this](const Fault& fault) { OnEnd(fault); });
   SetTransport(transport);
   const std::lock_guard lock(mutex_);

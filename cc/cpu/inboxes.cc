@@ -1,4 +1,4 @@
-#include "cc/cpu/in_process.h"
+#include "cc/cpu/inboxes.h"
 
 #include <algorithm>
 #include <chrono>
@@ -26,8 +26,7 @@ Fault Of(Op op, const Exchange& exchange, int32_t rank, Fault fault) {
 
 }  // namespace
 
-InProcess::InProcess(int32_t ep_size, std::vector<int32_t> num_here, double timeout_s,
-                     OnFail on_fail)
+Inboxes::Inboxes(int32_t ep_size, std::vector<int32_t> num_here, double timeout_s, OnFail on_fail)
     : ep_size_(ep_size),
       num_here_(std::move(num_here)),
       sees_all_ranks_(num_here_.size() > 1 || num_here_.front() == ep_size),
@@ -38,14 +37,14 @@ InProcess::InProcess(int32_t ep_size, std::vector<int32_t> num_here, double time
       losses_(num_here_.size() * ep_size),
       waited_ns_(losses_.size() * ep_size) {}
 
-std::optional<Fault> InProcess::FaultOfRun(int64_t run) const {
+std::optional<Fault> Inboxes::FaultOfRun(int64_t run) const {
   if (closed_) return closed_;
   const auto found = failed_runs_.find(run);
   if (found == failed_runs_.end()) return std::nullopt;
   return found->second;
 }
 
-InProcess::Round& InProcess::FindRound(const ExchangeKey& key, int32_t group) {
+Inboxes::Round& Inboxes::FindRound(const ExchangeKey& key, int32_t group) {
   const auto [entry, is_new] = rounds_[group].try_emplace(key);
   Round& round = entry->second;
   if (!is_new) return round;
@@ -59,7 +58,7 @@ InProcess::Round& InProcess::FindRound(const ExchangeKey& key, int32_t group) {
 }
 
 // Null if no receiver waits there.
-InProcess::Inbox* InProcess::FindReceiver(const ExchangeKey& key, int32_t member) {
+Inboxes::Inbox* Inboxes::FindReceiver(const ExchangeKey& key, int32_t member) {
   Rounds& rounds = rounds_[GroupOf(member)];
   const auto found = rounds.find(key);
   if (found == rounds.end()) return nullptr;
@@ -68,25 +67,24 @@ InProcess::Inbox* InProcess::FindReceiver(const ExchangeKey& key, int32_t member
 }
 
 // Counts the wait of a receiver for a message that has come now, or never will.
-void InProcess::CountWait(const Inbox& inbox, int32_t member, int32_t source,
-                          Watchdog::Clock::time_point until) {
+void Inboxes::CountWait(const Inbox& inbox, int32_t member, int32_t source,
+                        Watchdog::Clock::time_point until) {
   waited_ns_[member * ep_size_ + source] += Nanoseconds(until - inbox.messages_since).count();
 }
 
-void InProcess::CountEndedWait(const Inbox& inbox, int32_t member,
-                               Watchdog::Clock::time_point end) {
+void Inboxes::CountEndedWait(const Inbox& inbox, int32_t member, Watchdog::Clock::time_point end) {
   for (int32_t source = 0; source < ep_size_; ++source) {
     if (!inbox.arrived[source]) CountWait(inbox, member, source, end);
   }
 }
 
-std::vector<int64_t> InProcess::WaitedNanoseconds(int32_t member) const {
+std::vector<int64_t> Inboxes::WaitedNanoseconds(int32_t member) const {
   const std::lock_guard lock(mutex_);
   const auto first = waited_ns_.begin() + int64_t{member} * ep_size_;
   return {first, first + ep_size_};
 }
 
-std::vector<Message> InProcess::TakeMessages(const ExchangeKey& key, int32_t member) {
+std::vector<Message> Inboxes::TakeMessages(const ExchangeKey& key, int32_t member) {
   const int32_t group = GroupOf(member);
   Round& round = rounds_[group][key];
   std::vector<Message> messages = std::move(round.inboxes[RankOf(member)].messages);
@@ -94,13 +92,13 @@ std::vector<Message> InProcess::TakeMessages(const ExchangeKey& key, int32_t mem
   return messages;
 }
 
-std::optional<Fault> InProcess::Begin(Op /*op*/, const Exchange& /*exchange*/, int32_t /*member*/,
-                                      std::shared_ptr<const CallSite> /*site*/) {
+std::optional<Fault> Inboxes::Begin(Op /*op*/, const Exchange& /*exchange*/, int32_t /*member*/,
+                                    std::shared_ptr<const CallSite> /*site*/) {
   return std::nullopt;  // ranks of one process always give an exchange the same name
 }
 
-std::optional<Fault> InProcess::Send(const ExchangeKey& key, int32_t src, int32_t dst,
-                                     Message message) {
+std::optional<Fault> Inboxes::Send(const ExchangeKey& key, int32_t src, int32_t dst,
+                                   Message message) {
   std::vector<Delivery> deliveries;
   {
     const std::lock_guard lock(mutex_);
@@ -113,8 +111,8 @@ std::optional<Fault> InProcess::Send(const ExchangeKey& key, int32_t src, int32_
 }
 
 // Puts a message into the inbox of `dst`.
-std::optional<Fault> InProcess::Put(const ExchangeKey& key, int32_t src, int32_t dst,
-                                    Message message) {
+std::optional<Fault> Inboxes::Put(const ExchangeKey& key, int32_t src, int32_t dst,
+                                  Message message) {
   Inbox& inbox = FindRound(key, GroupOf(dst)).inboxes[RankOf(dst)];
   const int32_t source = RankOf(src);
   if (inbox.arrived[source]) return SentTwice(source);
@@ -126,8 +124,8 @@ std::optional<Fault> InProcess::Put(const ExchangeKey& key, int32_t src, int32_t
 }
 
 // Takes the messages of a rank that already receives, if all are there.
-void InProcess::TakeIfFull(const ExchangeKey& key, int32_t member,
-                           std::vector<Delivery>& deliveries) {
+void Inboxes::TakeIfFull(const ExchangeKey& key, int32_t member,
+                         std::vector<Delivery>& deliveries) {
   Inbox* inbox = FindReceiver(key, member);
   if (inbox == nullptr || !IsFull(*inbox)) return;
   Watchdog::Get().Cancel(inbox->timer);
@@ -136,7 +134,7 @@ void InProcess::TakeIfFull(const ExchangeKey& key, int32_t member,
   TakeFullInboxes(key, group, deliveries);
 }
 
-std::optional<Fault> InProcess::SendAll(const ExchangeKey& key, int32_t member, const Pack& pack) {
+std::optional<Fault> Inboxes::SendAll(const ExchangeKey& key, int32_t member, const Pack& pack) {
   std::vector<Message> messages;
   messages.reserve(ep_size_);
   for (int32_t dst = 0; dst < ep_size_; ++dst) messages.push_back(pack(dst));
@@ -157,11 +155,11 @@ std::optional<Fault> InProcess::SendAll(const ExchangeKey& key, int32_t member, 
   return std::nullopt;
 }
 
-void InProcess::Finish(const ExchangeKey& key, int32_t member) {
+void Inboxes::Finish(const ExchangeKey& key, int32_t member) {
   AddFinished(key, GroupOf(member), 1);
 }
 
-void InProcess::AddFinished(const ExchangeKey& key, int32_t group, int32_t num) {
+void Inboxes::AddFinished(const ExchangeKey& key, int32_t group, int32_t num) {
   std::vector<Delivery> deliveries;
   {
     const std::lock_guard lock(mutex_);
@@ -170,8 +168,8 @@ void InProcess::AddFinished(const ExchangeKey& key, int32_t group, int32_t num) 
   Deliver(std::move(deliveries));
 }
 
-void InProcess::CountFinished(const ExchangeKey& key, int32_t group, int32_t num,
-                              std::vector<Delivery>& deliveries) {
+void Inboxes::CountFinished(const ExchangeKey& key, int32_t group, int32_t num,
+                            std::vector<Delivery>& deliveries) {
   if (!sees_all_ranks_ || !all_groups_.Add(key, group, num)) return;
   // All at once: if an exchange fails on one rank, no rank gets its messages.
   for (int32_t each = 0; each < static_cast<int32_t>(rounds_.size()); ++each) {
@@ -180,8 +178,8 @@ void InProcess::CountFinished(const ExchangeKey& key, int32_t group, int32_t num
 }
 
 // Only ranks that already receive. Others need not wait when they come.
-void InProcess::TakeFullInboxes(const ExchangeKey& key, int32_t group,
-                                std::vector<Delivery>& deliveries) {
+void Inboxes::TakeFullInboxes(const ExchangeKey& key, int32_t group,
+                              std::vector<Delivery>& deliveries) {
   const auto found = rounds_[group].find(key);
   if (found == rounds_[group].end()) return;
   found->second.waits_for_groups = false;
@@ -200,7 +198,7 @@ void InProcess::TakeFullInboxes(const ExchangeKey& key, int32_t group,
 
 // Runs receivers on the worker pool. The task also drops the receiver, which may be the last holder
 // of a buffer.
-void InProcess::Deliver(std::vector<Delivery> deliveries) {
+void Inboxes::Deliver(std::vector<Delivery> deliveries) {
   for (Delivery& delivery : deliveries) {
     // std::function needs a task that can be copied, and messages can not be copied.
     auto shared = std::make_shared<Delivery>(std::move(delivery));
@@ -211,7 +209,7 @@ void InProcess::Deliver(std::vector<Delivery> deliveries) {
   }
 }
 
-void InProcess::Receive(Op op, const Exchange& exchange, int32_t dst, Receiver receiver) {
+void Inboxes::Receive(Op op, const Exchange& exchange, int32_t dst, Receiver receiver) {
   Arrival arrival;
   std::optional<Fault> loss;
   const ExchangeKey& key = exchange.key;
@@ -244,7 +242,7 @@ void InProcess::Receive(Op op, const Exchange& exchange, int32_t dst, Receiver r
 
 // Whether a rank that has the messages of its own group must wait for other groups. If so, a timer
 // asks again.
-bool InProcess::MustWaitForGroups(Round& round, const ExchangeKey& key, int32_t member) {
+bool Inboxes::MustWaitForGroups(Round& round, const ExchangeKey& key, int32_t member) {
   if (!round.waits_for_groups) return false;
   Inbox& inbox = round.inboxes[RankOf(member)];
   const Watchdog::Clock::time_point now = Watchdog::Clock::now();
@@ -253,13 +251,13 @@ bool InProcess::MustWaitForGroups(Round& round, const ExchangeKey& key, int32_t 
   round.waits_for_groups = seconds > 0;
   if (!round.waits_for_groups) return false;
   auto expire = [weak = weak_from_this(), key, member] {
-    if (const std::shared_ptr<InProcess> self = weak.lock()) self->OnGroupsTimer(key, member);
+    if (const std::shared_ptr<Inboxes> self = weak.lock()) self->OnGroupsTimer(key, member);
   };
   inbox.timer = Watchdog::Get().Start(Seconds(seconds), expire);
   return true;
 }
 
-void InProcess::OnGroupsTimer(const ExchangeKey& key, int32_t member) {
+void Inboxes::OnGroupsTimer(const ExchangeKey& key, int32_t member) {
   std::vector<Delivery> deliveries;
   {
     const std::lock_guard lock(mutex_);
@@ -271,14 +269,14 @@ void InProcess::OnGroupsTimer(const ExchangeKey& key, int32_t member) {
   Deliver(std::move(deliveries));
 }
 
-std::optional<Fault> InProcess::LossOf(const Inbox& inbox, int32_t member, int32_t source) const {
+std::optional<Fault> Inboxes::LossOf(const Inbox& inbox, int32_t member, int32_t source) const {
   const Loss& loss = losses_[source];
   const int32_t rank = RankOf(source);
   if (inbox.arrived[rank] || inbox.exchange.key.run >= loss.end) return std::nullopt;
   return Of(inbox.op, inbox.exchange, RankOf(member), NothingComes(rank, loss.reason));
 }
 
-void InProcess::Lose(int32_t member, const std::string& reason, int64_t end) {
+void Inboxes::Lose(int32_t member, const std::string& reason, int64_t end) {
   std::map<int64_t, Fault> faults;  // by run
   {
     const std::lock_guard lock(mutex_);
@@ -299,16 +297,16 @@ void InProcess::Lose(int32_t member, const std::string& reason, int64_t end) {
   for (const auto& [run, fault] : faults) Fail(run, fault);
 }
 
-void InProcess::ArmTimer(Inbox& inbox, int32_t member, double waited) {
+void Inboxes::ArmTimer(Inbox& inbox, int32_t member, double waited) {
   const double until =
       waited < kSlowWaitSeconds ? std::min(kSlowWaitSeconds, timeout_s_) : timeout_s_;
   auto expire = [weak = weak_from_this(), key = inbox.exchange.key, member, until] {
-    if (const std::shared_ptr<InProcess> self = weak.lock()) self->OnTimer(key, member, until);
+    if (const std::shared_ptr<Inboxes> self = weak.lock()) self->OnTimer(key, member, until);
   };
   inbox.timer = Watchdog::Get().Start(Seconds(until - waited), expire);
 }
 
-void InProcess::OnTimer(const ExchangeKey& key, int32_t member, double waited) {
+void Inboxes::OnTimer(const ExchangeKey& key, int32_t member, double waited) {
   Fault fault;
   {
     const std::lock_guard lock(mutex_);
@@ -325,7 +323,7 @@ void InProcess::OnTimer(const ExchangeKey& key, int32_t member, double waited) {
   Fail(key.run, fault);
 }
 
-std::vector<InProcess::Delivery> InProcess::TakeReceivers(
+std::vector<Inboxes::Delivery> Inboxes::TakeReceivers(
     const std::function<bool(int64_t run)>& of_run, const Fault& fault) {
   std::vector<Delivery> deliveries;
   const Watchdog::Clock::time_point now = Watchdog::Clock::now();
@@ -349,7 +347,7 @@ std::vector<InProcess::Delivery> InProcess::TakeReceivers(
   return deliveries;
 }
 
-void InProcess::Fail(int64_t run, const Fault& fault) {
+void Inboxes::Fail(int64_t run, const Fault& fault) {
   std::vector<Delivery> deliveries;
   {
     const std::lock_guard lock(mutex_);
@@ -362,7 +360,7 @@ void InProcess::Fail(int64_t run, const Fault& fault) {
   Deliver(std::move(deliveries));
 }
 
-void InProcess::Close(const Fault& fault) {
+void Inboxes::Close(const Fault& fault) {
   std::vector<Delivery> deliveries;
   {
     const std::lock_guard lock(mutex_);

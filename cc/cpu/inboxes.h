@@ -1,7 +1,7 @@
 // The inboxes of the ranks of this process, and the receivers that wait for messages in them.
 
-#ifndef JAX_SM_FREE_CC_CPU_IN_PROCESS_H_
-#define JAX_SM_FREE_CC_CPU_IN_PROCESS_H_
+#ifndef JAX_SM_FREE_CC_CPU_INBOXES_H_
+#define JAX_SM_FREE_CC_CPU_INBOXES_H_
 
 #include <cstdint>
 #include <functional>
@@ -27,7 +27,7 @@ namespace jax_sm_free {
 // The transport of all groups within a process: it hands a message over without a copy. Each rank
 // of this process has an inbox, with room for a message from every rank of its group. A transport
 // between processes puts the messages from other processes into these inboxes, too.
-class InProcess : public Transport, public std::enable_shared_from_this<InProcess> {
+class Inboxes : public Transport, public std::enable_shared_from_this<Inboxes> {
  public:
   // Called once for each run that fails, before any receiver of that run. Never called after Close.
   // It must not call back.
@@ -35,7 +35,7 @@ class InProcess : public Transport, public std::enable_shared_from_this<InProces
 
   // `num_here` is by group: how many of its ranks are in this process. If some are elsewhere, the
   // owner of this object puts in their messages.
-  InProcess(int32_t ep_size, std::vector<int32_t> num_here, double timeout_s, OnFail on_fail);
+  Inboxes(int32_t ep_size, std::vector<int32_t> num_here, double timeout_s, OnFail on_fail);
 
   std::optional<Fault> Begin(Op op, const Exchange& exchange, int32_t member,
                              std::shared_ptr<const CallSite> site) override;
@@ -122,4 +122,4 @@ class InProcess : public Transport, public std::enable_shared_from_this<InProces
 
 }  // namespace jax_sm_free
 
-#endif  // JAX_SM_FREE_CC_CPU_IN_PROCESS_H_
+#endif  // JAX_SM_FREE_CC_CPU_INBOXES_H_

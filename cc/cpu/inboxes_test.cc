@@ -1,4 +1,4 @@
-#include "cc/cpu/in_process.h"
+#include "cc/cpu/inboxes.h"
 
 #include <algorithm>
 #include <chrono>
@@ -50,7 +50,7 @@ class Group {
   explicit Group(int32_t ep_size, double timeout_s = kNever, int32_t num_groups = 1)
       : ep_size_(ep_size),
         config_{.ep_size = ep_size, .num_experts = ep_size, .row_bytes = sizeof(Note)},
-        transport_(std::make_shared<InProcess>(
+        transport_(std::make_shared<Inboxes>(
             ep_size, std::vector<int32_t>(num_groups, ep_size), timeout_s,
             [this](int64_t run, const Fault&) { failed_runs_.push_back(run); })) {}
 
@@ -88,15 +88,15 @@ class Group {
     }
   }
 
-  std::future<InProcess::Arrival> Receive(const ExchangeKey& key, int32_t dst) {
-    auto promise = std::make_shared<std::promise<InProcess::Arrival>>();
-    transport_->Receive(kRecv, ExchangeOf(key), dst, [promise](InProcess::Arrival arrival) {
+  std::future<Inboxes::Arrival> Receive(const ExchangeKey& key, int32_t dst) {
+    auto promise = std::make_shared<std::promise<Inboxes::Arrival>>();
+    transport_->Receive(kRecv, ExchangeOf(key), dst, [promise](Inboxes::Arrival arrival) {
       promise->set_value(std::move(arrival));
     });
     return promise->get_future();
   }
 
-  InProcess& transport() { return *transport_; }
+  Inboxes& transport() { return *transport_; }
   int64_t num_blocks() const { return pool_.num_blocks(); }
   const std::vector<int64_t>& failed_runs() const { return failed_runs_; }
 
@@ -105,11 +105,11 @@ class Group {
   const Config config_;
   BlockPool pool_{MaxMessageBytes(config_)};
   std::vector<int64_t> failed_runs_;
-  std::shared_ptr<InProcess> transport_;
+  std::shared_ptr<Inboxes> transport_;
 };
 
 // Whether the arrival holds what every rank sent to `dst`, by source: members from `first` on.
-void ExpectNotes(const InProcess::Arrival& arrival, const ExchangeKey& key, int32_t dst,
+void ExpectNotes(const Inboxes::Arrival& arrival, const ExchangeKey& key, int32_t dst,
                  int32_t first = 0) {
   ASSERT_EQ(FaultOf(arrival), nullptr) << FaultOf(arrival)->Describe();
   const auto& messages = std::get<std::vector<Message>>(arrival);
@@ -120,11 +120,11 @@ void ExpectNotes(const InProcess::Arrival& arrival, const ExchangeKey& key, int3
   }
 }
 
-std::string SeenBy(const InProcess::Arrival& arrival) {
+std::string SeenBy(const Inboxes::Arrival& arrival) {
   return FaultOf(arrival) == nullptr ? "no fault" : FaultOf(arrival)->seen;
 }
 
-bool IsReady(const std::future<InProcess::Arrival>& future) {
+bool IsReady(const std::future<Inboxes::Arrival>& future) {
   return future.wait_for(std::chrono::seconds(0)) == std::future_status::ready;
 }
 
@@ -132,34 +132,33 @@ constexpr ExchangeKey kKey{.run = 1, .call_site = 2, .count = 3};
 constexpr ExchangeKey kSameRun{.run = 1, .call_site = 2, .count = 4};
 constexpr ExchangeKey kOtherRun{.run = 2, .call_site = 2, .count = 3};
 
-TEST(InProcessTest, HandsOverMessagesBySource) {
+TEST(InboxesTest, HandsOverMessagesBySource) {
   Group group(3);
   for (const int32_t src : {2, 0, 1}) EXPECT_FALSE(group.SendOnly(kKey, src, 1).has_value());
   ExpectNotes(group.Receive(kKey, 1).get(), kKey, 1);
 }
 
-TEST(InProcessTest, CompletesOnTheCallingThreadIfAllIsThere) {
+TEST(InboxesTest, CompletesOnTheCallingThreadIfAllIsThere) {
   Group group(2);
   group.SendAll(kKey, 0);
   std::thread::id thread;
-  group.transport().Receive(kRecv, ExchangeOf(kKey), 0, [&](const InProcess::Arrival&) {
-    thread = std::this_thread::get_id();
-  });
+  group.transport().Receive(kRecv, ExchangeOf(kKey), 0,
+                            [&](const Inboxes::Arrival&) { thread = std::this_thread::get_id(); });
   EXPECT_EQ(thread, std::this_thread::get_id());
 }
 
-TEST(InProcessTest, CompletesOnAWorkerThreadIfSomethingIsMissing) {
+TEST(InboxesTest, CompletesOnAWorkerThreadIfSomethingIsMissing) {
   Group group(2);
   EXPECT_FALSE(group.SendOnly(kKey, 0, 0).has_value());
   std::promise<std::thread::id> thread;
-  group.transport().Receive(kRecv, ExchangeOf(kKey), 0, [&](const InProcess::Arrival&) {
+  group.transport().Receive(kRecv, ExchangeOf(kKey), 0, [&](const Inboxes::Arrival&) {
     thread.set_value(std::this_thread::get_id());
   });
   EXPECT_FALSE(group.SendOnly(kKey, 1, 0).has_value());
   EXPECT_NE(thread.get_future().get(), std::this_thread::get_id());
 }
 
-TEST(InProcessTest, IsNotCompleteBeforeTheLastMessage) {
+TEST(InboxesTest, IsNotCompleteBeforeTheLastMessage) {
   Group group(3);
   auto arrival = group.Receive(kKey, 0);
   group.SendAll(kKey, 0, {1});
@@ -170,13 +169,13 @@ TEST(InProcessTest, IsNotCompleteBeforeTheLastMessage) {
   ExpectNotes(arrival.get(), kKey, 0);
 }
 
-TEST(InProcessTest, AGroupOfOneRankSendsToItself) {
+TEST(InboxesTest, AGroupOfOneRankSendsToItself) {
   Group group(1);
   group.SendAll(kKey, 0);
   ExpectNotes(group.Receive(kKey, 0).get(), kKey, 0);
 }
 
-TEST(InProcessTest, GivesTheBlocksBack) {
+TEST(InboxesTest, GivesTheBlocksBack) {
   Group group(2);
   for (int64_t run = 0; run < 50; ++run) {
     const ExchangeKey key{.run = run};
@@ -205,7 +204,7 @@ void ExchangeInRandomOrder(Group& group, int32_t ep_size, int32_t rank) {
       }
       group.transport().Finish(key, rank);
     }
-    std::vector<std::pair<ExchangeKey, std::future<InProcess::Arrival>>> arrivals;
+    std::vector<std::pair<ExchangeKey, std::future<Inboxes::Arrival>>> arrivals;
     for (const ExchangeKey& key : shuffled_keys(round)) {
       arrivals.emplace_back(key, group.Receive(key, rank));
     }
@@ -213,13 +212,13 @@ void ExchangeInRandomOrder(Group& group, int32_t ep_size, int32_t rank) {
   }
 }
 
-TEST(InProcessTest, EightRanksWithManyExchangesInFlightInRandomOrder) {
+TEST(InboxesTest, EightRanksWithManyExchangesInFlightInRandomOrder) {
   constexpr int32_t kEpSize = 8;
   Group group(kEpSize);
   OnEveryRank(kEpSize, [&](int32_t rank) { ExchangeInRandomOrder(group, kEpSize, rank); });
 }
 
-TEST(InProcessTest, NoRankIsThroughBeforeAllHaveSentAll) {
+TEST(InboxesTest, NoRankIsThroughBeforeAllHaveSentAll) {
   Group group(2);
   auto arrival = group.Receive(kKey, 0);
   EXPECT_FALSE(group.Send(kKey, 0, 0).has_value());
@@ -230,7 +229,7 @@ TEST(InProcessTest, NoRankIsThroughBeforeAllHaveSentAll) {
   ExpectNotes(arrival.get(), kKey, 0);
 }
 
-TEST(InProcessTest, WhoSendsAllAtOnceIsFinished) {
+TEST(InboxesTest, WhoSendsAllAtOnceIsFinished) {
   Group group(3);
   auto early = group.Receive(kKey, 0);
   for (const int32_t src : {2, 0}) EXPECT_FALSE(group.SendToAll(kKey, src).has_value());
@@ -240,7 +239,7 @@ TEST(InProcessTest, WhoSendsAllAtOnceIsFinished) {
   for (const int32_t dst : {1, 2}) ExpectNotes(group.Receive(kKey, dst).get(), kKey, dst);
 }
 
-TEST(InProcessTest, SendingAllTwiceIsAFaultThatLeavesTheOthersTheirs) {
+TEST(InboxesTest, SendingAllTwiceIsAFaultThatLeavesTheOthersTheirs) {
   Group group(2);
   EXPECT_FALSE(group.SendToAll(kKey, 0).has_value());
   const std::optional<Fault> fault = group.SendToAll(kKey, 0);
@@ -251,7 +250,7 @@ TEST(InProcessTest, SendingAllTwiceIsAFaultThatLeavesTheOthersTheirs) {
 
 // ------------------------------------------------------------------------------ several groups
 
-TEST(InProcessTest, ARankThatSendsAllAtOnceIsThroughWhenAllGroupsHaveSent) {
+TEST(InboxesTest, ARankThatSendsAllAtOnceIsThroughWhenAllGroupsHaveSent) {
   Group group(2, kNever, 2);
   auto first = group.Receive(kKey, 0);
   auto second = group.Receive(kKey, 3);
@@ -262,7 +261,7 @@ TEST(InProcessTest, ARankThatSendsAllAtOnceIsThroughWhenAllGroupsHaveSent) {
   ExpectNotes(second.get(), kKey, 3, 2);
 }
 
-TEST(InProcessTest, ARankIsThroughWhenAllGroupsHaveSent) {
+TEST(InboxesTest, ARankIsThroughWhenAllGroupsHaveSent) {
   Group group(2, kNever, 2);
   group.SendAll(kKey, 0);
   EXPECT_FALSE(group.SendOnly(kKey, 2, 2).has_value());
@@ -275,7 +274,7 @@ TEST(InProcessTest, ARankIsThroughWhenAllGroupsHaveSent) {
   ExpectNotes(second.get(), kKey, 2, 2);
 }
 
-TEST(InProcessTest, AFaultInOneGroupEndsWhoWaitsForItInAnother) {
+TEST(InboxesTest, AFaultInOneGroupEndsWhoWaitsForItInAnother) {
   Group group(2, kNever, 2);
   group.SendAll(kKey, 0);
   auto arrival = group.Receive(kKey, 0);
@@ -285,7 +284,7 @@ TEST(InProcessTest, AFaultInOneGroupEndsWhoWaitsForItInAnother) {
   EXPECT_EQ(group.failed_runs(), std::vector<int64_t>{kKey.run});
 }
 
-TEST(InProcessTest, ATimeoutOfOneGroupIsTheFaultOfAll) {
+TEST(InboxesTest, ATimeoutOfOneGroupIsTheFaultOfAll) {
   Group group(2, kSoon, 2);
   group.SendAll(kKey, 0);
   EXPECT_FALSE(group.SendOnly(kKey, 2, 2).has_value());
@@ -296,7 +295,7 @@ TEST(InProcessTest, ATimeoutOfOneGroupIsTheFaultOfAll) {
   }
 }
 
-TEST(InProcessTest, AnExchangeThatAnotherGroupHasNotIsWaitedForOnce) {
+TEST(InboxesTest, AnExchangeThatAnotherGroupHasNotIsWaitedForOnce) {
   Group group(2, kNever, 2);
   for (const ExchangeKey& key : {kKey, kSameRun, kOtherRun}) {
     const auto start = std::chrono::steady_clock::now();
@@ -311,7 +310,7 @@ TEST(InProcessTest, AnExchangeThatAnotherGroupHasNotIsWaitedForOnce) {
   }
 }
 
-TEST(InProcessTest, AGroupThatComesLateFindsItsMessages) {
+TEST(InboxesTest, AGroupThatComesLateFindsItsMessages) {
   Group group(2, kNever, 2);
   group.SendAll(kKey, 0);
   ExpectNotes(group.Receive(kKey, 0).get(), kKey, 0);
@@ -319,21 +318,21 @@ TEST(InProcessTest, AGroupThatComesLateFindsItsMessages) {
   ExpectNotes(group.Receive(kKey, 3).get(), kKey, 3, 2);
 }
 
-TEST(InProcessTest, WhoWaitsForAGroupGoesOnWhenItIsLost) {
+TEST(InboxesTest, WhoWaitsForAGroupGoesOnWhenItIsLost) {
   Group group(2, kNever, 2);
   group.SendAll(kKey, 0);
   EXPECT_FALSE(group.SendOnly(kKey, 2, 2).has_value());
   auto arrival = group.Receive(kKey, 0);
-  group.transport().Lose(3, "it is gone", InProcess::kForEver);
+  group.transport().Lose(3, "it is gone", Inboxes::kForEver);
   ExpectNotes(arrival.get(), kKey, 0);
 }
 
 // --------------------------------------------------------------------------------------- faults
 
-TEST(InProcessTest, ATimeoutNamesTheMissingRanks) {
+TEST(InboxesTest, ATimeoutNamesTheMissingRanks) {
   Group group(4, kSoon);
   group.SendAll(kKey, 2, {1, 3});
-  const InProcess::Arrival result = group.Receive(kKey, 2).get();
+  const Inboxes::Arrival result = group.Receive(kKey, 2).get();
   ASSERT_NE(FaultOf(result), nullptr);
   const Fault& fault = *FaultOf(result);
   EXPECT_EQ(fault.op, "dispatch_recv");
@@ -344,14 +343,14 @@ TEST(InProcessTest, ATimeoutNamesTheMissingRanks) {
   EXPECT_EQ(fault.exchange, "dispatch exchange 1, slot 0");
 }
 
-TEST(InProcessTest, ATimeoutEndsTheWholeRun) {
+TEST(InboxesTest, ATimeoutEndsTheWholeRun) {
   Group group(2, kSoon);
   group.Receive(kKey, 0).wait();
   EXPECT_EQ(group.failed_runs(), std::vector<int64_t>{kKey.run});
   EXPECT_TRUE(group.Send(kSameRun, 0, 1).has_value());
 }
 
-TEST(InProcessTest, AReceiveInTimeDoesNotTimeOut) {
+TEST(InboxesTest, AReceiveInTimeDoesNotTimeOut) {
   Group group(2, kLater);
   auto arrival = group.Receive(kKey, 0);
   group.SendAll(kKey, 0);
@@ -360,7 +359,7 @@ TEST(InProcessTest, AReceiveInTimeDoesNotTimeOut) {
   EXPECT_TRUE(group.failed_runs().empty());
 }
 
-TEST(InProcessTest, FailEndsAllThatWaitInTheRun) {
+TEST(InboxesTest, FailEndsAllThatWaitInTheRun) {
   Group group(2);
   auto first = group.Receive(kKey, 0);
   auto second = group.Receive(kKey, 1);
@@ -371,7 +370,7 @@ TEST(InProcessTest, FailEndsAllThatWaitInTheRun) {
   EXPECT_EQ(SeenBy(third.get()), "a failure");
 }
 
-TEST(InProcessTest, FailLeavesOtherRunsAlone) {
+TEST(InboxesTest, FailLeavesOtherRunsAlone) {
   Group group(2);
   auto other = group.Receive(kOtherRun, 0);
   group.transport().Fail(kKey.run, FaultWith("a failure"));
@@ -380,7 +379,7 @@ TEST(InProcessTest, FailLeavesOtherRunsAlone) {
   ExpectNotes(other.get(), kOtherRun, 0);
 }
 
-TEST(InProcessTest, ASecondFaultOfARunChangesNothing) {
+TEST(InboxesTest, ASecondFaultOfARunChangesNothing) {
   Group group(2);
   group.transport().Fail(kKey.run, FaultWith("first"));
   group.transport().Fail(kKey.run, FaultWith("second"));
@@ -388,17 +387,17 @@ TEST(InProcessTest, ASecondFaultOfARunChangesNothing) {
   EXPECT_EQ(group.failed_runs(), std::vector<int64_t>{kKey.run});
 }
 
-TEST(InProcessTest, OnFailIsCalledBeforeAnyReceiver) {
+TEST(InboxesTest, OnFailIsCalledBeforeAnyReceiver) {
   Group group(2);
   std::promise<size_t> known;
-  group.transport().Receive(kRecv, ExchangeOf(kKey), 0, [&](const InProcess::Arrival&) {
+  group.transport().Receive(kRecv, ExchangeOf(kKey), 0, [&](const Inboxes::Arrival&) {
     known.set_value(group.failed_runs().size());
   });
   group.transport().Fail(kKey.run, FaultWith("a failure"));
   EXPECT_EQ(known.get_future().get(), 1U);
 }
 
-TEST(InProcessTest, WhoComesLateToAFailedRunGetsItsFault) {
+TEST(InboxesTest, WhoComesLateToAFailedRunGetsItsFault) {
   Group group(2);
   group.transport().Fail(kKey.run, FaultWith("a failure"));
   const std::optional<Fault> late_sender = group.Send(kKey, 0, 1);
@@ -410,7 +409,7 @@ TEST(InProcessTest, WhoComesLateToAFailedRunGetsItsFault) {
   EXPECT_EQ(SeenBy(group.Receive(kSameRun, 1).get()), "a failure");
 }
 
-TEST(InProcessTest, AFailedRunGivesItsBlocksBack) {
+TEST(InboxesTest, AFailedRunGivesItsBlocksBack) {
   Group group(2);
   for (int64_t run = 0; run < 50; ++run) {
     group.SendAll({.run = run}, 0);
@@ -419,7 +418,7 @@ TEST(InProcessTest, AFailedRunGivesItsBlocksBack) {
   EXPECT_LE(group.num_blocks(), 2);
 }
 
-TEST(InProcessTest, CloseEndsAllThatWait) {
+TEST(InboxesTest, CloseEndsAllThatWait) {
   Group group(2);
   auto first = group.Receive(kKey, 0);
   auto second = group.Receive(kOtherRun, 1);
@@ -428,14 +427,14 @@ TEST(InProcessTest, CloseEndsAllThatWait) {
   EXPECT_EQ(SeenBy(second.get()), "closed");
 }
 
-TEST(InProcessTest, NothingWorksAfterClose) {
+TEST(InboxesTest, NothingWorksAfterClose) {
   Group group(2);
   group.transport().Close(FaultWith("closed"));
   EXPECT_TRUE(group.Send(kKey, 0, 1).has_value());
   EXPECT_EQ(SeenBy(group.Receive(kKey, 0).get()), "closed");
 }
 
-TEST(InProcessTest, CloseIsNoFailureOfARun) {
+TEST(InboxesTest, CloseIsNoFailureOfARun) {
   Group group(2);
   auto arrival = group.Receive(kKey, 0);
   group.transport().Close(FaultWith("closed"));
@@ -443,8 +442,8 @@ TEST(InProcessTest, CloseIsNoFailureOfARun) {
   EXPECT_TRUE(group.failed_runs().empty());
 }
 
-TEST(InProcessTest, ATransportMayDieWhileATimerRuns) {
-  std::future<InProcess::Arrival> arrival;
+TEST(InboxesTest, ATransportMayDieWhileATimerRuns) {
+  std::future<Inboxes::Arrival> arrival;
   {
     Group group(2, kLater);
     arrival = group.Receive(kKey, 0);
@@ -462,7 +461,7 @@ void ExchangeWithAFailure(Group& group, int32_t ep_size, int32_t rank, int64_t r
   EXPECT_EQ(SeenBy(group.Receive(key, rank).get()), "a failure");
 }
 
-TEST(InProcessTest, RunsAfterAFailedOneWork) {
+TEST(InboxesTest, RunsAfterAFailedOneWork) {
   constexpr int32_t kEpSize = 4;
   Group group(kEpSize);
   OnEveryRank(kEpSize, [&](int32_t rank) {
