@@ -11,8 +11,8 @@ void EndPhase(const DeviceCall& call, const char* phase) {
   if (call.on_phase != nullptr) (*call.on_phase)(phase);
 }
 
-// Takes the dispatch that the token names, whose rows become those of `out`. The send packed this
-// rank's own rows, too, if the wire quantises them.
+// Takes the dispatch that the token names, and waits for its rows, which `out` will hold. If the
+// wire quantises rows, the send has packed this rank's own rows, too.
 template <typename Out>
 void WaitForRows(const DeviceCall& call, const float* token, const OwnRows& own, const Out& out,
                  bool for_messages) {
@@ -87,7 +87,7 @@ void DispatchRecvTokens(const DeviceCall& call, const float* token, const OwnRow
 void ReceiveSums(const DeviceCall& call, const float* token, const std::optional<ExpertRows>& own,
                  const SumsOut& out) {
   const int64_t row_bytes = out.matrix.row_bytes();
-  // The routing is found again while the messages are still on their way.
+  // Finds the routing again while messages are still in flight.
   LaunchRoute(*call.view, {.op = call.op, .row_bytes = row_bytes, .topk = out.topk}, call.stream);
   LaunchWait(*call.view,
              {.op = call.op,

@@ -1,5 +1,6 @@
-// Vectors of row elements: 16-byte loads and stores, and arithmetic in float32 as the contract
-// wants it: product, then sum, never fused, so that the host computes the same bits.
+// Vectors of row elements for 16-byte loads and stores, and the arithmetic that the contract
+// requires: in float32, first a product, then a sum. It never uses fused multiply-add, so that the
+// host computes the same bits.
 
 #ifndef JAX_SM_FREE_CC_CUDA_KERNELS_ELEMENTS_CUH_
 #define JAX_SM_FREE_CC_CUDA_KERNELS_ELEMENTS_CUH_
@@ -34,14 +35,14 @@ __device__ inline __nv_bfloat16 FromFloat<__nv_bfloat16>(float value) {
   return __float2bfloat16_rn(value);
 }
 
-// kWidth elements of type T, moved by one load or store.
+// kWidth elements of type T. One load or store moves them.
 template <typename T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Vector {
   T elements[kWidth];
 };
 
-// Its bits. An array of them stays in registers; one of vectors the compiler takes apart, element
-// by element, where not all are always there.
+// The bits of a vector. An array of bits stays in registers. An array of vectors does not always:
+// the compiler splits it into elements where some vectors are only sometimes loaded.
 template <typename V>
 using BitsOf = std::conditional_t<sizeof(V) == sizeof(uint4), uint4,
                                   std::conditional_t<sizeof(V) == 4, uint32_t, uint16_t>>;
@@ -62,7 +63,7 @@ void VisitElement(const Matrix& matrix, Fn fn) {
   }
 }
 
-// Calls fn<T, kWidth>() for all that VisitElement chooses from.
+// Calls fn<T, kWidth>() for everything that VisitElement chooses from.
 template <typename Fn>
 void ForEachElement(Fn fn) {
   for (const DType dtype : kDTypes) {

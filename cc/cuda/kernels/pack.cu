@@ -1,5 +1,5 @@
-// Token rows into messages: each row of x is read once, however many ranks it goes to. A dispatch's
-// own rows need not be copied at all, for its recv has x.
+// Token rows into messages. Each row of x is read once, however many ranks it goes to. A dispatch
+// does not copy rows for its own rank, because its recv reads them from x.
 
 #include <cuda_runtime.h>
 
@@ -11,12 +11,12 @@
 namespace jax_sm_free::cuda {
 namespace {
 
-// Of rows in one part alone.
+// Only rows without scales have more than one segment.
 __host__ __device__ Segments SegmentsOf(const PackArgs& args) {
   return {args.rows.scales_bytes == 0 ? args.rows.values_bytes : 1, kCopyWords};
 }
 
-// One segment of a token's row, to all ranks that get the token.
+// Writes one segment of a token's row to all ranks that get the token.
 __device__ void PackSegment(const ConstRows& rows, std::byte* target, const Segments& segments,
                             int64_t token, int32_t segment) {
   const std::byte* values = rows.values + token * rows.values_bytes;

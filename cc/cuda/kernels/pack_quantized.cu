@@ -1,4 +1,4 @@
-// Token rows into messages in a format that quantises them: each row of x is read and quantised
+// Token rows into messages, in a format that quantises them. Each row of x is read and quantised
 // once, however many ranks it goes to.
 
 #include <cuda_runtime.h>
@@ -13,12 +13,13 @@
 namespace jax_sm_free::cuda {
 namespace {
 
-// 16-byte loads of a lane in flight; and how many blocks registers leave room for then.
+// The number of 16-byte loads that a lane has in flight, and the number of blocks that the
+// registers then leave room for.
 constexpr int kUnroll = 4;
 constexpr int kMinBlocks = 4;
 
-// Groups [first, end) of a row of whole 16-byte words, to every target. All lanes of the warp call
-// it; each keeps several loads in flight.
+// Quantises groups [first, end) of a row of whole 16-byte words, and writes them to every target.
+// All lanes of the warp call it. Each lane keeps several loads in flight.
 template <typename Format, typename T>
 __device__ void PackWords(std::byte* target, const std::byte* x, int64_t hidden, int32_t first,
                           int32_t end) {
@@ -37,7 +38,7 @@ __device__ void PackWords(std::byte* target, const std::byte* x, int64_t hidden,
       loaded[u] = i < end_word ? __ldcs(words + i) : make_uint4(0, 0, 0, 0);
     }
     Codes<T> codes[kUnroll];
-    Scale kept = 0;  // the scale of one group of the warp's, each lane another
+    Scale kept = 0;  // each lane keeps the scale of another group
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (first_word + u * kWarpSize >= end_word) continue;
@@ -61,7 +62,7 @@ __device__ void PackWords(std::byte* target, const std::byte* x, int64_t hidden,
   }
 }
 
-// The same for a row of any size, whose scales may lie at any byte.
+// The same for a row of any size. Its scales may start at any byte.
 template <typename Format, typename T>
 __device__ void PackColumns(std::byte* target, const std::byte* x, int64_t hidden, int32_t first,
                             int32_t end) {
@@ -101,7 +102,7 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
   const Matrix& matrix = args.format.matrix;
   const int64_t hidden = matrix.hidden;
   const Segments segments = SegmentsOf<Format, T>(hidden);
-  // Our own rows are quantised like others.
+  // Rows for this rank itself are quantised, too.
   PackParts(view, segments, args.num_tokens, false, [&](std::byte* target, const Claim& at) {
     const std::byte* x = args.rows.values + at.row * matrix.row_bytes();
     const int32_t first = segments.begin(at.segment);

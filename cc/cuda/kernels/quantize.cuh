@@ -1,7 +1,7 @@
-// Rows to and from a format that quantises them (cc/wire_format.h), by a warp, with the bits of
-// cc/cpu/wire_rows.cc.
+// Converts rows to and from a format that quantises them (cc/wire_format.h). A warp does this, and
+// computes the same bits as cc/cpu/wire_rows.cc.
 //
-// Template arguments: Format is the wire's, T the element type of the rows.
+// In template arguments, Format is the format of the wire, and T is the element type of the rows.
 
 #ifndef JAX_SM_FREE_CC_CUDA_KERNELS_QUANTIZE_CUH_
 #define JAX_SM_FREE_CC_CUDA_KERNELS_QUANTIZE_CUH_
@@ -20,25 +20,28 @@
 
 namespace jax_sm_free::cuda {
 
-// Columns of a row that a lane holds: 16 bytes of T, and as many values of one byte each.
+// The number of columns of a row that a lane holds. They take 16 bytes of T, and as many bytes of
+// values as there are columns.
 template <typename T>
 inline constexpr int kLaneColumns = 16 / sizeof(T);
 template <typename T>
 using Codes = std::conditional_t<kLaneColumns<T> == 8, uint2, uint32_t>;
 
-// Lanes that hold the columns of one scale, and such groups of a warp.
+// The number of lanes that hold the columns of one scale, and the number of such groups of lanes in
+// a warp.
 template <typename Format, typename T>
 inline constexpr int kGroupLanes = Format::kScaleColumns / kLaneColumns<T>;
 template <typename Format, typename T>
 inline constexpr int kWarpGroups = kWarpSize / kGroupLanes<Format, T>;
 
-// Rows in segments of at most `max_groups` groups: the words that a segment counts are groups.
+// Segments of at most `max_groups` groups. The words that Segments counts stand for groups.
 template <typename Format>
 __host__ __device__ Segments GroupSegments(int64_t hidden, int32_t max_groups) {
   return Segments(NumScales<Format>(hidden) * 16, max_groups);
 }
 
-// Calls fn<Format, T, kWidth>() for rows that the wire quantises: see VisitElement.
+// Calls fn<Format, T, kWidth>() with the types for rows that the wire quantises. VisitElement
+// describes T and kWidth.
 template <typename Fn>
 void VisitQuantized(const RowFormat& format, const Fn& fn) {
   VisitWireFormat(format.wire, [&]<typename Format>() {
@@ -49,7 +52,7 @@ void VisitQuantized(const RowFormat& format, const Fn& fn) {
   });
 }
 
-// Calls fn<Format, T, kWidth>() for all that VisitQuantized chooses from.
+// Calls fn<Format, T, kWidth>() for everything that VisitQuantized chooses from.
 template <typename Fn>
 void ForEachQuantized(const Fn& fn) {
   for (const WireFormat wire : kWireFormats) {
@@ -62,7 +65,7 @@ void ForEachQuantized(const Fn& fn) {
   }
 }
 
-// Calls fn(row) for each row that a lane of the warp has as `target`.
+// Calls fn(row) for the target of each lane that has one.
 template <typename Fn>
 __device__ void ForEachTarget(std::byte* target, const Fn& fn) {
   for (unsigned left = __ballot_sync(kFullWarp, target != nullptr); left != 0; left &= left - 1) {
@@ -70,7 +73,7 @@ __device__ void ForEachTarget(std::byte* target, const Fn& fn) {
   }
 }
 
-// The largest magnitude, as bits, which have the order of the numbers.
+// The largest magnitude, as bits. Bits of magnitudes compare like the magnitudes.
 template <int kSize>
 __device__ inline uint32_t LargestMagnitude(const float (&values)[kSize]) {
   uint32_t largest = 0;
@@ -81,7 +84,7 @@ __device__ inline uint32_t LargestMagnitude(const float (&values)[kSize]) {
   return largest;
 }
 
-// The largest among each kLanes neighbours, in all of them.
+// The largest value among each kLanes neighbouring lanes. All of them get it.
 template <int kLanes>
 __device__ inline uint32_t LargestOfLanes(uint32_t largest) {
 #pragma unroll
@@ -91,7 +94,7 @@ __device__ inline uint32_t LargestOfLanes(uint32_t largest) {
   return largest;
 }
 
-// Two values on the wire, the first one in the low byte, to and from float32.
+// Converts pairs of values on the wire to and from float32. The first value is in the low byte.
 template <typename Value>
 struct ValuePair;
 template <>
@@ -112,7 +115,7 @@ class GroupScale {
  public:
   using Scale = typename Format::Scale;
 
-  // `largest`: the bits of the group's largest magnitude.
+  // `largest`: the largest magnitude of the group, as bits.
   __device__ explicit GroupScale(uint32_t largest) {
     scale_ = Format::ScaleOf(largest);
     factor_ = Format::FactorOf(scale_);
@@ -121,22 +124,23 @@ class GroupScale {
 
   __device__ Scale scale() const { return scale_; }
 
-  // Two columns as values, the first one in the low byte.
+  // Two columns as values. The first value is in the low byte.
   __device__ uint32_t Quantize(float first, float second) const {
     return ValuePair<typename Format::Value>::Store({Divide(first), Divide(second)});
   }
 
  private:
-  // x / factor_ as IEEE rounds it, at a third of the cost: the first correction brings the quotient
-  // within one unit in the last place, from where the second is exact (Markstein, with a reciprocal
-  // that is rounded to nearest). Only quotients that become zero are ever near underflow.
+  // Returns x / factor_, rounded as IEEE requires, at a third of the cost of a division. After the
+  // first correction, the quotient is within one unit in the last place, so the second correction
+  // is exact (Markstein; the reciprocal must be rounded to nearest). The only quotients near
+  // underflow are those that become zero.
   __device__ float Divide(float x) const {
     float quotient = __fmul_rn(x, reciprocal_);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       quotient = __fmaf_rn(__fmaf_rn(-factor_, quotient, x), reciprocal_, quotient);
     }
-    return copysignf(quotient, x);  // a correction of -0 is +0
+    return copysignf(quotient, x);  // a correction turns -0 into +0
   }
 
   Scale scale_;
@@ -144,7 +148,7 @@ class GroupScale {
   float reciprocal_;
 };
 
-// The scale that lies at any byte.
+// Reads a scale that may start at any byte.
 template <typename Scale>
 __device__ Scale ScaleAt(const std::byte* bytes) {
   Scale scale;
@@ -169,7 +173,7 @@ __device__ inline void ToFloats(const uint4& word, float (&values)[kLaneColumns<
   for (int i = 0; i < kLaneColumns<T>; ++i) values[i] = ToFloat(vector.elements[i]);
 }
 
-// A lane's columns as values.
+// The columns of a lane as values.
 template <typename T, typename Format>
 __device__ inline Codes<T> Quantize(const float (&values)[kLaneColumns<T>],
                                     const GroupScale<Format>& scale) {
@@ -184,14 +188,14 @@ __device__ inline Codes<T> Quantize(const float (&values)[kLaneColumns<T>],
   }
 }
 
-// Two columns from values, the first one from the low byte.
+// Two columns from their values. The first value is in the low byte.
 template <typename Format>
 __device__ inline float2 DequantizePair(uint32_t codes, float factor) {
   const float2 values = ValuePair<typename Format::Value>::Load(codes);
   return {__fmul_rn(values.x, factor), __fmul_rn(values.y, factor)};
 }
 
-// A 32-bit word of T, or one of T's NaNs.
+// Packs two values into a 32-bit word of T (kNanWord is a word of NaNs).
 template <typename T>
 __device__ inline uint32_t PackPair(float2 values);
 template <>
@@ -211,7 +215,7 @@ inline constexpr uint32_t kNanWord<__nv_bfloat16> = 0x7FC07FC0U;
 template <>
 inline constexpr uint32_t kNanWord<__half> = 0x7E007E00U;
 
-// A lane's columns from values.
+// The columns of a lane from their values.
 template <typename Format, typename T>
 __device__ inline uint4 Dequantize(const Codes<T>& codes, float factor) {
   constexpr uint32_t kNan = kNanWord<T>;

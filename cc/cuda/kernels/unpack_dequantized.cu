@@ -1,5 +1,5 @@
-// A dispatch's rows out of messages, in a format that quantises them: each token row is read and
-// dequantised once, however many expert rows it becomes.
+// The rows of a dispatch from their messages, in a format that quantises them. Each token row is
+// read and dequantised once, however many expert rows it becomes.
 
 #include <cuda_runtime.h>
 
@@ -15,18 +15,19 @@
 namespace jax_sm_free::cuda {
 namespace {
 
-// Loads of a lane in flight; and how many blocks registers leave room for then.
+// The number of loads that a lane has in flight, and the number of blocks that the registers then
+// leave room for.
 constexpr int kUnroll = 8;
 constexpr int kMinBlocks = 3;
 
-// Groups [first, end) of a row that becomes whole 16-byte words, to every target. All lanes of the
-// warp call it; each keeps several loads in flight.
+// Dequantises groups [first, end) of a row that becomes whole 16-byte words, and writes them to
+// every target. All lanes of the warp call it. Each lane keeps several loads in flight.
 template <typename Format, typename T>
 __device__ void UnpackWords(std::byte* target, const std::byte* wire, int64_t hidden, int32_t first,
                             int32_t end) {
   using Scale = typename Format::Scale;
   constexpr int kLanes = kGroupLanes<Format, T>;
-  constexpr int kStep = kWarpGroups<Format, T>;  // groups of a warp's words
+  constexpr int kStep = kWarpGroups<Format, T>;  // groups in the words that a warp loads at once
   constexpr int kGroups = kUnroll * kStep;
   constexpr int kHeld = (kGroups + kWarpSize - 1) / kWarpSize;  // scales that a lane holds
   const int lane = threadIdx.x % kWarpSize;

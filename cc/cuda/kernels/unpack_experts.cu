@@ -1,5 +1,5 @@
-// A dispatch's rows out of their messages into expert groups: each token row is read once, however
-// many expert rows it becomes.
+// The rows of a dispatch from their messages into groups of experts. Each token row is read once,
+// however many expert rows it becomes.
 
 #include <cuda_runtime.h>
 
@@ -12,10 +12,10 @@
 namespace jax_sm_free::cuda {
 namespace {
 
-// How many blocks registers leave room for.
+// The number of blocks that the registers leave room for.
 constexpr int kMinBlocks = 4;
 
-// All of a token row whose parts are not whole words.
+// Writes a whole token row whose parts are not whole words.
 __device__ void SpreadParts(const RowBytes& from, const MutableRows& out, int32_t expert_row) {
   for (unsigned left = __ballot_sync(kFullWarp, expert_row >= 0); left != 0; left &= left - 1) {
     SplitRow(from, out, __shfl_sync(kFullWarp, expert_row, __ffs(static_cast<int>(left)) - 1));

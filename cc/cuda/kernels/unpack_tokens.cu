@@ -1,4 +1,4 @@
-// A dispatch's rows out of their messages, token by token.
+// The rows of a dispatch from their messages, token by token.
 
 #include <cuda_runtime.h>
 
