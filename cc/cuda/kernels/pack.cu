@@ -17,15 +17,15 @@ __host__ __device__ Segments SegmentsOf(const PackArgs& args) {
 }
 
 // Writes one segment of a token's row to all ranks that get the token.
-__device__ void PackSegment(const ConstRows& rows, std::byte* target, const Segments& segments,
+__device__ void PackSegment(const ConstRows& rows, std::byte* out_row, const Segments& segments,
                             int64_t token, int32_t segment) {
   const std::byte* values = rows.values + token * rows.values_bytes;
   if (rows.scales_bytes == 0 && rows.values_bytes % 16 == 0) {
-    WarpCopyToAll(target, values, segments.begin(segment), segments.end(segment));
+    WarpCopyToAll(out_row, values, segments.begin(segment), segments.end(segment));
     return;
   }
-  for (unsigned left = __ballot_sync(kFullWarp, target != nullptr); left != 0; left &= left - 1) {
-    std::byte* out = ShufflePointer(target, __ffs(static_cast<int>(left)) - 1);
+  for (unsigned left = __ballot_sync(kFullWarp, out_row != nullptr); left != 0; left &= left - 1) {
+    std::byte* out = ShufflePointer(out_row, __ffs(static_cast<int>(left)) - 1);
     WarpCopy(out, values, rows.values_bytes);
     WarpCopy(out + rows.values_bytes, rows.scales + token * rows.scales_bytes, rows.scales_bytes);
   }
@@ -35,8 +35,8 @@ __global__ void __launch_bounds__(kRowThreads)
     PackKernel(const RankView view, const PackArgs args) {
   const Segments segments = SegmentsOf(args);
   PackParts(view, segments, args.num_tokens, args.leaves_own,
-            [&](std::byte* target, const Claim& at) {
-              PackSegment(args.rows, target, segments, at.row, at.segment);
+            [&](std::byte* out_row, const Claim& at) {
+              PackSegment(args.rows, out_row, segments, at.row, at.segment);
             });
 }
 

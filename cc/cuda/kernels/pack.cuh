@@ -23,7 +23,7 @@ struct OutRows {
 
 // The row of a token in the message to a rank. Each lane handles one rank. Null if the row is not
 // packed.
-__device__ inline std::byte* PackTarget(const RankView& view, const OutRows* outs, int64_t token) {
+__device__ inline std::byte* PackOutRow(const RankView& view, const OutRows* outs, int64_t token) {
   const int dst = threadIdx.x % kWarpSize;
   const int32_t ep_size = view.config.ep_size;
   const int32_t number = dst < ep_size ? view.row_of[token * ep_size + dst] : -1;
@@ -51,8 +51,8 @@ __device__ inline void PostAllParts(const RankView& view, const Steps& steps, in
   }
 }
 
-// Calls pack(target, claim) for all segments of all tokens' rows. All lanes of a warp call it, and
-// `target` is the result of PackTarget. It packs one part after the other: a part is posted when
+// Calls pack(out_row, claim) for all segments of all tokens' rows. All lanes of a warp call it, and
+// `out_row` is the result of PackOutRow. It packs one part after the other: a part is posted when
 // all blocks have packed it, while other blocks continue with the next part. If `leaves_own` is
 // set, the rows for this rank are not packed. Runs behind the route.
 template <typename Pack>
@@ -82,7 +82,7 @@ __device__ void PackParts(const RankView& view, const Segments& segments, int64_
   Claim at = claims.Next();
   for (int part = first_part == 0 ? kLastPart : 0; part < kNumParts; ++part) {
     const int64_t end = part == kLastPart ? num_tokens : first_part;
-    for (; ok && at.row < end; at = claims.Next()) pack(PackTarget(view, outs, at.row), at);
+    for (; ok && at.row < end; at = claims.Next()) pack(PackOutRow(view, outs, at.row), at);
     steps.End(part);
   }
 }

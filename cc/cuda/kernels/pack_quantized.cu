@@ -18,10 +18,10 @@ namespace {
 constexpr int kUnroll = 4;
 constexpr int kMinBlocks = 4;
 
-// Quantises groups [first, end) of a row of whole 16-byte words, and writes them to every target.
+// Quantises groups [first, end) of a row of whole 16-byte words, and writes them to every out_row.
 // All lanes of the warp call it. Each lane keeps several loads in flight.
 template <typename Format, typename T>
-__device__ void PackWords(std::byte* target, const std::byte* x, int64_t hidden, int32_t first,
+__device__ void PackWords(std::byte* out_row, const std::byte* x, int64_t hidden, int32_t first,
                           int32_t end) {
   using Scale = typename Format::Scale;
   constexpr int kLanes = kGroupLanes<Format, T>;
@@ -50,7 +50,7 @@ __device__ void PackWords(std::byte* target, const std::byte* x, int64_t hidden,
     }
     const int32_t group = first + lane % kLanes * kWarpGroups<Format, T> + lane / kLanes;
     const bool keeps = lane % kLanes < kUnroll && group < end;
-    ForEachTarget(target, [&](std::byte* row) {
+    ForEachOutRow(out_row, [&](std::byte* row) {
       auto* out = reinterpret_cast<Codes<T>*>(row);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
@@ -64,7 +64,7 @@ __device__ void PackWords(std::byte* target, const std::byte* x, int64_t hidden,
 
 // The same for a row of any size. Its scales may start at any byte.
 template <typename Format, typename T>
-__device__ void PackColumns(std::byte* target, const std::byte* x, int64_t hidden, int32_t first,
+__device__ void PackColumns(std::byte* out_row, const std::byte* x, int64_t hidden, int32_t first,
                             int32_t end) {
   constexpr int kPerLane = Format::kScaleColumns / kWarpSize;
   constexpr int kScaleBytes = sizeof(typename Format::Scale);
@@ -78,7 +78,7 @@ __device__ void PackColumns(std::byte* target, const std::byte* x, int64_t hidde
       values[i] = column < hidden ? ToFloat(row[column]) : 0.0F;
     }
     const GroupScale<Format> scale(LargestOfLanes<kWarpSize>(LargestMagnitude(values)));
-    ForEachTarget(target, [&](std::byte* out) {
+    ForEachOutRow(out_row, [&](std::byte* out) {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
         const int64_t column = first * Format::kScaleColumns + i * kWarpSize + lane;
@@ -103,14 +103,14 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
   const int64_t hidden = matrix.hidden;
   const Segments segments = SegmentsOf<Format, T>(hidden);
   // Rows for this rank itself are quantised, too.
-  PackParts(view, segments, args.num_tokens, false, [&](std::byte* target, const Claim& at) {
+  PackParts(view, segments, args.num_tokens, false, [&](std::byte* out_row, const Claim& at) {
     const std::byte* x = args.rows.values + at.row * matrix.row_bytes();
     const int32_t first = segments.begin(at.segment);
     const int32_t end = segments.end(at.segment);
     if constexpr (kWidth > 1) {
-      PackWords<Format, T>(target, x, hidden, first, end);
+      PackWords<Format, T>(out_row, x, hidden, first, end);
     } else {
-      PackColumns<Format, T>(target, x, hidden, first, end);
+      PackColumns<Format, T>(out_row, x, hidden, first, end);
     }
   });
 }

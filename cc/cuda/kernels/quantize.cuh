@@ -65,11 +65,11 @@ void ForEachQuantized(const Fn& fn) {
   }
 }
 
-// Calls fn(row) for the target of each lane that has one.
+// Calls fn(row) for the out_row of each lane that has one.
 template <typename Fn>
-__device__ void ForEachTarget(std::byte* target, const Fn& fn) {
-  for (unsigned left = __ballot_sync(kFullWarp, target != nullptr); left != 0; left &= left - 1) {
-    fn(ShufflePointer(target, __ffs(static_cast<int>(left)) - 1));
+__device__ void ForEachOutRow(std::byte* out_row, const Fn& fn) {
+  for (unsigned left = __ballot_sync(kFullWarp, out_row != nullptr); left != 0; left &= left - 1) {
+    fn(ShufflePointer(out_row, __ffs(static_cast<int>(left)) - 1));
   }
 }
 

@@ -21,10 +21,10 @@ constexpr int kUnroll = 8;
 constexpr int kMinBlocks = 3;
 
 // Dequantises groups [first, end) of a row that becomes whole 16-byte words, and writes them to
-// every target. All lanes of the warp call it. Each lane keeps several loads in flight.
+// every out_row. All lanes of the warp call it. Each lane keeps several loads in flight.
 template <typename Format, typename T>
-__device__ void UnpackWords(std::byte* target, const std::byte* wire, int64_t hidden, int32_t first,
-                            int32_t end) {
+__device__ void UnpackWords(std::byte* out_row, const std::byte* wire, int64_t hidden,
+                            int32_t first, int32_t end) {
   using Scale = typename Format::Scale;
   constexpr int kLanes = kGroupLanes<Format, T>;
   constexpr int kStep = kWarpGroups<Format, T>;  // groups in the words that a warp loads at once
@@ -56,7 +56,7 @@ __device__ void UnpackWords(std::byte* target, const std::byte* wire, int64_t hi
                                        u * kStep % kWarpSize + lane / kLanes);
       words[u] = Dequantize<Format, T>(loaded[u], factor);
     }
-    ForEachTarget(target, [&](std::byte* row) {
+    ForEachOutRow(out_row, [&](std::byte* row) {
       auto* out = reinterpret_cast<uint4*>(row);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
@@ -69,7 +69,7 @@ __device__ void UnpackWords(std::byte* target, const std::byte* wire, int64_t hi
 
 // The same for a row of any size.
 template <typename Format, typename T>
-__device__ void UnpackColumns(std::byte* target, const std::byte* wire, int64_t hidden,
+__device__ void UnpackColumns(std::byte* out_row, const std::byte* wire, int64_t hidden,
                               int32_t first, int32_t end) {
   const int lane = threadIdx.x % kWarpSize;
   using Scale = typename Format::Scale;
@@ -80,19 +80,19 @@ __device__ void UnpackColumns(std::byte* target, const std::byte* wire, int64_t 
     const int64_t column = i + lane;
     const auto code = column < end_column ? static_cast<uint8_t>(wire[column]) : uint8_t{0};
     const T value = DequantizeOne<Format, T>(code, factor);
-    ForEachTarget(target, [&](std::byte* row) {
+    ForEachOutRow(out_row, [&](std::byte* row) {
       if (column < end_column) reinterpret_cast<T*>(row)[column] = value;
     });
   }
 }
 
 template <typename Format, typename T, int kWidth>
-__device__ void UnpackGroups(std::byte* target, const std::byte* wire, int64_t hidden,
+__device__ void UnpackGroups(std::byte* out_row, const std::byte* wire, int64_t hidden,
                              int32_t first, int32_t end) {
   if constexpr (kWidth > 1) {
-    UnpackWords<Format, T>(target, wire, hidden, first, end);
+    UnpackWords<Format, T>(out_row, wire, hidden, first, end);
   } else {
-    UnpackColumns<Format, T>(target, wire, hidden, first, end);
+    UnpackColumns<Format, T>(out_row, wire, hidden, first, end);
   }
 }
 
@@ -106,8 +106,8 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
     for (Claim at = claims.Next(); at.row < rows.size(); at = claims.Next()) {
       const TokenRow from = rows.at(at.row);
       const int32_t segment = at.segment;
-      std::byte* target = ExpertTarget(out, ExpertRow(view, from, out, segment == 0));
-      UnpackGroups<Format, T, kWidth>(target, from.bytes().values, hidden, segments.begin(segment),
+      std::byte* out_row = ExpertOutRow(out, ExpertRow(view, from, out, segment == 0));
+      UnpackGroups<Format, T, kWidth>(out_row, from.bytes().values, hidden, segments.begin(segment),
                                       segments.end(segment));
     }
   });
@@ -120,8 +120,8 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
   const auto num_groups = static_cast<int32_t>(NumScales<Format>(hidden));
   UnpackTokens(view, out, [&](const TokenRow& from, int64_t i) {
     const bool first_lane = threadIdx.x % kWarpSize == 0;
-    std::byte* target = first_lane ? out.rows.values + i * out.rows.values_bytes : nullptr;
-    UnpackGroups<Format, T, kWidth>(target, from.bytes().values, hidden, 0, num_groups);
+    std::byte* out_row = first_lane ? out.rows.values + i * out.rows.values_bytes : nullptr;
+    UnpackGroups<Format, T, kWidth>(out_row, from.bytes().values, hidden, 0, num_groups);
   });
 }
 

@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
       const RowBytes bytes = from.bytes();
       const int32_t expert_row = ExpertRow(view, from, out, segment == 0);
       if (wide) {
-        WarpCopyToAll(ExpertTarget(out, expert_row), bytes.values, segments.begin(segment),
+        WarpCopyToAll(ExpertOutRow(out, expert_row), bytes.values, segments.begin(segment),
                       segments.end(segment));
       } else {
         SpreadParts(bytes, out.rows, expert_row);

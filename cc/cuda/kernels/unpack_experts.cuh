@@ -114,7 +114,7 @@ __device__ inline int32_t ExpertRow(const RankView& view, const TokenRow& from,
   return static_cast<int32_t>(row);
 }
 
-__device__ inline std::byte* ExpertTarget(const UnpackExpertsArgs& out, int64_t expert_row) {
+__device__ inline std::byte* ExpertOutRow(const UnpackExpertsArgs& out, int64_t expert_row) {
   return expert_row < 0 ? nullptr : out.rows.values + expert_row * out.rows.values_bytes;
 }
 

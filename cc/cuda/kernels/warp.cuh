@@ -50,16 +50,16 @@ __device__ inline T* ShufflePointer(T* pointer, int lane) {
       __shfl_sync(kFullWarp, reinterpret_cast<unsigned long long>(pointer), lane));
 }
 
-// Copies words [first, end) of a row, of 16 bytes each, to the target of every lane that has one.
+// Copies words [first, end) of a row, of 16 bytes each, to the out_row of every lane that has one.
 // All lanes of the warp call it. It reads each word once, and each lane keeps several loads in
 // flight.
 inline constexpr int kCopyUnroll = 8;
 inline constexpr int32_t kCopyWords = kCopyUnroll * kWarpSize;  // of a segment
-__device__ inline void WarpCopyToAll(std::byte* target, const std::byte* row, int32_t first,
+__device__ inline void WarpCopyToAll(std::byte* out_row, const std::byte* row, int32_t first,
                                      int32_t end) {
   constexpr int kUnroll = kCopyUnroll;
   const int lane = threadIdx.x % kWarpSize;
-  const unsigned present = __ballot_sync(kFullWarp, target != nullptr);
+  const unsigned present = __ballot_sync(kFullWarp, out_row != nullptr);
   if (present == 0) return;
   const auto* source = reinterpret_cast<const uint4*>(row) + lane;
   for (; first < end; first += kUnroll * kWarpSize) {
@@ -71,7 +71,7 @@ __device__ inline void WarpCopyToAll(std::byte* target, const std::byte* row, in
     }
     for (unsigned left = present; left != 0; left &= left - 1) {
       const int from = __ffs(static_cast<int>(left)) - 1;
-      auto* out = reinterpret_cast<uint4*>(ShufflePointer(target, from)) + lane;
+      auto* out = reinterpret_cast<uint4*>(ShufflePointer(out_row, from)) + lane;
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         const int32_t i = first + u * kWarpSize;
