@@ -118,8 +118,8 @@ __device__ Waited WaitUntil(const RankView& view, const Condition& is_true, cons
   uint64_t end = start + static_cast<uint64_t>(view.config.timeout_s * 1e9);
   bool stopped = false;
   for (uint32_t looks = 1; !is_true(); ++looks) {
-    now = Nanoseconds();  // here, because the threads of a warp may continue together when all are
-                          // done
+    // Here, because the threads of a warp may continue together when all are done.
+    now = Nanoseconds();
     if (now > end) return {false, Elapsed(start, now)};
     if (now > slow) {
       tell();

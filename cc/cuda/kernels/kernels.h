@@ -16,9 +16,9 @@ namespace jax_sm_free::cuda {
 
 // What a send begins: the next exchange. The send writes the token of this exchange.
 struct BeginArgs {
-  float* token = nullptr;             // [kTokenSize]
-  const int32_t* position = nullptr;  // i32 []: the position that the program expects of this rank;
-                                      // null if it is not checked
+  float* token = nullptr;  // [kTokenSize]
+  // i32 []: the position that the program expects of this rank. Null if it is not checked.
+  const int32_t* position = nullptr;
 };
 
 // route.cu
