@@ -1,4 +1,4 @@
-// How long receivers have waited for whom.
+// How long receivers have waited, and for which ranks.
 
 #include <chrono>
 #include <cstdint>
@@ -42,7 +42,7 @@ class InboxesWaitsTest : public ::testing::Test {
     return promise->get_future();
   }
 
-  // All groups have sent.
+  // All groups have finished their sends.
   void FinishAll(Inboxes& transport) {
     for (int32_t member = 0; member < 2 * kRanks; ++member) transport.Finish(kKey, member);
   }
@@ -56,7 +56,8 @@ TEST_F(InboxesWaitsTest, TheLastToComeHasTheMost) {
   Send(*transport, 4, 4);
   std::this_thread::sleep_for(kWhile);
   Send(*transport, 5, 4);
-  std::this_thread::sleep_for(kWhile);  // for the other group, which counts for nobody
+  // A wait for the other group, which is not counted for any rank.
+  std::this_thread::sleep_for(kWhile);
   const std::vector<int64_t> waited = transport->WaitedNanoseconds(4);
   FinishAll(*transport);
   EXPECT_EQ(FaultOf(arrival.get()), nullptr);
@@ -109,7 +110,7 @@ TEST_F(InboxesWaitsTest, WaitsAddUp) {
     Send(*transport, 0, 2);
     FinishAll(*transport);
     EXPECT_EQ(FaultOf(arrival.get()), nullptr);
-    // The other ranks leave the round, too, so that its name is free again.
+    // The other ranks end the round, too, so that its name can be used again.
     for (const int32_t dst : {0, 1}) {
       for (const int32_t src : {0, 1, 2}) Send(*transport, src, dst);
       EXPECT_EQ(FaultOf(Receive(*transport, dst).get()), nullptr);

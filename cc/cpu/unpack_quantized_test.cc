@@ -28,7 +28,7 @@ using testing::Source;
 using testing::Tokens;
 using testing::UnpackedExperts;
 
-// 130 columns, which have two scales.
+// 130 columns need two scales.
 constexpr Matrix kMatrix{DType::kBFloat16, 130};
 constexpr RowFormat kQuantized{WireFormat::kFloat8Block128, kMatrix};
 constexpr int64_t kScalesBytes = kQuantized.WireBytes(kMatrix.row_bytes()) - kMatrix.hidden;
@@ -41,7 +41,7 @@ Config QuantizedConfig() {
   return config;
 }
 
-// What rows that arrived as pairs are dequantised to.
+// The rows after dequantising, for rows that arrived as pairs of values and scales.
 std::vector<std::byte> Dequantized(const std::vector<std::byte>& values,
                                    const std::vector<std::byte>& scales) {
   const int64_t num_rows = static_cast<int64_t>(values.size()) / kMatrix.hidden;
@@ -56,7 +56,7 @@ std::vector<std::byte> Dequantized(const std::vector<std::byte>& values,
   return rows;
 }
 
-// Any bytes as pairs, so that the scales are of all kinds.
+// Pairs of random bytes, so that scales of all kinds appear.
 std::vector<Source> QuantizedSources(const Config& config) {
   Random random(8);
   return RandomSources(config, kMatrix.hidden, kScalesBytes, random);

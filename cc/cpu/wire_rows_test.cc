@@ -25,7 +25,8 @@ RowFormat Float8Of(DType dtype, int64_t hidden) {
   return {WireFormat::kFloat8Block128, {dtype, hidden}};
 }
 
-// `num_rows` rows of `x` as they travel, one after the other: each its values, then its scales.
+// `num_rows` rows of `x` as they travel, one after the other: the values and then the scales of
+// each.
 std::vector<std::byte> Travelling(const RowFormat& format, const std::vector<std::byte>& x,
                                   int64_t num_rows) {
   const ConstRows given{.values = x.data(), .values_bytes = format.matrix.row_bytes()};
@@ -99,7 +100,7 @@ TEST(Float8Block128Test, EveryFiniteCodeArrivesAsItIsWhereTheScaleIsOne) {
     if ((code & 0x7F) != Float8E4M3::kNan)
       row.push_back(Float8E4M3::Load(static_cast<uint8_t>(code)));
   }
-  // Both groups get a 448, the largest.
+  // Each group gets a 448, which is the largest value.
   std::rotate(row.begin(), row.begin() + 64, row.end());
   const Travelled travelled = Travel(DType::kFloat32, row);
   EXPECT_EQ(ScaleOf(travelled.wire.data(), 254, 0), 1.0F);
@@ -109,7 +110,7 @@ TEST(Float8Block128Test, EveryFiniteCodeArrivesAsItIsWhereTheScaleIsOne) {
   }
 }
 
-// Random rows, of all magnitudes, against the formula written down column by column.
+// Compares random rows of all magnitudes with the formula, column by column.
 TEST(Float8Block128Test, FollowsTheFormula) {
   Random random;
   for (const DType dtype : kDTypes) {
@@ -132,7 +133,7 @@ TEST(Float8Block128Test, FollowsTheFormula) {
         ASSERT_EQ(static_cast<uint8_t>(travelled.wire[i]), code);
         const float expected = Rounded(dtype, Float8E4M3::Load(code) * scale);
         ASSERT_EQ(std::bit_cast<uint32_t>(travelled.values[i]), std::bit_cast<uint32_t>(expected));
-        // Half of the spacing of the largest, and what bfloat16 rounds off.
+        // Half of the distance between the largest values, and the rounding of bfloat16.
         ASSERT_LE(std::abs(travelled.values[i] - row[i]), amax / 16);
       }
     }

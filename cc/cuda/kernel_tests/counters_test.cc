@@ -15,7 +15,7 @@ constexpr uint64_t kMillisecond = 1'000'000;
 
 class CountersTest : public testing::TestWithParam<Case> {
  protected:
-  // Tokens of `source` that name an expert of `rank`.
+  // The number of tokens of `source` that name an expert of `rank`.
   int64_t NumRows(int32_t source, int32_t rank) {
     const Ints& idx = ops.of(source).idx;
     int64_t rows = 0;
@@ -64,7 +64,8 @@ TEST_P(CountersTest, CountWhatFollowsFromTheRouting) {
     EXPECT_EQ(counters.rows_dropped, kRounds * ops.of(rank).dropped);
     dropped += ops.of(rank).dropped;
     for (int32_t peer = 0; peer < which.ep_size; ++peer) {
-      // Out: a dispatch, and the gradient of a combine. Back: a combine, and that of a dispatch.
+      // Forth go a dispatch and the gradient of a combine. Back go a combine and the gradient of a
+      // dispatch.
       const int64_t there = NumRows(rank, peer);
       const int64_t back = NumRows(peer, rank);
       const int64_t sent = there * (wire_bytes + row_bytes) + back * 2 * row_bytes;

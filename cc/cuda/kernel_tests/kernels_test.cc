@@ -1,4 +1,4 @@
-// What the kernels compute, against loops over all choices of all tokens.
+// Compares what kernels compute with loops over all choices of all tokens.
 
 #include "cc/cuda/kernels/kernels.h"
 
@@ -15,11 +15,11 @@
 namespace jax_sm_free::cuda::kernel_tests {
 namespace {
 
-// A choice (token, k) of a rank: where it should lie.
+// Where the row of a choice (token, k) of a rank should be.
 struct Place {
-  int32_t rank = -1;      // that owns its expert
+  int32_t rank = -1;      // the owner of its expert
   int64_t token_row = 0;  // of its token there
-  int64_t row = -1;       // of its own; -1 for none, or dropped
+  int64_t row = -1;       // its expert row; -1 for none, or for a dropped row
 };
 using Places = std::vector<std::vector<Place>>;  // by source, [T * top_k]
 
@@ -27,7 +27,7 @@ class Checker {
  public:
   Checker(const Case& which, Ops& ops) : case_(which), ops_(ops) {}
 
-  // The rows of x as they arrive.
+  // The rows of x as they should arrive.
   Floats Expected(int32_t source) {
     const Floats& x = ops_.of(source).x;
     const RowFormat format{case_.wire_format, ops_.matrix()};
@@ -70,7 +70,7 @@ class Checker {
     return places;
   }
 
-  // Checks sums: of weight(place) times the rows of a token's choices.
+  // Checks sums over the choices of a token: of weight(place) times the row of the choice.
   template <typename Weight>
   void CheckSums(const Places& places, const std::vector<Floats>& y, const Weight& weight,
                  const std::vector<Floats>& sums) {
@@ -163,7 +163,7 @@ class KernelsTest : public testing::TestWithParam<Case> {
 
 TEST_P(KernelsTest, ThereAndBackAgain) {
   const Case& which = GetParam();
-  for (int round = 0; round < 3; ++round) {  // slots are used again
+  for (int round = 0; round < 3; ++round) {  // each slot is used more than once
     ops.Dispatch();
     const Places places = checker.CheckDispatch();
     const auto y = NumbersOfAll(ops.config().recv_capacity * which.hidden);
@@ -291,7 +291,7 @@ TEST_P(KernelsInPartsTest, LargeMessagesComeInParts) {
   EXPECT_EQ(ops.group().num_last_parts(), num_copied);
 }
 
-// Held up, they are unpacked turn by turn.
+// Where copies are held up, messages are unpacked turn by turn.
 INSTANTIATE_TEST_SUITE_P(All, KernelsInPartsTest,
                          testing::Values(Case{3, 300, 4096},
                                          Case{3, 300, 4096, Routing::kEverywhere},

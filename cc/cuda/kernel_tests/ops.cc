@@ -19,7 +19,8 @@ Config MakeConfig(const Case& which) {
                 .row_bytes = which.hidden * int64_t{sizeof(float)},
                 .timeout_s = which.timeout_s,
                 .wire_format = which.wire_format};
-  const int64_t named = config.max_recv_tokens() * config.top_k;  // an expert twice, too
+  // A token may name an expert twice.
+  const int64_t named = config.max_recv_tokens() * config.top_k;
   config.recv_capacity = which.recv_capacity >= 0 ? which.recv_capacity : named;
   return config;
 }
