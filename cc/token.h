@@ -36,9 +36,10 @@ struct Token {
 constexpr int64_t TokenBuffer(int64_t id) { return id % kTokenWordSize; }
 
 constexpr void WriteToken(const Token& token, float* words) {
+  const int64_t high = token.sequence / kTokenWordSize;
   words[kMagicWord] = kTokenMagic;
   words[kLowWord] = static_cast<float>(token.sequence % kTokenWordSize);
-  words[kHighWord] = static_cast<float>(token.sequence / kTokenWordSize);
+  words[kHighWord] = static_cast<float>(high);
   words[kSlotWord] = static_cast<float>(token.slot);
   words[kKindWord] = static_cast<float>(token.kind);
   words[kRankWord] = static_cast<float>(token.rank);
