@@ -1,4 +1,4 @@
-// What went wrong in an exchange, in terms a user can act on.
+// What went wrong in an exchange, in words that a user can act on.
 
 #ifndef JAX_SM_FREE_CC_FAULT_H_
 #define JAX_SM_FREE_CC_FAULT_H_
@@ -11,16 +11,16 @@ namespace jax_sm_free {
 
 struct Fault {
   std::string op = {};  // the operation that saw it, as Python names it
-  int rank = -1;        // the rank that saw it; -1 for none
-  int peer = -1;        // the rank it blames; -1 for none
+  int rank = -1;        // the rank that saw it; -1 if no rank did
+  int peer = -1;        // the rank that caused it; -1 if that is not known
   std::string expected;
   std::string seen;
-  std::string exchange;  // "exchange 12 (slot 1)", empty before there is one
+  std::string exchange;  // "exchange 12 (slot 1)"; empty if there was no exchange yet
 
   std::string Describe() const;
 };
 
-// A value, or the fault that stands in its place.
+// A value, or a fault if there is no value.
 template <typename T>
 using Result = std::variant<T, Fault>;
 

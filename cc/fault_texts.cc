@@ -78,7 +78,8 @@ Fault TooManySendsOfKind(int32_t num_slots, Kind kind) {
 
 Fault NotOneToken(float magic) {
   constexpr float kMaxUses = 1024;
-  // Sums past 2^24 are rounded, so that the quotient of added tokens is a whole number or nearly.
+  // Sums larger than 2^24 are rounded. So the quotient of a sum of tokens is a whole number, or
+  // nearly one.
   const float quotient = magic / kTokenMagic;
   const float uses = std::round(quotient);
   const bool added = uses > 1 && uses < kMaxUses && std::abs(quotient - uses) < 1e-4F;

@@ -1,7 +1,7 @@
 // Every byte offset of every region, in one place.
 //
-// A message carries one rank's rows for one other rank. Its parts, each starting on a boundary of
-// kPartAlignment bytes and each left out when the exchange has no use for it:
+// A message carries the rows of one rank for another rank. Each part of a message starts at a
+// multiple of kPartAlignment bytes. An exchange that does not need a part leaves it out:
 //
 //   part             type                        dispatch  combine  dispatch   combine
 //                                                                   backward   backward
@@ -14,13 +14,14 @@
 //   rows             byte [num_rows, row_bytes]  x         x        x          x
 //                    each padded to kRowAlignment bytes
 //
-// Rows lie in order of tokens, and what belongs to them in the same order. On GPUs the messages of
-// a dispatch may have rows in common, of tokens that go to all other ranks; then these lie behind
-// the others, in each part of a message, and `number` says where a row is in order of tokens.
+// Rows are in the order of their tokens. So are the entries that belong to rows. There is one
+// exception: on GPUs, the messages of a dispatch may have common rows, which are those of tokens
+// that go to all other ranks. Common rows lie behind the other rows of each part of a message, and
+// `number` says where a row is in the order of tokens.
 //
-// `local_expert` is the expert's number on the destination, -1 for an expert that lives elsewhere.
-// `position` counts the rows of this (source, expert) pair in order of (token, k): the sender knows
-// it, so that the receiver needs no atomics and the order is fixed.
+// `local_expert` is the number of the expert on the destination rank; -1 for an expert of another
+// rank. `position` counts the rows from this source to this expert, in the order of (token, k). The
+// sender computes it, so that the receiver needs no atomics and the order of rows is fixed.
 
 #ifndef JAX_SM_FREE_CC_LAYOUT_H_
 #define JAX_SM_FREE_CC_LAYOUT_H_
@@ -34,10 +35,9 @@
 namespace jax_sm_free {
 
 inline constexpr int64_t kPartAlignment = 64;
-inline constexpr int64_t kRowAlignment = 16;  // the widest load and store of a GPU thread
+inline constexpr int64_t kRowAlignment = 16;  // bytes of the widest load and store of a GPU thread
 
-// What a round carries. A forward kind and its mirrored backward kind travel in opposite
-// directions.
+// What an exchange carries. A backward kind goes in the opposite direction of its forward kind.
 enum class Kind : int32_t { kDispatch, kCombine, kDispatchBackward, kCombineBackward };
 inline constexpr int kNumKinds = 4;
 
@@ -46,11 +46,11 @@ const char* KindName(Kind kind);
 struct MessageHeader {
   int32_t kind = 0;          // Kind
   int32_t num_rows = 0;      // token rows
-  int64_t row_bytes = 0;     // bytes of each
-  int64_t first_part = 0;    // rows that come ahead of the others, where messages come in parts
-  int64_t num_tokens = 0;    // of which the sender chose these rows, where it keeps its own
-  int32_t num_common = 0;    // rows that are the same in all messages to other ranks
-  int32_t first_common = 0;  // of these, the ones in the first part
+  int64_t row_bytes = 0;     // bytes of each row
+  int64_t first_part = 0;    // rows in the first part, where messages are sent in parts
+  int64_t num_tokens = 0;    // tokens of the sender, where its own rows are not packed
+  int32_t num_common = 0;    // rows that are the same in the messages to all other ranks
+  int32_t first_common = 0;  // common rows in the first part
   int64_t unused[3] = {};
 };
 static_assert(sizeof(MessageHeader) == kPartAlignment);
@@ -63,11 +63,11 @@ struct MessageLayout {
   int64_t weight = 0;
   int64_t number = 0;
   int64_t rows = 0;
-  int64_t row_stride = 0;  // from one row to the next
+  int64_t row_stride = 0;  // bytes from one row to the next
   int64_t total = 0;
 };
 
-// Host and device code: constexpr, so that kernels call the same function.
+// Kernels call this function, too: constexpr makes it a function of the device.
 constexpr MessageLayout LayoutOf(const Config& config, const MessageHeader& header) {
   const Kind kind = static_cast<Kind>(header.kind);
   const bool routed = kind == Kind::kDispatch;
@@ -89,8 +89,8 @@ constexpr MessageLayout LayoutOf(const Config& config, const MessageHeader& head
   return layout;
 }
 
-// Bytes of the largest message of this configuration, whatever its kind: a dispatch has every part
-// that any kind has.
+// Bytes of the largest message of a configuration. The largest kind is a dispatch, because it has
+// all parts.
 constexpr int64_t MaxMessageBytes(const Config& config) {
   MessageHeader header;
   header.kind = static_cast<int32_t>(Kind::kDispatch);

@@ -1,4 +1,4 @@
-// The ops: what every platform calls them, and the kind of exchange that each sends or receives.
+// The ops: their names, and the kind of exchange that each of them sends or receives.
 
 #ifndef JAX_SM_FREE_CC_OP_H_
 #define JAX_SM_FREE_CC_OP_H_
@@ -20,7 +20,7 @@ enum class Op : int32_t {
   kDispatchBackwardRecv,
 };
 
-// As Python names it.
+// The name of an op in Python.
 const char* OpName(Op op);
 
 constexpr Kind KindOf(Op op) {

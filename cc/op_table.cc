@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <utility>
 
-#include "cc/quantized.h"
 #include "cc/token.h"
 
 namespace jax_sm_free {
@@ -92,7 +91,8 @@ constexpr Operand kDispatchBackwardRecv[] = {
     {"weight_grads", {kTokens, kTopK}},
 };
 
-// The sizes of a call's dimensions: those of the buffer, and those that were seen so far.
+// The sizes of the dimensions of a call: those that the buffer fixes, and those of the arrays seen
+// so far.
 class Sizes {
  public:
   explicit Sizes(const Config& config) {
@@ -107,7 +107,7 @@ class Sizes {
 
   int64_t& at(Dim dim) { return sizes_[static_cast<size_t>(dim)]; }
 
-  // Whether an array of these sizes fits the others.
+  // Whether the array has these sizes in common with the buffer and the arrays before it.
   bool Fits(const Operand& operand, std::span<const int64_t> dims) {
     if (dims.size() != static_cast<size_t>(operand.rank)) return false;
     for (size_t i = 0; i < dims.size(); ++i) {
@@ -176,7 +176,7 @@ class Check {
     return "";
   }
 
-  // Whether the size of `dim`, where the call has it, is one of two.
+  // Whether the size of `dim` is one of two, or no array of the call has this dimension.
   bool IsOneOf(Dim dim, int64_t first, int64_t second, const char* what) {
     const int64_t size = sizes_.at(dim);
     if (size == Sizes::kUnseen || size == first || size == second) return true;
@@ -204,7 +204,7 @@ class Check {
     return true;
   }
 
-  // The first array of the same content.
+  // The first array with the same content as array i.
   size_t FirstLike(size_t i) const {
     size_t first = 0;
     while (table_.arrays[first].content != table_.arrays[i].content) ++first;
@@ -232,10 +232,11 @@ class Check {
         "another");
   }
 
-  // Rows of a dispatch; an array without rows may have any type.
+  // Rows of a dispatch. An array without rows may have any type.
   bool CheckMoved(size_t i) {
     const Content content = table_.arrays[i].content;
     if (content == kTyped) return true;
+    const bool quantizes = config_.wire_format != WireFormat::kPlain;
     const bool is_wide_as_first = given_[i].row_bytes == given_[FirstLike(i)].row_bytes;
     if (!is_wide_as_first && given_[FirstLike(i)].dims[0] > 0) {
       return Refuse(std::string(table_.arrays[i].name) + " of the dtype of " +
@@ -243,14 +244,15 @@ class Check {
                     "another");
     }
     if (content == kScales) {
-      if (config_.float8_wire && given_[i].row_bytes > 0) {
+      if (quantizes && given_[i].row_bytes > 0) {
         return Refuse("no scales where the wire quantises", "some");
       }
-      return config_.float8_wire || HasRowBytes(given_[i - 1].row_bytes + given_[i].row_bytes);
+      return quantizes || HasRowBytes(given_[i - 1].row_bytes + given_[i].row_bytes);
     }
-    if (!config_.float8_wire) return true;
+    if (!quantizes) return true;
     if (!HasElements(i)) return false;
-    return HasRowBytes(QuantizedRowBytes({*given_[i].dtype, given_[i].dims[1]}));
+    const RowFormat format{config_.wire_format, {*given_[i].dtype, given_[i].dims[1]}};
+    return HasRowBytes(format.WireBytes(given_[i].row_bytes));
   }
 
   const OpTable& table_;

@@ -1,8 +1,8 @@
-// The operands and results of every op: their order, names, sizes and contents, in one table for
-// all platforms, and the check of a call against it.
+// One table for all platforms of the operands and results of every op: their order, names, sizes
+// and contents. CheckOperands checks a call against the table.
 //
-// Python checks at trace time what users pass. A program may also be made by hand, or changed
-// since: whatever it passes, no handler may read or write past an array.
+// Python checks at trace time what users pass. But a program may also be made by hand, or changed
+// later. No handler may read or write past an array, whatever the program passes.
 
 #ifndef JAX_SM_FREE_CC_OP_TABLE_H_
 #define JAX_SM_FREE_CC_OP_TABLE_H_
@@ -20,36 +20,36 @@
 
 namespace jax_sm_free {
 
-// What the size of a dimension is. Dimensions of one kind have one size in all arrays of a call.
+// The size of a dimension. All dimensions of one kind have the same size in a call.
 enum class Dim : int8_t {
-  // Sizes of the buffer.
+  // Sizes that the buffer fixes.
   kTopK,
   kRanks,          // ep_size
   kLocalExperts,   // num_local_experts
   kRecvCapacity,   // recv_capacity
   kMaxRecvTokens,  // ep_size * max_tokens
   kTokenWords,     // kTokenSize
-  // Sizes that a call chooses.
+  // Sizes that each call chooses.
   kTokens,        // at most max_tokens
   kExpertRows,    // recv_capacity, or ep_size * max_tokens
   kWeighted,      // kExpertRows, or 0 where there are no weights
   kFanout,        // 1, or top_k
-  kColumns,       // of rows that are summed
-  kValueColumns,  // of rows that a dispatch moves
-  kScaleColumns,  // of their scales; 0 for none
+  kColumns,       // columns of rows that are summed
+  kValueColumns,  // columns of rows that a dispatch sends
+  kScaleColumns,  // columns of their scales; 0 for rows without scales
   kNumDims,
 };
 
-// What an array holds, where its type alone does not say so.
+// What an array holds.
 enum class Content : int8_t {
-  kTyped,   // i32 or f32, as the handler's signature says
-  kSummed,  // rows of float32, bfloat16 or float16, the same in all arrays of a call
+  kTyped,   // i32 or f32: the signature of the handler fixes the type
+  kSummed,  // rows of float32, bfloat16 or float16; the same dtype in all arrays of a call
   kValues,  // rows of a dispatch
-  kScales,  // what is sent beside them
+  kScales,  // scales of these rows
 };
 
 struct Operand {
-  const char* name;  // in errors
+  const char* name;  // for errors
   std::array<Dim, 2> dims;
   int32_t rank;
   Content content;
@@ -62,7 +62,7 @@ struct Operand {
   }
 };
 
-// Operands first, then results.
+// The operands come first, then the results.
 struct OpTable {
   Op op;
   std::span<const Operand> arrays;
@@ -78,15 +78,15 @@ extern const OpTable kCombineBackwardRecvTable;
 extern const OpTable kDispatchBackwardSendTable;
 extern const OpTable kDispatchBackwardRecvTable;
 
-// An array of a call, as far as it is checked.
+// What is checked of an array of a call.
 struct Given {
   std::span<const int64_t> dims;
-  std::optional<DType> dtype;  // nullopt where rows of this type can not be summed
-  int64_t row_bytes = 0;       // of everything behind the first dimension
+  std::optional<DType> dtype;  // nullopt for a type that can not be summed
+  int64_t row_bytes = 0;       // bytes of all elements with the same first index
 };
 
-// What is wrong with the first array that is not as the table says: the text of an error. Nullopt
-// where all are. `given` has the table's order.
+// Returns an error that describes the first array that differs from the table, or nullopt if none
+// does. `given` is in the order of the table.
 std::optional<std::string> CheckOperands(const OpTable& table, const Config& config,
                                          std::span<const Given> given);
 

@@ -1,20 +1,25 @@
-// Views of the arrays that ops read and write: pointers into the caller's memory, and their shapes.
-// The ops of every platform take the same ones.
+// Views of the arrays that ops read and write: pointers into the memory of the caller, and shapes.
+// The ops of all platforms take the same views.
 
 #ifndef JAX_SM_FREE_CC_OPERANDS_H_
 #define JAX_SM_FREE_CC_OPERANDS_H_
 
 #include <cstddef>
 #include <cstdint>
-#include <optional>
+
+#include "cc/wire_format.h"
 
 namespace jax_sm_free {
 
-// Element types of rows that are summed.
+// Element types of rows that are summed. VisitDType (cc/cpu/numeric.h) turns one into a type for
+// code on the host, and VisitElement (cc/cuda/kernels/elements.cuh) into a type for kernels.
 enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
+inline constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
 
-// Rows in two parts, side by side on the wire: values and, for quantised rows, their scales.
-// scales_bytes is 0 where there are none.
+constexpr int64_t ElementBytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
+// The two parts of rows: values, and their scales if they have any. On the wire, the scales of a
+// row lie behind its values. scales_bytes is 0 for rows without scales.
 template <typename Byte>
 struct RowParts {
   Byte* values = nullptr;
@@ -27,10 +32,10 @@ struct RowParts {
 using ConstRows = RowParts<const std::byte>;
 using MutableRows = RowParts<std::byte>;
 
-// i32 [num_tokens, top_k], row-major, and f32 of the same shape.
+// idx is i32 [num_tokens, top_k], row-major; weights is f32 of the same shape.
 struct TopK {
   const int32_t* idx = nullptr;
-  const float* weights = nullptr;  // null where the exchange does not carry them
+  const float* weights = nullptr;  // null where the exchange carries no weights
   int64_t num_tokens = 0;
 };
 
@@ -39,20 +44,38 @@ struct Matrix {
   DType dtype = DType::kFloat32;
   int64_t hidden = 0;
 
-  constexpr int64_t row_bytes() const {
-    return hidden * (dtype == DType::kFloat32 ? int64_t{4} : int64_t{2});
+  constexpr int64_t row_bytes() const { return hidden * ElementBytes(dtype); }
+};
+
+// How the rows of a dispatch travel.
+struct RowFormat {
+  WireFormat wire = WireFormat::kPlain;
+  Matrix matrix =
+      {};  // the rows' element type and columns, where the wire quantises rows; else unused
+
+  constexpr bool is_plain() const { return wire == WireFormat::kPlain; }
+
+  // Bytes on the wire of a row that has `row_bytes` bytes in the arrays of the program.
+  constexpr int64_t WireBytes(int64_t row_bytes) const {
+    return VisitWireFormat(wire, [&]<typename Format>() {
+      if constexpr (Format::kQuantizes) {
+        return matrix.hidden + ScalesBytes<Format>(matrix.hidden);
+      } else {
+        return row_bytes;
+      }
+    });
   }
 };
 
-// What the dispatch said about its token rows: the contract of jax_sm_free.results.Layout.
+// Where the rows of a dispatch went, as an operand. jax_sm_free.results.Layout has the contract.
 struct LayoutIn {
   const int32_t* rows = nullptr;           // [ep_size * max_tokens, fanout]
   const int32_t* num_rows_from = nullptr;  // [ep_size]
   int32_t fanout = 1;
-  int64_t num_rows = 0;  // rows that `rows` may name: the first dimension of y
+  int64_t num_rows = 0;  // the first dimension of y: `rows` names rows below this number
 };
 
-// The same as a result.
+// Where the rows of a dispatch went, as a result.
 struct LayoutOut {
   int32_t* rows = nullptr;           // [ep_size * max_tokens, fanout]; -1 for none
   int32_t* num_rows_from = nullptr;  // [ep_size]
@@ -65,15 +88,15 @@ struct ExpertRows {
   LayoutIn layout;
 };
 
-// The operands and results of each op, but for tokens.
+// The operands and results of each op, except tokens.
 
 // dispatch_send.
 struct DispatchSendIn {
-  const int32_t* position =
-      nullptr;  // i32 []: where the program believes the rank to be in the mesh
+  // i32 []: the position in the mesh that the program expects of this rank.
+  const int32_t* position = nullptr;
   TopK topk;
-  ConstRows rows;                        // [num_tokens]
-  std::optional<Matrix> quantized = {};  // what the rows are, where the wire quantises them
+  ConstRows rows;  // [num_tokens]
+  RowFormat format = {};
 };
 
 // combine_backward_send.
@@ -97,24 +120,24 @@ struct OwnRows {
 
 // dispatch_recv of output "experts".
 struct ExpertsOut {
-  MutableRows rows;                        // [recv_capacity]
-  std::optional<Matrix> dequantized = {};  // what they are, where the wire quantises them
-  int32_t* group_sizes = nullptr;          // [num_local_experts]
-  int32_t* counts = nullptr;               // [num_local_experts]
-  float* weights = nullptr;                // [recv_capacity]
-  int32_t* dropped = nullptr;              // []
-  LayoutOut layout;                        // fanout is top_k
+  MutableRows rows;  // [recv_capacity]
+  RowFormat format = {};
+  int32_t* group_sizes = nullptr;  // [num_local_experts]
+  int32_t* counts = nullptr;       // [num_local_experts]
+  float* weights = nullptr;        // [recv_capacity]
+  int32_t* dropped = nullptr;      // []
+  LayoutOut layout;                // fanout is top_k
 };
 
 // dispatch_recv of output "tokens", with R = ep_size * max_tokens.
 struct TokensOut {
-  MutableRows rows;                        // [R]
-  std::optional<Matrix> dequantized = {};  // what they are, where the wire quantises them
-  int32_t* topk_idx = nullptr;             // [R, top_k]
-  float* topk_weights = nullptr;           // [R, top_k]
-  int32_t* counts = nullptr;               // [num_local_experts]
-  int32_t* num_tokens = nullptr;           // []
-  LayoutOut layout;                        // fanout is 1
+  MutableRows rows;  // [R]
+  RowFormat format = {};
+  int32_t* topk_idx = nullptr;    // [R, top_k]
+  float* topk_weights = nullptr;  // [R, top_k]
+  int32_t* counts = nullptr;      // [num_local_experts]
+  int32_t* num_tokens = nullptr;  // []
+  LayoutOut layout;               // fanout is 1
 };
 
 // combine_recv, dispatch_backward_recv.
@@ -128,7 +151,7 @@ struct SumsOut {
 // combine_backward_recv.
 struct SpreadOut {
   Matrix matrix;
-  ExpertRows rows;                // without y where there are no weights
+  ExpertRows rows;                // y is unused where there are no weights
   std::byte* y_grad = nullptr;    // [num_rows, hidden]
   float* weight_grads = nullptr;  // [num_rows]; unused where there are no weights
 };

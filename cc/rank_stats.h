@@ -1,5 +1,5 @@
-// What a rank has counted since its buffer was opened. What the numbers mean is told in
-// jax_sm_free/stats.py.
+// What a rank has counted since its buffer was opened. jax_sm_free/stats.py says what the numbers
+// mean.
 
 #ifndef JAX_SM_FREE_CC_RANK_STATS_H_
 #define JAX_SM_FREE_CC_RANK_STATS_H_

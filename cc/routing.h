@@ -1,5 +1,5 @@
-// Index arithmetic of the contract: who owns an expert, how groups are sized, which row is whose.
-// Plain functions on integers, so that host and device code share them.
+// Index arithmetic of the contract: the rank that owns an expert, the sizes of groups, the row of
+// each (token, k). These are plain functions on integers, which host and device code share.
 
 #ifndef JAX_SM_FREE_CC_ROUTING_H_
 #define JAX_SM_FREE_CC_ROUTING_H_
@@ -23,13 +23,13 @@ constexpr int32_t LocalExpert(int32_t expert, int32_t num_local_experts) {
   return expert % num_local_experts;
 }
 
-// Rows of a group of which `kept` are in use.
+// Rows of a group in which `kept` rows are used.
 constexpr int64_t GroupSize(const Config& config, int64_t kept) {
   return config.expert_capacity > 0 ? config.expert_capacity
                                     : RoundUp(kept, config.expert_alignment);
 }
 
-// Rows that `counts` take when every group keeps its first `level` rows, padding included.
+// Rows of all groups, padding included, if each group keeps its first `level` rows.
 constexpr int64_t RowsAtLevel(const int64_t* counts, int32_t num_groups, int64_t level,
                               int64_t alignment) {
   int64_t rows = 0;
@@ -39,8 +39,8 @@ constexpr int64_t RowsAtLevel(const int64_t* counts, int32_t num_groups, int64_t
   return rows;
 }
 
-// The largest level at which the groups fit `capacity`; the largest count where all of them fit.
-// Rows grow with the level, so that halving the interval finds it.
+// The largest level at which all groups fit into `capacity`; the largest count if all of them fit
+// without a cut. The number of rows grows with the level, so the function halves an interval.
 constexpr int64_t CutLevel(const int64_t* counts, int32_t num_groups, int64_t alignment,
                            int64_t capacity) {
   int64_t high = 0;
@@ -57,20 +57,22 @@ constexpr int64_t CutLevel(const int64_t* counts, int32_t num_groups, int64_t al
   return low;
 }
 
-// Where a rank's expert rows lie, from the number of rows that each source sends to each expert.
+// The places of a rank's expert rows, computed from the number of rows that each source sends to
+// each expert.
 class GroupPlan {
  public:
   // rows_per_expert[source] points at i32 [num_local_experts].
   GroupPlan(const Config& config, const std::vector<const int32_t*>& rows_per_expert);
 
-  // The expert row of a source's `position`-th row for an expert, or -1 if it was dropped.
+  // The expert row for row number `position` from a source to an expert; -1 if that row was
+  // dropped.
   int64_t Row(int32_t source, int32_t expert, int32_t position) const {
     const int64_t place = base_[source * num_experts_ + expert] + position;
     return place < kept_[expert] ? start_[expert] + place : -1;
   }
 
   int64_t count(int32_t expert) const { return counts_[expert]; }      // without padding or drops
-  int64_t kept(int32_t expert) const { return kept_[expert]; }         // rows that found a place
+  int64_t kept(int32_t expert) const { return kept_[expert]; }         // rows that were not dropped
   int64_t start(int32_t expert) const { return start_[expert]; }       // first row of the group
   int64_t group_size(int32_t expert) const { return sizes_[expert]; }  // padding included
   int64_t dropped() const { return dropped_; }

@@ -33,7 +33,7 @@ TEST(RoutingTest, RoundUpKeepsMultiples) {
   EXPECT_EQ(RoundUp(5, 1), 5);
 }
 
-// The contract, level by level.
+// The contract, tried level by level.
 int64_t CutLevelByTrying(const std::vector<int64_t>& counts, int64_t alignment, int64_t capacity) {
   const int64_t highest = *std::max_element(counts.begin(), counts.end());
   int64_t best = 0;
@@ -83,7 +83,7 @@ TEST(CutLevelTest, CountsPastTwoToThe31DoNotOverflow) {
   EXPECT_EQ(CutLevel(counts.data(), 2, 1, int64_t{1} << 40), int64_t{1} << 39);
 }
 
-// Rows per expert of every source, and the plan they make.
+// The rows per expert of every source, and the plan that they make.
 struct Case {
   Config config;
   std::vector<std::vector<int32_t>> rows_per_expert;  // [source][expert]
@@ -158,7 +158,7 @@ TEST(GroupPlanTest, RowsAreUniqueAndInOrderOfExpertSourcePosition) {
             continue;
           }
           EXPECT_GT(row, last);
-          EXPECT_EQ(row, plan.start(e) + kept);  // the first rows are kept, without gaps
+          EXPECT_EQ(row, plan.start(e) + kept);  // the first rows are kept, and there are no gaps
           last = row;
           ++kept;
         }

@@ -8,7 +8,7 @@
 namespace jax_sm_free {
 namespace {
 
-// A name without its number.
+// The description in a name.
 std::string_view DescriptionIn(std::string_view name) { return name.substr(0, name.rfind(" #")); }
 
 }  // namespace
@@ -88,7 +88,8 @@ Result<const Registry::Open*> Registry::Resolve(std::string_view name) const {
                .exchange = {}};
 }
 
-// Without those that are dropped, unless there are no others.
+// Open buffers with the description in `name`. Dropped ones are returned only if all of them are
+// dropped.
 std::vector<const Registry::Open*> Registry::OpenLike(std::string_view name) const {
   std::vector<const Open*> alike;
   std::vector<const Open*> dropped;
@@ -107,7 +108,8 @@ std::string Registry::NamesOfOpen() const {
   return names.empty() ? "no open buffer" : names;
 }
 
-// Takes a buffer out. Null if it is not there, or does not meet the condition.
+// Removes a buffer from the registry and returns it. Null if it is not there, or does not meet the
+// condition.
 std::shared_ptr<Buffer> Registry::TakeIf(int64_t id,
                                          const std::function<bool(Open& open)>& condition) {
   const std::lock_guard lock(mutex_);
@@ -159,7 +161,8 @@ void Registry::OnUnkept(int64_t id) {
   std::shared_ptr<Buffer> buffer =
       TakeIf(id, [](Open& open) { return open.dropped && open.keeper.expired(); });
   if (buffer == nullptr) return;
-  // Going may take a while, and this thread may hold locks of others: a program is being dropped.
+  // A thread of its own ends the buffer, because that may take long, and because this thread may
+  // hold locks of others: a program is just being dropped.
   std::thread([buffer = std::move(buffer)]() mutable { buffer.reset(); }).detach();
 }
 

@@ -1,4 +1,4 @@
-// Buffers by id, the ranks they span, their lifetime, and the faults they have seen.
+// Open buffers by id, their ranks, their lifetime, and the faults that they have seen.
 
 #ifndef JAX_SM_FREE_CC_RUNTIME_H_
 #define JAX_SM_FREE_CC_RUNTIME_H_
@@ -20,18 +20,18 @@
 
 namespace jax_sm_free {
 
-// Where a device stands: in which of the buffer's groups, as which rank of it, and at which place
-// in the mesh (row-major).
+// The place of a device: its group in the buffer, its rank in the group, and its position in the
+// mesh (row-major).
 struct Place {
   int32_t group = 0;
   int32_t rank = 0;
   int32_t position = 0;
 };
 
-// What all platforms' buffers share. Thread-safe.
+// The part of a buffer that is the same on all platforms. Thread-safe.
 class Buffer {
  public:
-  // `places` by device ordinal; nullopt for a device outside the buffer's mesh.
+  // `places` is by device ordinal. nullopt stands for a device outside the mesh of the buffer.
   Buffer(int64_t id, const Config& config, std::vector<std::optional<Place>> places)
       : id_(id), config_(config), places_(std::move(places)) {}
   virtual ~Buffer() = default;
@@ -42,19 +42,20 @@ class Buffer {
   const Config& config() const { return config_; }
   std::optional<Place> PlaceOf(int32_t device) const;
 
-  // Ends what waits on this buffer with a fault. Called when its user closes it; a buffer that is
-  // only dropped ends what is left by its destructor.
+  // Ends all waits on this buffer with a fault. Called when the user closes the buffer. A buffer
+  // that is only dropped ends them in its destructor.
   virtual void Close() = 0;
 
-  // Bytes of messages that the buffer of one rank has taken so far, in use or kept for reuse.
+  // Bytes of the memory for messages that one rank has allocated so far, used or free.
   virtual int64_t MessageBytes(int32_t device) const = 0;
 
-  // What the rank of a device of the buffer has counted. A fault if the device can not be asked.
+  // What the rank of a device has counted. Returns a fault if the device can not be read.
   virtual Result<RankStats> Stats(int32_t device) = 0;
 
   // Keeps the first fault until it is taken.
   void RecordFault(const Fault& fault);
-  // What buffer.check() raises. Platforms on which a buffer ends with its first fault keep it.
+  // The fault for buffer.check() to raise. A platform on which a buffer ends with its first fault
+  // keeps the fault.
   virtual std::optional<std::string> TakeFault();
 
  private:
@@ -65,40 +66,41 @@ class Buffer {
   std::optional<std::string> fault_;
 };
 
-// The process's open buffers.
+// The open buffers of the process.
 //
-// Python knows a buffer by its id. A program knows it by its name, which was lowered into the
-// program and means the same in every process: a description, and behind it the number of the
-// buffer among those of one description (jax_sm_free/identity.py). So a program never meets a
-// buffer that it was not made for, and a program from another process finds the equal one here.
+// Python knows a buffer by its id. A program knows a buffer by a name, which is lowered into the
+// program and means the same in every process. The name is a description, followed by a number that
+// tells apart buffers of the same description (jax_sm_free/identity.py). So a program never uses a
+// buffer that it was not made for, and a program from another process finds the same buffer here.
 //
 //            Close                          nobody keeps it
 //   open -----------------> gone <------------------------------- dropped
 //    |                                                               ^
 //    +------------------------------ Drop ---------------------------+
 //
-// Runs may be under way, or begin, in programs that keep the buffer; they find it until it is gone.
+// Programs that keep a buffer may still run or start. They find the buffer until it is gone.
 class Registry {
  public:
   static Registry& Get();
 
   // Ids are never used again.
   int64_t NextId();
-  // The lowest id that NextId has not given out, nor Add seen. Processes that open a buffer
-  // together take the highest of all of theirs.
+  // The lowest id that neither NextId has returned nor Add has seen. Processes that open a buffer
+  // together use the highest of their lowest free ids.
   int64_t LowestFreeId() const;
   void Add(std::shared_ptr<Buffer> buffer, const std::string& name);
-  std::shared_ptr<Buffer> Find(int64_t id) const;  // null if it is closed or never was
+  std::shared_ptr<Buffer> Find(int64_t id) const;  // null if it is closed or never was open
   bool Close(int64_t id);                          // false if it was not open
   void CloseAll();
-  void Drop(int64_t id);  // for a buffer whose user refers to it no more
+  void Drop(int64_t id);  // for a buffer whose user no longer refers to it
 
-  // The open buffer of a program's name. Where this process has had no buffer of this number, the
-  // only open one of the same description stands in. A fault if there is none.
+  // The open buffer with the name that a program has for it. If this process has never had a buffer
+  // of this name, the only open buffer of the same description takes its place. A fault if there is
+  // none.
   Result<std::shared_ptr<Buffer>> FindFor(std::string_view name) const;
 
-  // Keeps the buffer that FindFor finds from going when it is dropped, as long as the result lives.
-  // Null if there is none.
+  // Keeps the buffer that FindFor finds open while the result lives, also when it is dropped. Null
+  // if FindFor finds none.
   std::shared_ptr<const void> Keep(std::string_view name);
 
  private:
@@ -109,7 +111,7 @@ class Registry {
   struct Open {
     std::shared_ptr<Buffer> buffer;
     std::string name;
-    std::weak_ptr<const void> keeper = {};  // what Keep has returned, to all
+    std::weak_ptr<const void> keeper = {};  // the result of Keep, shared by all callers
     bool dropped = false;
   };
 
@@ -122,7 +124,7 @@ class Registry {
   mutable std::mutex mutex_;
   int64_t next_id_ = 0;
   std::unordered_map<int64_t, Open> buffers_;
-  std::unordered_map<std::string, int64_t, Hash, std::equal_to<>> ids_;  // of all that ever were
+  std::unordered_map<std::string, int64_t, Hash, std::equal_to<>> ids_;  // of all buffers ever
 };
 
 }  // namespace jax_sm_free

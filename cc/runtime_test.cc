@@ -22,7 +22,7 @@ class FakeBuffer : public Buffer {
 
   void Close() override {
     ++num_closes;
-    was_open = Registry::Get().Find(id()) != nullptr;  // the registry is not locked
+    was_open = Registry::Get().Find(id()) != nullptr;  // the registry must not be locked here
   }
   int64_t MessageBytes(int32_t /*device*/) const override { return 0; }
   Result<RankStats> Stats(int32_t /*device*/) override { return RankStats{}; }
@@ -39,7 +39,7 @@ std::shared_ptr<FakeBuffer> Opened() {
   return buffer;
 }
 
-// Closes its buffer at the end of a scope.
+// A buffer that is closed at the end of the scope.
 class Named {
  public:
   explicit Named(const std::string& name)
@@ -157,7 +157,7 @@ TEST(RegistryTest, ADroppedBufferIsThereUntilTheLastLetsItGo) {
 }
 
 TEST(RegistryTest, ADroppedBufferStandsInWhereNoOtherCan) {
-  const std::string elsewhere = "any #-1";  // of a program from another process
+  const std::string elsewhere = "any #-1";  // the name in a program from another process
   const auto dropped = Opened();
   const std::shared_ptr<const void> keeper = Registry::Get().Keep(elsewhere);
   ASSERT_NE(keeper, nullptr);

@@ -1,5 +1,5 @@
-// What a send hands to its recv through the program: float32 values, all small integers, so that
-// they are exact, and so that two tokens added to each other are no token any more.
+// What a send passes to its recv through the program: float32 values, all of them small integers,
+// so that they are exact. Two tokens that were added to each other are no longer a token.
 
 #ifndef JAX_SM_FREE_CC_TOKEN_H_
 #define JAX_SM_FREE_CC_TOKEN_H_
@@ -10,11 +10,11 @@ namespace jax_sm_free {
 
 inline constexpr int kTokenSize = 8;
 
-// Every word stays below kTokenWordSize, up to which float32 is exact.
+// Every word is smaller than kTokenWordSize. Float32 is exact up to there.
 enum TokenWord : int {
   kMagicWord,
   kLowWord,   // sequence number mod kTokenWordSize
-  kHighWord,  // and the rest of it
+  kHighWord,  // sequence number / kTokenWordSize
   kSlotWord,
   kKindWord,
   kRankWord,
@@ -23,7 +23,7 @@ enum TokenWord : int {
 inline constexpr float kTokenMagic = 5439821.0F;
 inline constexpr int64_t kTokenWordSize = int64_t{1} << 24;
 
-// What a token says.
+// The content of a token.
 struct Token {
   int64_t sequence = 0;
   int64_t slot = 0;
@@ -32,7 +32,7 @@ struct Token {
   int64_t buffer = 0;  // TokenBuffer of its id
 };
 
-// A buffer's id, as a token has it.
+// The id of a buffer as its tokens hold it.
 constexpr int64_t TokenBuffer(int64_t id) { return id % kTokenWordSize; }
 
 constexpr void WriteToken(const Token& token, float* words) {
@@ -47,10 +47,10 @@ constexpr void WriteToken(const Token& token, float* words) {
   for (int i = kBufferWord + 1; i < kTokenSize; ++i) words[i] = 0;
 }
 
-// Whether there is a token at all.
+// Whether the words are a token.
 constexpr bool IsToken(const float* words) { return words[kMagicWord] == kTokenMagic; }
 
-// Of words that are a token.
+// `words` must be a token.
 constexpr Token ReadToken(const float* words) {
   return {.sequence = static_cast<int64_t>(words[kHighWord]) * kTokenWordSize +
                       static_cast<int64_t>(words[kLowWord]),

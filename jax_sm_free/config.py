@@ -22,7 +22,7 @@ from jax_sm_free.bounds import (
     int_in,
     int_or_none,
 )
-from jax_sm_free.wire_format import FLOAT8, WireFormat, check_wire_dtype, wire_format
+from jax_sm_free.wire_format import WireFormat, check_wire_dtype, wire_format
 
 # A message is one header, then int32 and float32 routing arrays, then the rows. Every part starts
 # on a boundary of this many bytes. The byte tables themselves are in cc/layout.h.
@@ -233,5 +233,5 @@ class Config:
         sizes = {name: getattr(self, name) for name in names}
         return sizes | {
             "expert_capacity": self.expert_capacity or 0,
-            "float8_wire": self.wire == FLOAT8,
+            "wire_format": self.wire.number,
         }

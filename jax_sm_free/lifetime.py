@@ -62,7 +62,7 @@ class Lifetime:
 
         A recv that still waits ends with an error, and so does a program that runs this buffer's
         ops later. A buffer that is garbage collected without having been closed ends no program:
-        see "Lifetime" in docs/sharp_bits.md. In a forked child, closing does nothing, because the
+        see "Lifetime" in docs/faults.md. In a forked child, closing does nothing, because the
         memory and the connections belong to the parent process.
         """
         if self._closer.detach() and self._native is not None and os.getpid() == self._opener:

@@ -40,7 +40,7 @@ def buffer_for(
 
     A function that calls `buffer_for` without `mesh` works for one mesh only, because JAX traces it
     once for all meshes of `jax.set_mesh` that have the same shape. On the devices of another mesh
-    it ends in a fault (docs/sharp_bits.md).
+    it ends in a fault (docs/layers.md).
 
     Args:
       axis: as for `Buffer`.

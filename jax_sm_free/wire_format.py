@@ -16,11 +16,13 @@ class WireFormat:
       dtype: of the values.
       scale_columns: columns of a row that share one scale; 0 for a format without scales.
       scale_dtype: of the scales; None for a format without scales.
+      number: by which C++ knows the format (cc/wire_format.h).
     """
 
     dtype: Any
     scale_columns: int = 0
     scale_dtype: Any = None
+    number: int = 0
 
     @property
     def quantises(self) -> bool:
@@ -39,8 +41,8 @@ class WireFormat:
         return int(num_bytes)
 
 
-# cc/quantized.h has the same numbers.
-FLOAT8 = WireFormat(jnp.dtype(jnp.float8_e4m3fn), 128, jnp.dtype(jnp.float32))
+# cc/wire_format.h has the same numbers.
+FLOAT8 = WireFormat(jnp.dtype(jnp.float8_e4m3fn), 128, jnp.dtype(jnp.float32), number=1)
 
 # The formats that quantise, by the dtype that `wire_dtype` names.
 _FORMATS = {FLOAT8.dtype: FLOAT8}

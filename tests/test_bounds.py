@@ -94,7 +94,9 @@ def test_cpp_has_the_same_numbers():
     )
     assert constant("kScaleColumns") == wire_format.FLOAT8.scale_columns
     assert constant("kMinAmax") == float8.MIN_AMAX
-    assert constant("kMaxFloat8") == float8.MAX_FLOAT8
+    assert constant("kMaxValue") == float8.MAX_FLOAT8
+    formats = (CC / "wire_format.h").read_text()
+    assert f"kFloat8Block128 = {wire_format.FLOAT8.number}" in formats
     assert float(jnp.finfo(wire_format.FLOAT8.dtype).max) == float8.MAX_FLOAT8
 
 

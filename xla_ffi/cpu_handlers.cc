@@ -1,5 +1,5 @@
-// The handlers of platform "cpu". A send has a state, which knows its buffer; a recv ends when its
-// messages have come, on whatever thread that is.
+// The handlers of platform "cpu". A send has a state, which knows its buffer. A recv ends when its
+// messages have arrived, on the thread that finds out.
 
 #include <cstdint>
 #include <memory>
@@ -19,7 +19,7 @@ namespace {
 
 inline constexpr char kBuffer[] = "buffer";
 
-// Where, and in which run, a call takes place.
+// The run and the device of a call.
 struct Running {
   int64_t run;
   int32_t device;
@@ -29,7 +29,7 @@ ffi::Error ToError(const std::optional<Fault>& fault) {
   return fault ? ffi::Error::Internal(fault->Describe()) : ffi::Error::Success();
 }
 
-// Finds the buffer of a program's name for it, and the rank of a call.
+// Finds the buffer with the name that the program has for it, and the rank of a call.
 ffi::Error Locate(Op op, std::string_view name, const Running& running, HostCall& call) {
   std::shared_ptr<HostBuffer> buffer;
   if (auto error = FindBuffer(op, name, buffer); error.failure()) return error;
@@ -65,8 +65,7 @@ class CpuSend {
   HostCall call_;
 };
 
-// XLA keeps operands and results until the future is there, but not the descriptions of their
-// shapes.
+// XLA keeps operands and results until the future is ready, but does not keep their shapes.
 class CpuRecv {
  public:
   using Buffer = ffi::Attr<std::string_view, kBuffer>;

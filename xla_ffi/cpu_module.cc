@@ -38,11 +38,11 @@ int64_t OpenBuffer(const std::string& name, const nb::dict& sizes, const PythonP
 
 using HeldWire = std::shared_ptr<SharedWire>;
 
-// Python holds a wire while it opens a buffer over it.
+// A Python object that holds a wire while Python opens a buffer over it.
 nb::object Hold(HeldWire wire) {
   if (wire == nullptr) return nb::none();
   return nb::capsule(new HeldWire(std::move(wire)), [](void* held) noexcept {
-    const nb::gil_scoped_release release;  // the last one waits for peers
+    const nb::gil_scoped_release release;  // the last holder waits for peers
     delete static_cast<HeldWire*>(held);
   });
 }
@@ -58,8 +58,8 @@ nb::object FindWire(const std::string& key) {
   return Hold(std::move(wire));
 }
 
-// This process's end of a wire over UCX: process `self` of `count`. `library`: path of libucp.so.0.
-// `settings`: variables of UCX, without UCX_.
+// Opens this process's end of a wire over UCX: process `self` of `count` processes. `library` is
+// the path of libucp.so.0. `settings` are variables of UCX, without the prefix UCX_.
 nb::object OpenWire(int64_t id, const std::string& key, int32_t self, int32_t count,
                     const std::string& library, double link_timeout_s,
                     std::vector<std::pair<std::string, std::string>> settings) {
@@ -79,8 +79,8 @@ nb::object OpenWire(int64_t id, const std::string& key, int32_t self, int32_t co
   return Hold(std::get<0>(std::move(shared)));
 }
 
-// This process's part of a buffer over several: process `self` of `count`, those of the ranks in
-// `of_rank` [group][rank].
+// Opens this process's part of a buffer over several processes: process `self` of `count`.
+// `of_rank` [group][rank] is the process of each rank.
 void OpenUcxBuffer(int64_t id, const std::string& name, const nb::dict& sizes,
                    const PythonPlaces& places, int32_t self, int32_t count,
                    std::vector<std::vector<int32_t>> of_rank, const nb::capsule& wire) {
@@ -106,7 +106,7 @@ nb::bytes AddressOf(int64_t id) {
   return nb::bytes(address.data(), address.size());
 }
 
-// The processes that can not be reached, and why.
+// Returns the processes that can not be reached, and why.
 std::vector<std::pair<int32_t, std::string>> Connect(int64_t id,
                                                      const std::vector<nb::bytes>& addresses,
                                                      double patience_s) {

@@ -1,4 +1,4 @@
-// The handlers of platform "CUDA": each enqueues kernels on the stream of its call, and returns.
+// The handlers of platform "CUDA". Each enqueues kernels on the stream of its call, and returns.
 
 #include <cuda_runtime_api.h>
 
@@ -19,7 +19,7 @@ namespace {
 
 inline constexpr char kBuffer[] = "buffer";
 
-// On which device a call takes place, and the stream to enqueue on.
+// The device of a call, and the stream to enqueue on.
 struct Enqueuing {
   int32_t device;
   cudaStream_t stream;
@@ -31,7 +31,7 @@ class CudaCall {
   using Context = Enqueuing;
   using Result = ffi::Error;
 
-  // An earlier fault of the buffer is this call's error.
+  // Fails with an earlier fault of the buffer, if there is one.
   ffi::Error Find(Op op, Buffer name, const Enqueuing& enqueuing) {
     if (auto error = FindBuffer(op, *name, buffer_); error.failure()) return error;
     rank_ = buffer_->RankOf(enqueuing.device);
@@ -68,7 +68,7 @@ class CudaSend : public CudaCall {
  public:
   template <typename Body>
   ffi::Error Run(const Body& run) {
-    rank().mover->Wake();  // orders will come soon
+    rank().mover->Wake();  // the kernels will soon give it orders
     return CudaCall::Run(run);
   }
 };

@@ -1,4 +1,4 @@
-// Stand-ins for the handlers of platform "CUDA" in a build without CUDA.
+// Handlers of platform "CUDA" for a build without CUDA.
 
 #ifndef JAX_SM_FREE_XLA_FFI_CUDA_STUB_H_
 #define JAX_SM_FREE_XLA_FFI_CUDA_STUB_H_
@@ -9,7 +9,8 @@
 
 namespace jax_sm_free {
 
-// Every target, as a handler that fails and says why. Enough to compile for a GPU without one.
+// Each of them fails and says why. They suffice to compile a program for a GPU on a machine without
+// one.
 std::vector<HandlerEntry> CudaStubHandlers();
 
 }  // namespace jax_sm_free

@@ -1,4 +1,5 @@
-// Operands of XLA FFI calls as the views that ops take, and the buffer that a call names.
+// Converts operands of XLA FFI calls to the views that ops take, and finds the buffer that a call
+// names.
 
 #ifndef JAX_SM_FREE_XLA_FFI_DECODE_H_
 #define JAX_SM_FREE_XLA_FFI_DECODE_H_
@@ -27,7 +28,7 @@ using F32 = ffi::Buffer<ffi::F32>;
 template <typename T>
 using Out = ffi::Result<T>;
 
-// Finds the buffer that a program's name for it means, if that is one of `T`.
+// Finds the buffer with the name that a program has for it. Fails if it is not a `T`.
 template <typename T>
 ffi::Error FindBuffer(Op op, std::string_view name, std::shared_ptr<T>& buffer) {
   Result<std::shared_ptr<Buffer>> found = Registry::Get().FindFor(name);
@@ -42,14 +43,14 @@ ffi::Error FindBuffer(Op op, std::string_view name, std::shared_ptr<T>& buffer) 
                                                    std::string(name)};
 }
 
-// Why an op finds no rank to work for.
+// The error of a call on a device outside the mesh of its buffer.
 inline ffi::Error IsOutside(Op op, int64_t buffer_id, int32_t device) {
   return {ffi::ErrorCode::kFailedPrecondition,
           std::string("jax_sm_free: ") + OpName(op) + ": expected a device of the mesh of buffer " +
               std::to_string(buffer_id) + ", seen device " + std::to_string(device)};
 }
 
-// Bytes of one row: of everything behind the first dimension.
+// Bytes of all elements with the same first index.
 template <typename B>
 int64_t RowBytes(const B& buffer) {
   const auto dims = buffer.dimensions();
@@ -58,7 +59,7 @@ int64_t RowBytes(const B& buffer) {
   return bytes;
 }
 
-// What rows that are summed may have as elements; nullopt for any other type.
+// The element type of rows that are summed; nullopt for a type that can not be summed.
 inline std::optional<DType> DTypeOf(ffi::DataType type) {
   switch (type) {
     case ffi::F32:
@@ -72,12 +73,12 @@ inline std::optional<DType> DTypeOf(ffi::DataType type) {
   }
 }
 
-// Of rows whose elements were checked.
+// The element type of `buffer` must have been checked.
 inline Matrix MatrixOf(const ffi::AnyBuffer& buffer) {
   return {.dtype = DTypeOf(buffer.element_type()).value(), .hidden = buffer.dimensions()[1]};
 }
 
-// An array or a result, as it is checked.
+// What is checked of an operand or a result.
 template <typename B>
 Given GivenOf(const B& array) {
   const auto dims = array.dimensions();
@@ -88,13 +89,13 @@ Given GivenOf(Out<B>& result) {
   return GivenOf(*result);
 }
 
-// What `values` are where this buffer's wire quantises them.
-inline std::optional<Matrix> QuantizedOf(const Config& config, const ffi::AnyBuffer& values) {
-  if (!config.float8_wire) return std::nullopt;
-  return MatrixOf(values);
+// How `values` travel. Plain rows may have any element type.
+inline RowFormat FormatOf(const Config& config, const ffi::AnyBuffer& values) {
+  if (config.wire_format == WireFormat::kPlain) return {};
+  return {config.wire_format, MatrixOf(values)};
 }
 
-// An operand without elements stands for one that is absent.
+// Null for an array without elements, which stands for an absent operand.
 template <typename T>
 auto* DataOrNull(T& buffer) {
   return buffer.element_count() == 0 ? nullptr : buffer.typed_data();
@@ -114,11 +115,11 @@ inline MutableRows RowsOf(Out<ffi::AnyBuffer>& values, Out<ffi::AnyBuffer>& scal
   return {BytesOf(values), RowBytes(*values), BytesOf(scales), RowBytes(*scales)};
 }
 
-inline LayoutOut LayoutOf(Out<S32>& rows, Out<S32>& num_rows_from) {
+inline LayoutOut LayoutResult(Out<S32>& rows, Out<S32>& num_rows_from) {
   return {rows->typed_data(), num_rows_from->typed_data()};
 }
 
-// Rows of experts; `num_rows` of them, whether `y` is there or not.
+// `num_rows` is the number of expert rows, also where `y` is empty.
 inline ExpertRows ExpertRowsOf(const ffi::AnyBuffer& y, const float* weights, const S32& rows,
                                const S32& num_rows_from, int64_t num_rows) {
   return {.y = BytesOf(y),

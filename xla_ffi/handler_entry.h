@@ -1,4 +1,4 @@
-// The FFI targets of a platform, for the modules that hand them to JAX.
+// The FFI targets of a platform. The extension modules pass them to JAX.
 
 #ifndef JAX_SM_FREE_XLA_FFI_HANDLER_ENTRY_H_
 #define JAX_SM_FREE_XLA_FFI_HANDLER_ENTRY_H_
@@ -11,11 +11,11 @@ namespace jax_sm_free {
 
 struct HandlerEntry {
   const char* target;
-  XLA_FFI_Handler* instantiate;  // null where the op keeps no state
+  XLA_FFI_Handler* instantiate;  // null for an op without state
   XLA_FFI_Handler* execute;
 };
 
-// Every target of platform "cpu", and of platform "CUDA".
+// Every target of platform "cpu", and every target of platform "CUDA".
 std::vector<HandlerEntry> CpuHandlers();
 std::vector<HandlerEntry> CudaHandlers();
 

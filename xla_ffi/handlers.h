@@ -1,15 +1,16 @@
-// The handler of every op, once for all platforms: decode, check, call the op layer, convert.
+// The handlers of all ops, written once for all platforms. A handler decodes the operands, checks
+// them, calls the op layer, and converts its result.
 //
-// A platform has a type `Call`, which its op layer takes, and the types `Send` and `Recv`: what
-// comes with a call of a send and of a recv, beside its operands.
+// A platform has a type `Call`, which its op layer takes, and two types `Send` and `Recv`, which
+// run a call of a send and of a recv. Each of the two has:
 //
-//   struct Recv {
-//     using Buffer = ...;    // how the call names its buffer; decoded from an attribute or a
-//     context using Context = ...;   // on which device, in which run, on which stream using Result
-//     = ...;    // ffi::Error or ffi::Future ffi::Error Find(Op op, Buffer buffer, Context
-//     context);  // the buffer, and the rank Call& call(); Result Run(run);       // runs the op;
-//     `run` returns what the op layer does Result Fail(error);
-//   };
+//   Buffer: how a call names its buffer: a decoded attribute, or a state
+//   Context: the device, the run and the stream of a call, as far as the platform has them
+//   Result: ffi::Error or ffi::Future
+//   ffi::Error Find(Op, Buffer, Context): finds the buffer and the rank
+//   const Call& call(): the call with the buffer and the rank
+//   Result Run(run): calls `run`, and converts what the op layer returns
+//   Result Fail(ffi::Error)
 
 #ifndef JAX_SM_FREE_XLA_FFI_HANDLERS_H_
 #define JAX_SM_FREE_XLA_FFI_HANDLERS_H_
@@ -28,9 +29,8 @@
 
 namespace jax_sm_free {
 
-// Each op decodes its operands, which were checked, and calls the op layer of its platform. The
-// sizes of the operands are in cc/op_table.cc; jax_sm_free/primitives.py binds them from the other
-// side.
+// Each function decodes operands that were checked, and calls the op layer of the platform.
+// cc/op_table.cc has the sizes of the operands. jax_sm_free/primitives.py passes them.
 
 template <typename Call>
 auto RunDispatchSend(const Call& call, ffi::AnyBuffer values, ffi::AnyBuffer scales, S32 topk_idx,
@@ -39,7 +39,7 @@ auto RunDispatchSend(const Call& call, ffi::AnyBuffer values, ffi::AnyBuffer sca
       .position = position.typed_data(),
       .topk = {topk_idx.typed_data(), topk_weights.typed_data(), topk_idx.dimensions()[0]},
       .rows = RowsOf(values, scales),
-      .quantized = QuantizedOf(call.config(), values)};
+      .format = FormatOf(call.config(), values)};
   return DispatchSend(call, in, token->typed_data());
 }
 
@@ -49,12 +49,12 @@ auto RunDispatchRecv(const Call& call, F32 token, ffi::AnyBuffer own_values,
                      Out<ffi::AnyBuffer> scales, Out<S32> group_sizes, Out<S32> counts,
                      Out<F32> weights, Out<S32> dropped, Out<S32> rows, Out<S32> num_rows_from) {
   const ExpertsOut out{.rows = RowsOf(values, scales),
-                       .dequantized = QuantizedOf(call.config(), *values),
+                       .format = FormatOf(call.config(), *values),
                        .group_sizes = group_sizes->typed_data(),
                        .counts = counts->typed_data(),
                        .weights = weights->typed_data(),
                        .dropped = dropped->typed_data(),
-                       .layout = LayoutOf(rows, num_rows_from)};
+                       .layout = LayoutResult(rows, num_rows_from)};
   const OwnRows own{RowsOf(own_values, own_scales), own_values.dimensions()[0]};
   return DispatchRecv(call, token.typed_data(), own, out);
 }
@@ -66,12 +66,12 @@ auto RunDispatchRecvTokens(const Call& call, F32 token, ffi::AnyBuffer own_value
                            Out<S32> counts, Out<S32> num_tokens, Out<S32> rows,
                            Out<S32> num_rows_from) {
   const TokensOut out{.rows = RowsOf(values, scales),
-                      .dequantized = QuantizedOf(call.config(), *values),
+                      .format = FormatOf(call.config(), *values),
                       .topk_idx = topk_idx->typed_data(),
                       .topk_weights = topk_weights->typed_data(),
                       .counts = counts->typed_data(),
                       .num_tokens = num_tokens->typed_data(),
-                      .layout = LayoutOf(rows, num_rows_from)};
+                      .layout = LayoutResult(rows, num_rows_from)};
   const OwnRows own{RowsOf(own_values, own_scales), own_values.dimensions()[0]};
   return DispatchRecvTokens(call, token.typed_data(), own, out);
 }
@@ -135,8 +135,8 @@ auto RunDispatchBackwardRecv(const Call& call, F32 token, S32 topk_idx, Out<ffi:
   return ReceiveSums(call, token.typed_data(), std::nullopt, sums);
 }
 
-// The FFI handler that checks a call of `table` and then runs it by `run`. `Site` is the
-// platform's Send or Recv.
+// The FFI handler of an op: it checks a call against `table` and then calls `run`. `Site` is the
+// Send or Recv of the platform.
 template <typename Site, const OpTable& table, auto run>
 struct Handler;
 
@@ -162,7 +162,8 @@ struct Handler<Site, table, run> {
   }
 };
 
-// Every target of a platform; `instantiate` makes the state of its sends, if they have any.
+// Every target of a platform. `instantiate` makes the state of a send, on platforms where sends
+// have a state.
 template <typename Platform>
 std::vector<HandlerEntry> HandlersOf(XLA_FFI_Handler* instantiate = nullptr) {
   using Call = typename Platform::Call;

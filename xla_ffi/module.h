@@ -1,4 +1,4 @@
-// What the extension modules of all platforms offer to Python in the same way.
+// What the extension modules of all platforms offer to Python.
 
 #ifndef JAX_SM_FREE_XLA_FFI_MODULE_H_
 #define JAX_SM_FREE_XLA_FFI_MODULE_H_
@@ -16,6 +16,7 @@
 #include "cc/layout.h"
 #include "cc/rank_stats.h"
 #include "cc/runtime.h"
+#include "cc/wire_format.h"
 #include "nanobind/nanobind.h"
 #include "nanobind/stl/optional.h"
 #include "nanobind/stl/string.h"  // IWYU pragma: keep
@@ -43,7 +44,7 @@ inline nb::capsule Capsule(XLA_FFI_Handler* handler) {
   return nb::capsule(reinterpret_cast<void*>(handler));
 }
 
-// {target: {stage: capsule}}, as jax.ffi.register_ffi_target takes them.
+// {target: {stage: capsule}}, as jax.ffi.register_ffi_target takes it.
 inline nb::dict Handlers(const std::vector<HandlerEntry>& entries) {
   nb::dict handlers;
   for (const HandlerEntry& entry : entries) {
@@ -63,7 +64,8 @@ inline std::shared_ptr<Buffer> FindOpen(int64_t id) {
   return buffer;
 }
 
-// The sizes by name. A class would do, too, but two modules can not both own one.
+// Takes the sizes from a dictionary. Not from a class: two modules can not both define the same
+// class.
 inline Config ToConfig(const nb::dict& sizes) {
   Config config;
   const auto take = [&sizes](const char* name, auto& value) {
@@ -79,11 +81,13 @@ inline Config ToConfig(const nb::dict& sizes) {
   take("expert_capacity", config.expert_capacity);
   take("row_bytes", config.row_bytes);
   take("timeout_s", config.timeout_s);
-  take("float8_wire", config.float8_wire);
+  int32_t wire_format = 0;
+  take("wire_format", wire_format);
+  config.wire_format = static_cast<WireFormat>(wire_format);
   return config;
 }
 
-// What the rank of a device of the buffer has counted, by name.
+// What the rank of a device has counted, by name.
 inline nb::dict StatsOf(int64_t id, int32_t device) {
   const std::shared_ptr<Buffer> buffer = FindOpen(id);
   const std::optional<Place> place = buffer->PlaceOf(device);
@@ -109,7 +113,7 @@ inline nb::dict StatsOf(int64_t id, int32_t device) {
   return by_name;
 }
 
-// The functions on buffers by id. The module adds its `handlers` and `open_buffer`.
+// Defines the functions on buffers. Each module adds its own `handlers` and `open_buffer`.
 inline void DefineCommon(nb::module_& module) {
   module.def("max_message_bytes",
              [](const nb::dict& sizes) { return MaxMessageBytes(ToConfig(sizes)); });

@@ -11,7 +11,7 @@ namespace {
 
 namespace ffi = xla::ffi;
 
-// Attributes: see jax_sm_free/call_names.py.
+// jax_sm_free/call_names.py describes the attributes.
 ffi::ErrorOr<std::unique_ptr<SendSite>> MakeSendSite(ffi::Dictionary attributes) {
   const auto buffer = attributes.get<std::string_view>("buffer");
   if (buffer.has_error()) return ffi::Unexpected(buffer.error());

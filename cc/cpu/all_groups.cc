@@ -44,8 +44,7 @@ double AllGroups::SecondsToWait(const ExchangeKey& key, double waited_s) {
     all_have_begun = all_have_begun && num_sent > 0;
   }
   if (!waits) return 0;
-  // Ranks that come as late as is allowed, and then wait as long as they may, take twice the
-  // timeout.
+  // The last ranks of a group may begin one timeout late, and then wait another timeout.
   const double longest = all_have_begun ? 2 * timeout_s_ : patience_s_;
   if (waited_s < longest) return std::min(longest - waited_s, kPatienceSeconds);
   Site& missed = sites_[key.call_site];

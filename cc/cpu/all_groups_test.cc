@@ -14,7 +14,7 @@ constexpr ExchangeKey kOtherSite{.run = 1, .call_site = 4, .count = 3};
 
 class AllGroupsTest : public ::testing::Test {
  protected:
-  // Group 0 sends, and waits in vain for group 1.
+  // Group 0 sends, and waits for group 1 in vain.
   void WaitInVain(const ExchangeKey& key) {
     EXPECT_FALSE(groups_.Add(key, 0, kEpSize));
     EXPECT_GT(groups_.SecondsToWait(key, 0), 0);

@@ -9,7 +9,7 @@
 namespace jax_sm_free {
 namespace {
 
-// By group: how many ranks are of `process`.
+// By group: how many of its ranks are in `process`.
 std::vector<int32_t> NumHere(const std::vector<int32_t>& process_of, int32_t process,
                              int32_t ep_size) {
   std::vector<int32_t> num_here(process_of.size() / ep_size);
@@ -25,7 +25,7 @@ std::set<int32_t> Others(const std::vector<int32_t>& process_of, int32_t process
   return others;
 }
 
-// Of each group one.
+// One for each group.
 std::vector<InStep> InSteps(const std::vector<int32_t>& process_of, int32_t process,
                             int32_t ep_size) {
   std::vector<InStep> in_steps;
@@ -37,32 +37,32 @@ std::vector<InStep> InSteps(const std::vector<int32_t>& process_of, int32_t proc
 
 }  // namespace
 
-std::shared_ptr<BetweenProcesses> BetweenProcesses::Make(Place place, const Config& config,
+std::shared_ptr<BetweenProcesses> BetweenProcesses::Make(Members members, const Config& config,
                                                          Wire* wire, OnEnd on_end) {
   std::shared_ptr<BetweenProcesses> made(
-      new BetweenProcesses(std::move(place), config, wire, std::move(on_end)));
-  // The inboxes call this while they are locked, and before their receivers get the fault: the
-  // other processes hear of it ahead of all that this one's program does then, such as closing the
-  // buffer.
+      new BetweenProcesses(std::move(members), config, wire, std::move(on_end)));
+  // The inboxes call this while they are locked, and before their receivers get the fault. So the
+  // other processes hear of the fault before anything that the program of this process does then,
+  // such as closing the buffer.
   const auto on_fail = [weak = made->weak_from_this()](int64_t /*run*/, const Fault& fault) {
     const auto self = weak.lock();
     if (self == nullptr || !self->TellEnd(fault, Seen::kHere)) return;
     WorkerPool::Get().Run([self, fault] { self->inboxes_->Close(fault); });
   };
   made->inboxes_ =
-      std::make_shared<InProcess>(config.ep_size, made->num_here_, config.timeout_s, on_fail);
+      std::make_shared<Inboxes>(config.ep_size, made->num_here_, config.timeout_s, on_fail);
   return made;
 }
 
-BetweenProcesses::BetweenProcesses(Place place, const Config& config, Wire* wire, OnEnd on_end)
-    : place_(std::move(place)),
+BetweenProcesses::BetweenProcesses(Members members, const Config& config, Wire* wire, OnEnd on_end)
+    : members_(std::move(members)),
       config_(config),
       wire_(wire),
       on_end_(std::move(on_end)),
-      num_here_(NumHere(place_.process_of, place_.process, config.ep_size)),
-      others_(Others(place_.process_of, place_.process)),
-      in_step_(InSteps(place_.process_of, place_.process, config.ep_size)),
-      latest_run_(place_.process_of.size()),
+      num_here_(NumHere(members_.process_of, members_.process, config.ep_size)),
+      others_(Others(members_.process_of, members_.process)),
+      in_step_(InSteps(members_.process_of, members_.process, config.ep_size)),
+      latest_run_(members_.process_of.size()),
       num_finished_(num_here_.size()) {}
 
 std::optional<Fault> BetweenProcesses::Begin(Op op, const Exchange& exchange, int32_t member,
@@ -96,16 +96,17 @@ std::optional<Fault> BetweenProcesses::Send(const ExchangeKey& key, int32_t src,
     note.site = *said.site;
     note.start = said.start;
   }
-  const std::vector<std::byte> header = Encode({place_.buffer, std::move(note)});
+  const std::vector<std::byte> header = Encode({members_.buffer, std::move(note)});
   auto kept = std::make_shared<Message>(std::move(message));
   const std::span<const std::byte> payload = kept->bytes();
-  wire_->Send(place_.process_of[dst], header, payload, [kept] {});
+  wire_->Send(members_.process_of[dst], header, payload, [kept] {});
   return std::nullopt;
 }
 
-// Others hear of the first rank, which says that the group takes part, and of the last one.
+// Other processes hear of the first rank, which says that the group takes part, and of the last
+// rank.
 void BetweenProcesses::Finish(const ExchangeKey& key, int32_t member) {
-  if (num_here_.size() == 1) return;  // the messages say it all
+  if (num_here_.size() == 1) return;  // the messages themselves say this
   const int32_t group = GroupOf(member);
   inboxes_->Finish(key, member);
   const std::lock_guard lock(mutex_);
@@ -114,14 +115,14 @@ void BetweenProcesses::Finish(const ExchangeKey& key, int32_t member) {
   if (is_last) num_finished_[group].erase(key);
   if (num_finished > 1 && !is_last) return;
   const int32_t num_new = num_finished == 1 ? 1 : num_finished - 1;
-  Tell({place_.buffer, FinishedNote{.group = group, .num_ranks = num_new, .key = key}});
+  Tell({members_.buffer, FinishedNote{.group = group, .num_ranks = num_new, .key = key}});
 }
 
 std::optional<Fault> BetweenProcesses::SendAll(const ExchangeKey& key, int32_t member,
                                                const Pack& pack) {
   const int32_t rank = RankOf(member);
   for (int32_t i = 0; i < config_.ep_size; ++i) {
-    // Starting behind the own rank spreads the senders over the receivers.
+    // Each rank starts behind its own rank, so that senders spread over the receivers.
     const int32_t dst = (rank + 1 + i) % config_.ep_size;
     if (auto fault = Send(key, member, member - rank + dst, pack(dst))) return fault;
   }
@@ -145,7 +146,7 @@ bool BetweenProcesses::TellEnd(const Fault& fault, Seen seen) {
   ended_ = fault;
   on_end_(fault);
   if (seen == Seen::kHere) TellFault(fault);
-  Tell({place_.buffer, fault});
+  Tell({members_.buffer, fault});
   return true;
 }
 
@@ -162,18 +163,18 @@ void BetweenProcesses::Close(const Fault& fault) {
   inboxes_->Close(fault);
 }
 
-// ------------------------------------------------------------------------- from the wire's thread
+// --------------------------------------------------------- calls of the wire's thread
 
 BlockPool::Block BetweenProcesses::Allocate(const MessageNote& note, int64_t bytes) {
   if (!IsMember(note.dst) || !IsHere(note.dst) || bytes > MaxMessageBytes(config_)) return nullptr;
-  return place_.pools[note.dst]->Take();
+  return members_.pools[note.dst]->Take();
 }
 
 void BetweenProcesses::OnMessage(int32_t process, const MessageNote& note, BlockPool::Block block,
                                  int64_t bytes) {
   std::optional<Message> message = Message::FromBlock(std::move(block), bytes, config_);
   std::optional<Fault> fault;
-  if (!IsMember(note.src) || place_.process_of[note.src] != process ||
+  if (!IsMember(note.src) || members_.process_of[note.src] != process ||
       GroupOf(note.src) != GroupOf(note.dst)) {
     fault = MalformedMessage(-1, "one from member " + std::to_string(note.src) + " to member " +
                                      std::to_string(note.dst) + " by process " +
@@ -202,7 +203,7 @@ std::optional<Fault> BetweenProcesses::Accept(const MessageNote& note, Message m
     is_next = note.key.run >
               std::exchange(latest_run_[note.src], std::max(latest_run_[note.src], note.key.run));
   }
-  // A rank runs one program after the other, and what it sends arrives in that order.
+  // A rank runs one program after the other, and its messages arrive in that order.
   if (is_next) {
     inboxes_->Lose(note.src, "it has begun run " + std::to_string(note.key.run), note.key.run);
   }
@@ -223,8 +224,8 @@ void BetweenProcesses::OnFinished(int32_t process, const FinishedNote& note) {
 
 void BetweenProcesses::OnLost(int32_t process, const std::string& reason) {
   for (int32_t member = 0; IsMember(member); ++member) {
-    if (place_.process_of[member] != process) continue;
-    inboxes_->Lose(member, "its process is gone: " + reason, InProcess::kForEver);
+    if (members_.process_of[member] != process) continue;
+    inboxes_->Lose(member, "its process is gone: " + reason, Inboxes::kForEver);
   }
 }
 

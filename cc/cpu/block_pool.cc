@@ -28,7 +28,8 @@ BlockPool::Block BlockPool::Take() {
   {
     const std::lock_guard lock(state_->mutex);
     if (!state_->free.empty()) {
-      std::byte* block = state_->free.back();  // the last one given back is the warmest
+      // The last block that came back is most likely still in the caches.
+      std::byte* block = state_->free.back();
       state_->free.pop_back();
       return {block, Deleter{state_}};
     }

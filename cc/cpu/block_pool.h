@@ -1,4 +1,5 @@
-// Memory for messages: blocks of one size that are used again, so that pages stay warm.
+// Memory for messages: blocks of one size, which are used again while their pages are in the
+// caches.
 
 #ifndef JAX_SM_FREE_CC_CPU_BLOCK_POOL_H_
 #define JAX_SM_FREE_CC_CPU_BLOCK_POOL_H_
@@ -11,8 +12,8 @@
 
 namespace jax_sm_free {
 
-// Thread-safe. A block may outlive the pool. Pages of a block that are never written are never
-// taken from the operating system, so that a block sized for the worst case costs what it holds.
+// Thread-safe. A block may outlive the pool. The operating system gives memory only to pages that
+// are written, so a block of the size of the worst case costs only what it holds.
 class BlockPool {
  public:
   explicit BlockPool(int64_t block_bytes);

@@ -8,12 +8,12 @@
 namespace jax_sm_free {
 namespace {
 
-// More than any program has: numbers of copies stay apart.
+// More sends than any program has, so that numbers of copies never meet.
 constexpr int64_t kMaxCopies = int64_t{1} << 20;
 
 std::string Shorten(const std::string& text, size_t max_bytes) {
   if (text.size() <= max_bytes) return text;
-  uint64_t digest = 0xcbf29ce484222325U;  // FNV-1a, which every process computes alike
+  uint64_t digest = 0xcbf29ce484222325U;  // FNV-1a; every process computes the same digest
   for (const char c : text) digest = (digest ^ static_cast<unsigned char>(c)) * 0x100000001b3U;
   char end[20];
   (void)std::snprintf(end, sizeof(end), "#%016llx", static_cast<unsigned long long>(digest));
@@ -36,7 +36,7 @@ struct CallCopies {
   const int64_t executable;
   std::mutex mutex;
   std::vector<CallCopy*> copies;  // in the order in which they were made
-  bool closed = false;            // one has run: no others are added
+  bool closed = false;            // a copy has run, so no others are added
 };
 
 bool CallSite::operator==(const CallSite& other) const {

@@ -1,13 +1,14 @@
 // The names of sends in compiled programs, for ranks that are in several processes.
 //
-// A call site has to be called the same by every process. What processes have in common is what the
-// program was lowered to: its name, and the number of the send among those of the program. XLA may
-// inline the function that a send is in several times; those copies have all that in common, and
-// are told apart by their order, which is the same wherever the same program is compiled.
+// Every process must give a call site the same name. All processes know what the program was
+// lowered to: its name, and the number of the send among the sends of the program. XLA may inline
+// the function with a send several times. The copies of the send have the same program and number,
+// so their order tells them apart. The order is the same wherever the same program is compiled.
 //
-// Equal programs of a process are told apart by their lowerings, which have numbers in each process
-// and mean nothing to another. Nothing tells apart what one lowering is compiled to twice: what is
-// made after one of its copies has run is taken for another program's.
+// A process may have several equal programs. Their lowerings tell them apart: each has a number,
+// which means nothing to other processes. Nothing tells apart two executables that were compiled
+// from one lowering. So a copy of a call that is made after another copy has run belongs to another
+// program.
 
 #ifndef JAX_SM_FREE_CC_CPU_CALL_SITE_H_
 #define JAX_SM_FREE_CC_CPU_CALL_SITE_H_
@@ -22,7 +23,7 @@
 
 namespace jax_sm_free {
 
-// Longer texts are cut, and end in a digest of all of them.
+// Longer texts are cut and end in a digest of the whole text.
 inline constexpr size_t kMaxProgramBytes = 200;
 inline constexpr size_t kMaxCallBytes = 360;
 
@@ -31,21 +32,22 @@ struct CallSite {
   std::string program;  // "jit_step"
   std::string call;     // "dispatch_send 3 (float32[6,7], int32[6,3])"
   int32_t num_copies = 1;
-  int64_t executable = 0;  // with this call, among those of its process; means nothing to others
+  // The number of the executable with this call; means nothing to other processes.
+  int64_t executable = 0;
 
-  // Whether processes mean the same call, each of an executable of its own.
+  // Whether two processes mean the same call. Each of them has an executable of its own.
   bool operator==(const CallSite& other) const;
   std::string Describe() const;
 };
 
-// One copy of a call, from when XLA makes it until it drops it. Thread-safe.
+// One copy of a call: XLA makes it and later drops it. Thread-safe.
 class CallCopy {
  public:
   ~CallCopy();
   CallCopy(const CallCopy&) = delete;
   CallCopy& operator=(const CallCopy&) = delete;
 
-  // To be asked for when the call runs, not before.
+  // Call this when the call runs, not before.
   std::shared_ptr<const CallSite> Site();
 
  private:
@@ -56,13 +58,13 @@ class CallCopy {
   std::shared_ptr<const CallSite> site_;
 };
 
-// The calls of this process. Thread-safe.
+// All calls of this process. Thread-safe.
 class CallSites {
  public:
   static CallSites& Get();
 
-  // `lowering` is the number of the call's lowering in this process, `call_number` the call's in
-  // `program`.
+  // `lowering` is the number of the lowering in this process. `call_number` is the number of the
+  // call in `program`.
   std::unique_ptr<CallCopy> Add(const std::string& buffer, const std::string& program,
                                 int64_t lowering, int64_t call_number, const std::string& call);
 

@@ -1,26 +1,29 @@
-// One rank's exchanges: who they are, and in which state.
+// The exchanges of one rank: their names and their states.
 //
-// An exchange is one all-to-all round between the ranks of a group. On each rank it goes through
+// An exchange is one all-to-all round between the ranks of a group. On each rank it has these
+// states:
 //
 //             Begin (send)              Finish (recv)            Release (rows unpacked)
 //     free  ---------------->  sent  ----------------->  received  ---------------->  free
 //                                |                           |
 //                                +------- MarkFailed --------+------> its run's fault is returned
 //
-// The host keeps no order among custom calls but that of their operands, so that nothing here may
-// depend on the order of calls. What is the same on every rank, and hence names an exchange, is its
-// key: the run of the program, the call site of the send, and how often this run passed this site.
-// A recv finds its exchange by the token that the send returned, never by order of arrival.
+// XLA orders custom calls on the host only by their operands, so nothing here may depend on the
+// order of calls. The name of an exchange must be the same on every rank. It is a key of three
+// parts: the run of the program, the call site of the send, and how often this run has passed this
+// call site. A recv finds its exchange by the token that the send returned, never by order of
+// arrival.
 //
-// What the host calls a run is the same for all ranks of a process, and means nothing to another
-// process. Where ranks are in several, the key has the number of the run instead: the first run
-// that sends through this ledger is 0, and so on. That holds because every rank starts the programs
-// that use a buffer in the same order, and none starts before the one ahead of it has begun to
-// send.
+// XLA numbers runs. A number is the same for all ranks of a process, and means nothing to another
+// process. If the ranks are in several processes, the key has another number of the run: the first
+// run that sends through this ledger is 0, the next one is 1, and so on. These numbers are equal in
+// all processes, because every rank starts the programs that use a buffer in the same order, and no
+// program starts before the one ahead of it has begun to send.
 //
-// At most `num_slots` exchanges of one kind and run may be sent and not yet released on a rank.
-// Runs are counted apart, because a host may have several in flight at once; and kinds, because
-// nothing orders a backward pass behind the forward pass there, nor behind what it repeats of it.
+// A rank may have at most `num_slots` exchanges of one kind and run that were sent and not yet
+// released. Each run has its own slots, because XLA may have several runs in flight at once. Each
+// kind has its own slots, because XLA does not order a backward pass behind its forward pass, nor
+// behind the parts of the forward pass that are computed again.
 
 #ifndef JAX_SM_FREE_CC_CPU_EXCHANGE_H_
 #define JAX_SM_FREE_CC_CPU_EXCHANGE_H_
@@ -42,7 +45,7 @@
 
 namespace jax_sm_free {
 
-// What runs are called in keys.
+// How keys name runs: by XLA's number, or by a count.
 enum class RunNames { kOfHost, kCounted };
 
 struct ExchangeKey {
@@ -63,7 +66,7 @@ struct Exchange {
   int32_t slot = 0;
   Kind kind = Kind::kDispatch;
   ExchangeKey key;
-  int64_t host_run = 0;  // as the host calls it
+  int64_t host_run = 0;  // XLA's number of the run
 
   std::string Describe() const;
 };
@@ -77,26 +80,26 @@ class Ledger {
   // Opens an exchange in `run` at `call_site`. A fault if all slots are taken.
   Result<Exchange> Begin(Op op, int64_t run, int64_t call_site);
 
-  // Takes the exchange that the token `words` names for receiving. A fault if the token is none, is
-  // another rank's, is of another kind, or was used before.
+  // Takes the exchange that the token `words` names, to receive it. A fault if `words` is not a
+  // token, or is a token of another rank or kind, or was used before.
   Result<Exchange> Finish(Op op, const float* words);
 
-  // Gives the slot back.
+  // Frees the slot.
   void Release(const Exchange& exchange);
 
-  // What `run` still holds is forgotten once the table of runs is full.
+  // Marks the run as failed. What it holds is forgotten when the table of runs is full.
   void MarkFailed(int64_t run);
   void MarkAllFailed();
 
-  // The runs that Begin has given up since the last call, because so many held exchanges. Their
-  // messages are still there, on this rank and on others.
+  // The runs that Begin has dropped since the last call, because too many runs held exchanges.
+  // Their messages still exist, on this rank and on others.
   std::vector<int64_t> TakeLostRuns();
 
   void WriteToken(const Exchange& exchange, float* words) const;
 
  private:
   struct Run {
-    int64_t name = 0;  // in keys
+    int64_t name = 0;  // the number of the run in keys
     bool failed = false;
     std::array<uint64_t, kNumKinds> slots{};      // of each kind; bit s: slot s is taken
     std::unordered_map<int64_t, int64_t> passes;  // of each call site
@@ -110,11 +113,12 @@ class Ledger {
     bool received = false;
   };
 
-  // XLA runs at most 32 computations of a device at once; older idle runs are forgotten, and so
-  // many runs that hold exchanges have lost them.
+  // XLA runs at most 32 computations of a device at once, so older idle runs can be forgotten. If
+  // this many runs hold exchanges, their recvs will never come.
   static constexpr size_t kMaxRuns = 64;
 
-  // The state of `run`, made on its first use; null where no run can be forgotten for it.
+  // The state of `run`. Made on the first use of the run. Null if the table is full and no run can
+  // be forgotten.
   Run* FindRun(int64_t run);
   void Forget(std::map<int64_t, int64_t>::iterator age);
   Fault Refuse(Op op, Fault fault) const;

@@ -37,7 +37,7 @@ Token TokenOf(const Ledger& ledger, const Exchange& exchange) {
   return token;
 }
 
-// Whether `token` could be received; the exchange is then over.
+// Whether `token` could be received. The exchange is over afterwards.
 bool Receive(Ledger& ledger, const Token& token) {
   const Result<Exchange> result = ledger.Finish(kRecv, token.data());
   if (FaultOf(result) != nullptr) return false;

@@ -4,7 +4,7 @@
 #include <string>
 #include <utility>
 
-#include "cc/cpu/in_process.h"
+#include "cc/cpu/inboxes.h"
 #include "cc/fault_texts.h"
 
 namespace jax_sm_free {
@@ -26,8 +26,8 @@ HostBuffer::HostBuffer(int64_t id, const Config& config,
     : HostBuffer(id, config, places, RunNames::kOfHost) {
   const std::vector<int32_t> num_here(ranks_.size() / config.ep_size, config.ep_size);
   SetTransport(
-      std::make_shared<InProcess>(config.ep_size, num_here, config.timeout_s,
-                                  [this](int64_t run, const Fault& fault) { OnFail(run, fault); }));
+      std::make_shared<Inboxes>(config.ep_size, num_here, config.timeout_s,
+                                [this](int64_t run, const Fault& fault) { OnFail(run, fault); }));
 }
 
 HostRank* HostBuffer::RankOf(int32_t device) const {
@@ -44,7 +44,7 @@ void HostBuffer::SetTransport(const std::shared_ptr<Transport>& transport) {
 
 void HostBuffer::OnFail(int64_t run, const Fault& fault) {
   RecordFault(fault);
-  // Runs may fail in numbers, all of them for the same reason.
+  // Many runs may fail for the same reason. It is written once.
   const std::string text = fault.Describe();
   if (std::exchange(told_, text) != text) TellFault(fault);
   for (const std::unique_ptr<HostRank>& rank : ranks_) rank->ledger.MarkFailed(run);

@@ -1,4 +1,5 @@
-// A buffer over CPU devices: for each rank a ledger and a block pool, for all of them a transport.
+// A buffer over CPU devices. Each rank has a ledger and a pool of blocks; all ranks share a
+// transport.
 
 #ifndef JAX_SM_FREE_CC_CPU_HOST_BUFFER_H_
 #define JAX_SM_FREE_CC_CPU_HOST_BUFFER_H_
@@ -29,7 +30,7 @@ struct HostRank {
         counters(config.ep_size) {}
 
   const int32_t rank;
-  const int32_t member;    // see Transport
+  const int32_t member;    // the number that Transport describes
   const int32_t position;  // in the mesh
   Ledger ledger;
   BlockPool pool;
@@ -39,7 +40,7 @@ struct HostRank {
 
 class HostBuffer : public Buffer {
  public:
-  // With all ranks in this process.
+  // A buffer whose ranks are all in this process.
   HostBuffer(int64_t id, const Config& config, const std::vector<std::optional<Place>>& places);
   ~HostBuffer() override { CloseTransport(); }
 
@@ -54,7 +55,7 @@ class HostBuffer : public Buffer {
   // By member; null for ranks of other processes.
   using Ranks = std::vector<std::unique_ptr<HostRank>>;
 
-  // Without a transport, which the caller adds.
+  // Makes a buffer without a transport. The caller adds one.
   HostBuffer(int64_t id, const Config& config, const std::vector<std::optional<Place>>& places,
              RunNames names);
 
@@ -63,12 +64,12 @@ class HostBuffer : public Buffer {
   void CloseTransport();
 
  private:
-  // Called with the transport locked.
+  // The transport calls this while it is locked.
   void OnFail(int64_t run, const Fault& fault);
 
   Ranks ranks_;
   std::shared_ptr<Transport> transport_;
-  std::string told_;  // on stderr, last
+  std::string told_;  // the latest text on stderr
 };
 
 }  // namespace jax_sm_free

@@ -20,7 +20,7 @@ constexpr Op kRecv = Op::kDispatchRecv;
 constexpr Config kConfig{
     .ep_size = 2, .num_experts = 4, .top_k = 2, .max_tokens = 3, .row_bytes = 8};
 
-// Devices 0 to 4: a stranger, and two groups of two ranks, not in order.
+// Device 0 is in no group. Devices 1 to 4 are two groups of two ranks, in mixed order.
 std::shared_ptr<HostBuffer> TwoGroups() {
   return std::make_shared<HostBuffer>(
       kId, kConfig,
@@ -30,7 +30,7 @@ std::shared_ptr<HostBuffer> TwoGroups() {
                                         Place{.group = 1, .rank = 0, .position = 2}});
 }
 
-// What a receive of rank `device` ends with; it waits for messages that nobody sends.
+// What a recv of rank `device` ends with. It waits for messages that no rank sends.
 std::future<std::string> FaultOfReceive(const HostBuffer& buffer, int32_t device, int64_t run) {
   auto promise = std::make_shared<std::promise<std::string>>();
   const HostRank& rank = *buffer.RankOf(device);
@@ -81,7 +81,7 @@ TEST(HostBufferTest, KeepsTheFaultOfAFailedRun) {
 
 TEST(HostBufferTest, AFailedRunMayBeForgottenByEveryRank) {
   const auto buffer = TwoGroups();
-  for (int64_t run = 0; run < 200; ++run) {  // far more than a ledger keeps
+  for (int64_t run = 0; run < 200; ++run) {  // many more than a ledger keeps
     for (const int32_t device : {3, 4}) {
       ASSERT_EQ(FaultOf(buffer->RankOf(device)->ledger.Begin(kSend, run, 0)), nullptr);
     }

@@ -22,13 +22,13 @@ std::optional<Fault> InStep::Check(const ExchangeKey& key, const Statement& said
   return std::nullopt;
 }
 
-// A run that ends before its first send goes by unseen: the rank's next one takes its number. But
-// its process has started the program once more than the others.
+// A run that ends before its first send is not seen: the next run of the rank gets its number. But
+// the process of that rank has started the program once more than the others.
 std::optional<Fault> InStep::CheckStart(const Statement& first, const Statement& said,
                                         const std::string& what) {
   const Executable one = ExecutableOf(first);
   const Executable other = ExecutableOf(said);
-  const auto difference = static_cast<int32_t>(said.start - first.start);  // they wrap around
+  const auto difference = static_cast<int32_t>(said.start - first.start);  // numbers wrap around
   std::optional<int32_t> expected = numbers_.Difference(one, other);
   if (!expected) {
     expected = std::abs(int64_t{difference}) < kMaxStarts ? 0 : difference;

@@ -1,4 +1,4 @@
-// Whether ranks of several processes do the same.
+// Whether ranks of several processes are at the same step of the same program.
 
 #ifndef JAX_SM_FREE_CC_CPU_IN_STEP_H_
 #define JAX_SM_FREE_CC_CPU_IN_STEP_H_
@@ -20,28 +20,28 @@
 
 namespace jax_sm_free {
 
-// What a rank says of an exchange: the call behind it, and which start of the program that is. Each
-// start of an executable has the next number in its process (XLA's run id); where they begin may
-// differ from process to process.
+// What a rank says of an exchange: the call that it belongs to, and which start of the program it
+// belongs to. A process numbers the starts of an executable one after the other (XLA's run id). The
+// first number may differ from process to process.
 struct Statement {
   std::shared_ptr<const CallSite> site;
   int32_t rank = 0;
   int64_t start = 0;
 };
 
-// What the ranks of a group say, held against each other. Ranks that agree on a key but mean
-// something else by it would take each other's rows; this makes it a fault. Not thread-safe.
+// Compares what the ranks of a group say. Ranks that use one key for different things would take
+// each other's rows; this makes it a fault. Not thread-safe.
 class InStep {
  public:
-  // `process_of`: by rank; `here`: this process.
+  // `process_of` is by rank. `here` is this process.
   InStep(std::vector<int32_t> process_of, int32_t here)
       : process_of_(std::move(process_of)), here_(here) {}
 
-  // A fault (without op) if another rank has said otherwise of this key, or if the run is long
-  // over.
+  // A fault (without op) if another rank has said something else of this key, or if the run ended
+  // long ago.
   std::optional<Fault> Check(const ExchangeKey& key, const Statement& said);
 
-  // What a rank of this process has said of a key; null if none has, or the run is long over.
+  // What a rank of this process has said of a key. Null if none has, or if the run ended long ago.
   const Statement* SaidHere(const ExchangeKey& key) const;
 
  private:
@@ -54,10 +54,11 @@ class InStep {
     std::unordered_map<int64_t, Site> sites;  // by number
   };
 
-  // More than can be under way at once: XLA has 32 on a device.
+  // More runs than can be in flight at once: XLA has 32 on a device.
   static constexpr size_t kMaxRuns = 128;
-  // Starts of two processes that differ by less are counted from the same number: it is a digest of
-  // the program, of 32 bits, and differs by chance or not at all.
+  // If the numbers of two starts differ by less than this, both processes count from the same first
+  // number. The first number is a digest of the program with 32 bits, so two of them are equal or
+  // differ by chance.
   static constexpr int64_t kMaxStarts = 1 << 12;
 
   std::optional<Fault> CheckStart(const Statement& first, const Statement& said,

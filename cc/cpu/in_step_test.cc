@@ -21,7 +21,7 @@ std::shared_ptr<const CallSite> Site(const std::string& program, int64_t number,
                                              .executable = executable});
 }
 
-// Ranks 0 and 1 are here, 2 and 3 in two other processes.
+// Ranks 0 and 1 are in this process, and ranks 2 and 3 in two other processes.
 class InStepTest : public ::testing::Test {
  protected:
   std::optional<Fault> Check(int64_t run, std::shared_ptr<const CallSite> site, int32_t rank,
@@ -74,7 +74,7 @@ TEST_F(InStepTest, AndARankThatHasDoneSoLessOften) {
   EXPECT_PRED_FORMAT2(IsSubstring, "started 2 times less often than here", fault->seen);
 }
 
-// As where one process has compiled a program and the other has taken it from a cache.
+// This happens if one process has compiled a program and another has read it from a cache.
 TEST_F(InStepTest, ProcessesMayCountFromOtherNumbersButAlike) {
   constexpr int64_t kOther = 1234567890;
   constexpr int64_t kThird = 2147483640;  // wraps around
@@ -90,7 +90,7 @@ TEST_F(InStepTest, ProcessesMayCountFromOtherNumbersButAlike) {
   EXPECT_PRED_FORMAT2(IsSubstring, "started 1 times more often than here", fault->seen);
 }
 
-// Whom the others' first statements come from differs from run to run.
+// The first statement of the other processes comes from another process in each run.
 TEST_F(InStepTest, WhatEachProcessCountsFromIsKnownByAllItHasRunWith) {
   constexpr int64_t kSecond = 1234567;
   constexpr int64_t kThird = 7654321;

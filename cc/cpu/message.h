@@ -17,7 +17,8 @@
 
 namespace jax_sm_free {
 
-// Owns its block; whoever holds the message last gives the block back to its sender's pool.
+// Owns its block. When the last holder drops the message, the block goes back to the pool of its
+// sender.
 class Message {
  public:
   Message() = default;
@@ -26,8 +27,8 @@ class Message {
     new (block_.get()) MessageHeader(header);
   }
 
-  // What came in a block of `bytes` from another process; null if they are no message of this
-  // configuration.
+  // The message in a block of `bytes` from another process. Null if these bytes are not a message
+  // of this configuration.
   static std::optional<Message> FromBlock(BlockPool::Block block, int64_t bytes,
                                           const Config& config);
 

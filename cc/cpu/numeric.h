@@ -1,4 +1,4 @@
-// Exact conversions of element types to and from float32, and the mode that sums are made in.
+// Exact conversions of element types to and from float32, and the floating-point mode of sums.
 
 #ifndef JAX_SM_FREE_CC_CPU_NUMERIC_H_
 #define JAX_SM_FREE_CC_CPU_NUMERIC_H_
@@ -6,6 +6,8 @@
 #include <bit>
 #include <cfenv>
 #include <cstdint>
+
+#include "cc/operands.h"
 
 namespace jax_sm_free {
 
@@ -51,16 +53,32 @@ struct Float16 {
   }
 };
 
-// float8_e4m3fn: four bits of exponent, three of mantissa, no infinities; 0x7F is NaN.
+// Calls fn<Float32>(), fn<BFloat16>() or fn<Float16>(), and returns the result. The call is
+// inlined: a function that is compiled for wider vectors then contains all of `fn`.
+template <typename Fn>
+__attribute__((always_inline)) inline auto VisitDType(DType dtype, const Fn& fn) {
+  switch (dtype) {
+    case DType::kFloat32:
+      return fn.template operator()<Float32>();
+    case DType::kBFloat16:
+      return fn.template operator()<BFloat16>();
+    case DType::kFloat16:
+      break;
+  }
+  return fn.template operator()<Float16>();
+}
+
+// float8_e4m3fn: four bits of exponent, three of mantissa, no infinities. 0x7F is NaN.
 struct Float8E4M3 {
   using Storage = uint8_t;
+  static constexpr uint8_t kNan = 0x7F;
   static float Load(uint8_t code) {
     const uint32_t sign = uint32_t{code & 0x80U} << 24;
     const uint32_t magnitude = code & 0x7FU;
     const uint32_t normal = (magnitude << 20) + (120U << 23);
     const auto subnormal = std::bit_cast<uint32_t>(static_cast<float>(magnitude) * 0x1p-9F);
     const uint32_t finite = magnitude < 8 ? subnormal : normal;
-    return std::bit_cast<float>(sign | (magnitude == 0x7F ? 0x7FC00000U : finite));
+    return std::bit_cast<float>(sign | (magnitude == kNan ? 0x7FC00000U : finite));
   }
   static uint8_t Store(float value) {  // to nearest, ties to even, at most 448; NaN stays NaN
     const auto bits = std::bit_cast<uint32_t>(value);
@@ -72,12 +90,12 @@ struct Float8E4M3 {
     const uint32_t rounded = magnitude < 0x3C800000U ? subnormal : normal;
     const uint32_t finite = rounded > 0x7EU ? 0x7EU : rounded;
     return static_cast<uint8_t>(((bits >> 24) & 0x80U) |
-                                (magnitude > 0x7F800000U ? 0x7FU : finite));
+                                (magnitude > 0x7F800000U ? uint32_t{kNan} : finite));
   }
 };
 
-// A thread's floating-point mode: rounding, and whether subnormals are flushed. XLA's threads flush
-// them and ours do not, so that sums would depend on the thread without this.
+// The floating-point mode of a thread: rounding, and whether subnormals are flushed. XLA's threads
+// flush them and ours do not. Without this class, sums would depend on the thread.
 class FloatMode {
  public:
   FloatMode() { (void)std::fegetenv(&mode_); }
@@ -87,7 +105,7 @@ class FloatMode {
   std::fenv_t mode_;
 };
 
-// IEEE arithmetic, subnormals kept, for the scope.
+// IEEE arithmetic, which keeps subnormals, until the end of the scope.
 class IeeeScope {
  public:
   IeeeScope() { (void)std::fesetenv(FE_DFL_ENV); }

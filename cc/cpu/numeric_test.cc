@@ -19,7 +19,7 @@
 namespace jax_sm_free {
 namespace {
 
-// What IEEE 754 says about a format of 16 bits.
+// What IEEE 754 says of a format with 16 bits.
 struct BFloat16Rules {
   using Type = BFloat16;
   static constexpr int kMantissaBits = 7;
@@ -31,8 +31,8 @@ struct Float16Rules {
   static constexpr int kBias = 15;
 };
 
-// The value of a pattern without sign. An infinity's pattern gives the power of two that would
-// follow the largest number, which is where rounding to infinity begins from.
+// The value of a pattern without its sign. The pattern of infinity has the value of the power of
+// two after the largest number: there, rounding to infinity begins.
 template <typename Rules>
 double ValueOf(int magnitude) {
   const int exponent = magnitude >> Rules::kMantissaBits;
@@ -87,7 +87,8 @@ TYPED_TEST(HalfTest, NansOfFloat32StayNans) {
   }
 }
 
-// Between each two neighbours, the last of them infinity: the tie, and the float32 on either side.
+// Tests each two neighbours, up to infinity: the tie between them, and the float32 on each side of
+// the tie.
 TYPED_TEST(HalfTest, StoresToNearestAndTiesToEven) {
   for (int low = 0; low < kInfinity<TypeParam>; ++low) {
     const int high = low + 1;
@@ -144,7 +145,7 @@ TYPED_TEST(HalfTest, TheSmallestFloat32BecomesZero) {
   EXPECT_EQ(TypeParam::Type::Store(-kTiny), 0x8000);
 }
 
-// float8_e4m3fn: as above, but for what is at the top.
+// float8_e4m3fn follows the same rules, except for its largest patterns.
 
 constexpr int kFloat8Nan = 0x7F;
 
@@ -203,7 +204,7 @@ TEST(Float32Test, LoadAndStoreChangeNothing) {
   EXPECT_EQ(Float32::Store(-0x1p-149F), -0x1p-149F);
 }
 
-// Whether the thread keeps subnormals; `volatile`, lest the compiler multiply.
+// Whether the thread keeps subnormals. `volatile` stops the compiler from multiplying itself.
 bool KeepsSubnormals() {
   volatile float small = std::numeric_limits<float>::min();
   volatile float half = 0.5F;
@@ -212,7 +213,7 @@ bool KeepsSubnormals() {
 
 #ifdef __SSE2__
 
-// Flushes subnormals for the scope, as XLA's threads do.
+// Flushes subnormals until the end of the scope, as XLA's threads do.
 class FlushScope {
  public:
   FlushScope() : outer_(_mm_getcsr()) { _mm_setcsr(outer_ | kFlushToZero | kDenormalsAreZero); }
@@ -226,8 +227,8 @@ class FlushScope {
   const unsigned outer_;
 };
 
-// Of every pattern what it loads as, and of float32 of every exponent, around every tie, what they
-// are stored as.
+// The value that each pattern loads as, and the pattern that float32 numbers are stored as: those
+// around every tie, of every exponent.
 template <typename Type>
 std::vector<uint32_t> Conversions() {
   std::vector<uint32_t> results;
@@ -279,7 +280,7 @@ TEST(FloatModeTest, CarriesTheModeOfAThreadToAnother) {
   bool before = false;
   bool after = true;
   std::thread([&] {
-    const IeeeScope ieee;  // a thread starts with its creator's mode
+    const IeeeScope ieee;  // a thread starts with the mode of its creator
     before = KeepsSubnormals();
     mode.Apply();
     after = KeepsSubnormals();

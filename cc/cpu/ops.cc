@@ -5,9 +5,9 @@
 #include "cc/cpu/exchange.h"
 #include "cc/cpu/numeric.h"
 #include "cc/cpu/pack.h"
-#include "cc/cpu/quantize.h"
 #include "cc/cpu/reduce.h"
 #include "cc/cpu/unpack.h"
+#include "cc/cpu/wire_rows.h"
 #include "cc/fault_texts.h"
 
 namespace jax_sm_free {
@@ -41,7 +41,8 @@ std::optional<Fault> SendAll(const HostCall& call, const Transport::Pack& pack, 
   return std::nullopt;
 }
 
-// Token rows to the ranks of their experts: `pack_rows(tokens, dst)` makes the message of these.
+// Sends token rows to the ranks of their experts. `pack_rows(tokens, dst)` makes the message of
+// these tokens.
 template <typename PackRows>
 std::optional<Fault> SendRows(const HostCall& call, const TopK& topk, const PackRows& pack_rows,
                               float* token) {
@@ -58,11 +59,9 @@ std::optional<Fault> DispatchSend(const HostCall& call, const DispatchSendIn& in
   if (*in.position != call.rank->position) {
     return Fail(call, call.run, PositionDiffers(call.rank->position, *in.position));
   }
-  std::optional<QuantizedRows> quantized;
-  if (in.quantized) quantized.emplace(*in.quantized, in.rows.values, in.topk.num_tokens);
-  const ConstRows rows = quantized ? quantized->rows() : in.rows;
+  const WireRows rows(in.format, in.rows, in.topk.num_tokens);
   const auto pack = [&](const auto& tokens, int32_t dst) {
-    return PackDispatch(call.config(), tokens, in.topk, dst, rows, call.rank->pool.Take());
+    return PackDispatch(call.config(), tokens, in.topk, dst, rows.rows(), call.rank->pool.Take());
   };
   return SendRows(call, in.topk, pack, token);
 }
@@ -102,9 +101,9 @@ void Receive(const HostCall& call, const float* token, Unpack unpack) {
       fault = unpack(call.config(), messages);
       if (fault) fault = Fail(call, exchange.key.run, *fault);
     }
-    arrival = Fault{};  // gives the blocks back before the program goes on
+    arrival = Fault{};  // returns the blocks before the program continues
     call.rank->ledger.Release(exchange);
-    caller_mode.Apply();  // what follows may be the rest of the program, on this thread
+    caller_mode.Apply();  // the rest of the program may run on this thread now
     call.done(fault);
   };
   call.rank->transport->Receive(call.op, exchange, call.rank->member, std::move(receive));
@@ -112,7 +111,7 @@ void Receive(const HostCall& call, const float* token, Unpack unpack) {
 
 void DispatchRecv(const HostCall& call, const float* token, const OwnRows& /*own*/,
                   const ExpertsOut& out) {
-  // The receiver that this is called from keeps the rank.
+  // `receive` in Receive holds the rank as long as this function exists.
   Receive(call, token,
           [rank = call.rank, out](const Config& config, const std::vector<Message>& messages) {
             std::optional<Fault> fault = UnpackExperts(config, messages, out);

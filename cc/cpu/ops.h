@@ -1,6 +1,8 @@
-// The ops on host memory: each one's steps in order, from checked operands to a token or results.
+// The ops on host memory: the steps of each op, in order, from checked operands to a token or
+// results.
 //
-// A fault ends the run on all ranks of all groups, is kept for Buffer::TakeFault, and is returned.
+// A fault ends the run on all ranks of all groups. The buffer keeps it for Buffer::TakeFault, and
+// the op returns it.
 
 #ifndef JAX_SM_FREE_CC_CPU_OPS_H_
 #define JAX_SM_FREE_CC_CPU_OPS_H_
@@ -30,11 +32,12 @@ struct HostCall {
   HostRank* rank = nullptr;
   int64_t run = 0;
 
-  // Of a send.
-  int64_t call_site = 0;                           // its name within its program
-  std::shared_ptr<const CallSite> site = nullptr;  // where processes need a name in common
+  // For a send.
+  int64_t call_site = 0;  // its number within its program
+  // The name that processes share; null if all ranks are in this process.
+  std::shared_ptr<const CallSite> site = nullptr;
 
-  // Of a recv.
+  // For a recv.
   Done done = nullptr;
 
   const Config& config() const { return buffer->config(); }
@@ -52,8 +55,8 @@ std::optional<Fault> CombineBackwardSend(const HostCall& call, const RowsIn& in,
 std::optional<Fault> SendSums(const HostCall& call, const SumsIn& in, float* token);
 
 // Recvs. Each waits for the messages of the exchange that `token` names, writes its results, and
-// calls call.done: on this thread if the messages are all there, else on a worker thread. None
-// blocks. This rank's own rows come as a message, too, so that `own` is not read.
+// calls call.done. It does so on this thread if all messages are there, else on a worker thread. No
+// recv blocks. The rows of this rank come in a message, too, so `own` is not read.
 
 void DispatchRecv(const HostCall& call, const float* token, const OwnRows& own,
                   const ExpertsOut& out);
@@ -65,7 +68,7 @@ void ReceiveSums(const HostCall& call, const float* token, const std::optional<E
                  const SumsOut& out);
 void CombineBackwardRecv(const HostCall& call, const float* token, const SpreadOut& out);
 
-// What all of them do, with `unpack` to write the results.
+// The common part of all recvs. `unpack` writes the results.
 using Unpack =
     std::function<std::optional<Fault>(const Config& config, const std::vector<Message>& messages)>;
 void Receive(const HostCall& call, const float* token, Unpack unpack);

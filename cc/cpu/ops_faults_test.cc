@@ -38,7 +38,7 @@ class FaultsTest : public ::testing::Test {
  protected:
   static constexpr int32_t kEpSize = 4;
 
-  // Sends and receives a dispatch on every rank, and gives what each saw.
+  // Sends and receives a dispatch on every rank, and returns what each rank saw.
   std::vector<std::string> Dispatch(const std::vector<Source>& sources, int64_t run) {
     std::vector<std::string> seen(kEpSize);
     OnEveryRank(kEpSize, [&](int32_t rank) {
@@ -142,7 +142,7 @@ TEST_F(FaultsTest, ARankThatNeverSendsIsNamedByTheOthers) {
     if (rank == 2) return;
     Layer layer(buffer_, rank, 1, 0);
     EXPECT_EQ(Describe(layer.SendDispatch(sources[rank])), "");
-    all_sent.arrive_and_wait();  // lest the timeout be over for a slow thread
+    all_sent.arrive_and_wait();  // so that the timeout does not end before a slow thread has sent
     EXPECT_PRED_FORMAT2(IsSubstring, "none from rank 2", SeenBy(layer.ReceiveDispatch()));
   });
   Layer late(buffer_, 2, 1, 0);

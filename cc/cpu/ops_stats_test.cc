@@ -45,7 +45,8 @@ void RunLayer(const std::shared_ptr<HostBuffer>& buffer, int32_t rank, int64_t r
   EXPECT_EQ(Describe(layer.ReceiveCombine(source, sums)), "");
 }
 
-// By rank and peer: the bytes that dispatches send there, in all rounds; and the rows dropped.
+// By rank and peer: the bytes that dispatches send from rank to peer in all rounds. By rank: the
+// rows dropped.
 struct Expected {
   std::vector<std::vector<int64_t>> bytes;
   std::vector<int64_t> dropped;
@@ -80,7 +81,7 @@ TEST(OpsStatsTest, CountsWhatFollowsFromTheRouting) {
     EXPECT_EQ(stats.exchanges, (std::array<int64_t, kNumKinds>{kRounds, kRounds, 0, 0}));
     EXPECT_EQ(stats.rows_dropped, expected.dropped[rank]);
     for (int32_t peer = 0; peer < config.ep_size; ++peer) {
-      // The sums of a combine go the way back.
+      // The sums of a combine go in the opposite direction.
       const int64_t bytes = expected.bytes[rank][peer] + expected.bytes[peer][rank];
       EXPECT_EQ(stats.bytes_sent[peer], bytes) << rank << " to " << peer;
       EXPECT_EQ(stats.bytes_received[peer], bytes) << rank << " from " << peer;

@@ -36,7 +36,7 @@ using testing::SourcesOf;
 using testing::Token;
 using testing::Visits;
 
-// What the contract says that `rank` gets back for its tokens.
+// What `rank` gets back for its tokens by the contract.
 std::vector<std::byte> ExpectedSums(const Config& config, const std::vector<Source>& sources,
                                     int32_t rank) {
   std::vector<Placement> placements;
@@ -62,8 +62,8 @@ std::vector<std::byte> ExpectedSums(const Config& config, const std::vector<Sour
   return Encode(kMatrix.dtype, sums);
 }
 
-// Two layers at once, their ops interleaved in an order that differs from rank to rank and from
-// round to round: only what depends on each other is in order.
+// Runs two layers at once. The order of their ops differs from rank to rank and from round to
+// round; only ops that depend on each other are in order.
 void RunTwoLayers(const std::shared_ptr<HostBuffer>& buffer, int32_t rank, int64_t round) {
   const Config& config = buffer->config();
   Random random(1000 * round + rank);
@@ -74,7 +74,7 @@ void RunTwoLayers(const std::shared_ptr<HostBuffer>& buffer, int32_t rank, int64
   std::array<int, 2> steps{};
   while (steps[0] < 4 || steps[1] < 4) {
     int which = random.Below(2);
-    // A receive blocks here, so that it must not keep this rank from a send that others wait for.
+    // A recv blocks in this test, so it must not come before a send that other ranks wait for.
     const bool blocks = steps[which] % 2 == 1;
     const bool behind = steps[1 - which] < steps[which];
     if (steps[which] == 4 || (blocks && behind)) which = 1 - which;
@@ -119,7 +119,8 @@ TEST_P(RoundTest, MemoryIsThatOfTheExchangesInFlight) {
     for (int64_t round = 0; round < 50; ++round) RunTwoLayers(buffer, rank, round);
   });
   for (int32_t rank = 0; rank < config.ep_size; ++rank) {
-    // Dispatches and combines; and other ranks may hold messages longer than their sender knows.
+    // Bounds the messages of dispatches and combines. Other ranks may hold messages longer than
+    // their sender knows.
     EXPECT_LE(buffer->MessageBytes(rank),
               int64_t{2} * 2 * config.num_slots * config.ep_size * MaxMessageBytes(config));
   }
@@ -132,7 +133,8 @@ float GradOf(int32_t rank, int64_t token, int32_t k) {
   return static_cast<float>(int64_t{1000} * rank + 10 * token + k);
 }
 
-// The token rows that `rank` received, as a layout of one row each, and a gradient for each weight.
+// The token rows that `rank` received, as a layout with one row each, and a gradient for each
+// weight.
 struct TokenRows {
   std::vector<int32_t> rows, num_rows_from;
   std::vector<float> weight_grads;
@@ -154,7 +156,7 @@ TokenRows TokenRowsOf(const Config& config, const std::vector<Source>& sources, 
   return made;
 }
 
-// Every rank sends ones back: a token's sum is the number of ranks it visited.
+// Every rank sends back ones, so the sum of a token is the number of ranks that it went to.
 void ExpectGradients(const Config& config, const Source& source, const std::vector<float>& sums,
                      const std::vector<float>& weight_grads) {
   for (int64_t t = 0; t < source.num_tokens; ++t) {

@@ -1,4 +1,4 @@
-// What the tests of ops share: a buffer whose ranks are threads, and one rank's view of a layer.
+// What the tests of ops share: a buffer whose ranks are threads, and a layer as one rank sees it.
 
 #ifndef JAX_SM_FREE_CC_CPU_OPS_TESTING_H_
 #define JAX_SM_FREE_CC_CPU_OPS_TESTING_H_
@@ -28,18 +28,18 @@ std::shared_ptr<HostBuffer> BufferOf(const Config& config);
 
 HostCall CallOf(Op op, const std::shared_ptr<HostBuffer>& buffer, int32_t rank, int64_t run);
 
-// What `recv` ends with. It is called with `call`, which tells when it is done.
+// Calls `recv` with `call`, and returns what it ends with.
 std::optional<Fault> Awaited(HostCall call, const std::function<void(const HostCall&)>& recv);
 
-// The same of Receive.
+// Calls Receive, and returns what it ends with.
 std::optional<Fault> Received(const HostCall& call, const Token& token, Unpack unpack);
 
 std::string Describe(const std::optional<Fault>& fault);  // "" for none
 
-// The same sources on all ranks' threads: made from the number of the round.
+// The sources of a round. They are made from its number, so all threads get the same.
 std::vector<Source> SourcesOf(const Config& config, int64_t round);
 
-// What an expert of these tests makes of a value.
+// What an expert of these tests computes from a value.
 float Expert(int32_t expert, float value);
 
 // A layer's results live as long as its exchanges.

@@ -1,4 +1,4 @@
-// Source side of a round: which tokens go where, and packing their rows into messages.
+// The source side of an exchange: the ranks that each token goes to, and messages with the rows.
 
 #ifndef JAX_SM_FREE_CC_CPU_PACK_H_
 #define JAX_SM_FREE_CC_CPU_PACK_H_
@@ -13,8 +13,8 @@
 
 namespace jax_sm_free {
 
-// The tokens that a source rank sends to each rank, ascending. One copy of a token travels to a
-// rank however many of its experts live there.
+// The tokens that a rank sends to each rank, in ascending order. One copy of a token goes to a
+// rank, however many of its experts are there.
 class Route {
  public:
   // A fault (without op and rank) if an index lies outside [-1, num_experts).
@@ -26,11 +26,12 @@ class Route {
   std::vector<std::vector<int32_t>> tokens_;
 };
 
-// The rows of `tokens` for one rank, without routing: combine_backward.
+// A message with the rows of `tokens`, without routing: combine_backward.
 Message PackRows(const Config& config, Kind kind, const std::vector<int32_t>& tokens,
                  const ConstRows& rows, BlockPool::Block block);
 
-// The same with the routing of those tokens to the experts of rank `dst`: dispatch.
+// A message with the rows of `tokens`, and with their routing to the experts of rank `dst`:
+// dispatch.
 Message PackDispatch(const Config& config, const std::vector<int32_t>& tokens, const TopK& topk,
                      int32_t dst, const ConstRows& rows, BlockPool::Block block);
 

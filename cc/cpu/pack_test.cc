@@ -24,7 +24,7 @@ Route RouteOf(const Config& config, const TopK& topk) {
   return std::get<Route>(Route::Make(config, topk));
 }
 
-// A source of two ranks' experts 0-1 and 2-3.
+// Two ranks, with experts 0 and 1, and experts 2 and 3.
 constexpr Config kTwoRanks{
     .ep_size = 2, .num_experts = 4, .top_k = 2, .max_tokens = 8, .row_bytes = 8};
 
@@ -82,7 +82,7 @@ TEST(RouteTest, AnIndexOutOfRangeIsAFaultThatNamesIt) {
   }
 }
 
-// Token `t` of the source as it lies in a message.
+// Token `t` of the source, as a message holds it.
 std::vector<std::byte> WireRow(const Source& source, int64_t t) {
   const auto values = source.values.begin() + t * source.values_bytes;
   const auto scales = source.scales.begin() + t * source.scales_bytes;
@@ -126,7 +126,7 @@ TEST(PackRowsTest, SaysItsKindAndIsEmptyWithoutTokens) {
   EXPECT_EQ(message.header().num_rows, 0);
 }
 
-// The routing of a message, by a plain loop over its tokens.
+// The routing of a message, computed by a plain loop over its tokens.
 void ExpectRouting(const Config& config, const Message& message, const Source& source,
                    const std::vector<int32_t>& tokens, int32_t dst) {
   const int32_t num_local = config.num_local_experts();

@@ -11,7 +11,7 @@
 namespace jax_sm_free {
 namespace {
 
-// Of /proc/PID/stat, as proc(5) numbers them.
+// Fields of /proc/PID/stat, numbered as in proc(5).
 constexpr size_t kState = 3;
 constexpr size_t kNumThreads = 20;
 constexpr size_t kStart = 22;
@@ -29,10 +29,11 @@ Seen Look(int64_t pid, Stat& stat) {
   std::ifstream file("/proc/" + std::to_string(pid) + "/stat");
   std::string text;
   if (!std::getline(file, text)) {
-    // Only these say something about the process; too many open files, for one, does not.
+    // Only these errors say something about the process. Too many open files, for example, does
+    // not.
     return errno == ENOENT || errno == ESRCH ? Seen::kGone : Seen::kUnknown;
   }
-  // The second field is the program's name in parentheses, which may contain anything.
+  // The second field is the name of the program in parentheses. The name may contain any character.
   const size_t name_end = text.rfind(')');
   if (name_end == std::string::npos) return Seen::kUnknown;
   std::istringstream rest(text.substr(name_end + 1));
@@ -51,7 +52,7 @@ std::string LinkAt(const char* path) {
   return length > 0 ? std::string(target.data(), length) : std::string("?");
 }
 
-// The same in processes that see each other by the same numbers.
+// Equal in processes that see each other under the same numbers.
 std::string OwnPlace() {
   std::ifstream file("/proc/sys/kernel/random/boot_id");
   std::string boot;
@@ -62,7 +63,7 @@ std::string OwnPlace() {
 }  // namespace
 
 std::string PeerProcess::OwnName() {
-  // Not getpid: /proc may be that of another namespace.
+  // Not getpid(): /proc may be that of another namespace.
   const std::string pid = LinkAt("/proc/self");
   Stat stat;
   if (pid == "?" || Look(std::stoll(pid), stat) != Seen::kThere) return "?";
@@ -90,7 +91,7 @@ bool PeerProcess::HasEnded() const {
     case Seen::kThere:
       break;
   }
-  // A process whose first thread alone has ended is in state Z, too.
+  // State Z also means that only the first thread of the process has ended.
   return stat.start != start_ || ((stat.state == 'Z' || stat.state == 'X') && stat.num_threads < 2);
 }
 

@@ -1,4 +1,4 @@
-// Whether another process of this host still runs, whatever its parent makes of its end.
+// Whether another process of this host still runs.
 
 #ifndef JAX_SM_FREE_CC_CPU_PEER_PROCESS_H_
 #define JAX_SM_FREE_CC_CPU_PEER_PROCESS_H_
@@ -15,14 +15,14 @@ namespace jax_sm_free {
 // A process as seen through /proc.
 class PeerProcess {
  public:
-  // What tells this process from every other one, on this host and on others.
+  // A name that no other process has, on this host or on others.
   static std::string OwnName();
 
-  // Null if the process of that name can not be seen from here: it is on another host, or its
-  // numbers of processes are not those of this one (a container), or /proc does not show it.
+  // The process with that name. Null if it can not be seen from here: it is on another host, or in
+  // a container with other process numbers, or /proc does not show it.
   static std::optional<PeerProcess> Find(const std::string& name);
 
-  // True also while it waits to be reaped by its parent, when its memory and files are gone.
+  // Also true while its parent has not reaped it. Its memory and files are gone then.
   bool HasEnded() const;
 
   int64_t pid() const { return pid_; }
@@ -31,21 +31,21 @@ class PeerProcess {
   PeerProcess(int64_t pid, uint64_t start) : pid_(pid), start_(start) {}
 
   int64_t pid_;
-  uint64_t start_;  // in ticks since boot: the number may have been given to another process since
+  uint64_t start_;  // in ticks since boot; a later process with the same number has another start
 };
 
-// Looks after several of them, from time to time. For one thread.
+// Watches several processes. For one thread.
 class PeerWatch {
  public:
   using Clock = std::chrono::steady_clock;
 
   static constexpr std::chrono::milliseconds kInterval{500};
 
-  // From now on after process `peer`, if that name can be seen from here.
+  // Starts to watch process `peer`, if its name can be seen from here.
   void Add(int32_t peer, const std::string& name);
 
-  // Those that have ended since the last call, and how to say so; none while the interval since
-  // that call is not over.
+  // The processes that have ended since the last call, each with a text about it. Returns none
+  // within a fixed interval since the call before.
   std::vector<std::pair<int32_t, std::string>> TakeEnded(Clock::time_point now);
 
  private:

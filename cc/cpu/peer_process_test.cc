@@ -17,7 +17,7 @@
 namespace jax_sm_free {
 namespace {
 
-// A child that says its name and waits for a signal; not reaped before Reap.
+// A child that prints its name and waits for a signal. It is not reaped before Reap.
 class Child {
  public:
   explicit Child(bool ends_its_first_thread = false) {
@@ -32,7 +32,7 @@ class Child {
       if (ends_its_first_thread) {
         std::thread([] { pause(); }).detach();
         syscall(SYS_exit,
-                0);  // unlike pthread_exit, throws nothing for the test framework to catch
+                0);  // unlike pthread_exit, it throws nothing that the test framework would catch
       }
       pause();
       _exit(0);
@@ -112,7 +112,7 @@ TEST(PeerWatchTest, TellsOnceOfEachThatHasEnded) {
   EXPECT_TRUE(watch.TakeEnded(now).empty());
   one.Signal(SIGKILL);
   one.WaitUntilItHasEnded();
-  EXPECT_TRUE(watch.TakeEnded(now + milliseconds(499)).empty());  // does not look yet
+  EXPECT_TRUE(watch.TakeEnded(now + milliseconds(499)).empty());  // too early for a look
   const auto ended = watch.TakeEnded(now + milliseconds(500));
   ASSERT_EQ(ended.size(), 1U);
   EXPECT_EQ(ended[0].first, 3);

@@ -1,4 +1,4 @@
-// What one rank on the host counts of its exchanges.
+// What a rank on the host counts of its exchanges.
 
 #ifndef JAX_SM_FREE_CC_CPU_RANK_COUNTERS_H_
 #define JAX_SM_FREE_CC_CPU_RANK_COUNTERS_H_
@@ -14,23 +14,23 @@
 
 namespace jax_sm_free {
 
-// Thread-safe. Numbers that are counted together may be read apart.
+// Thread-safe. A reader may see one of two numbers that are counted together before the other one.
 class RankCounters {
  public:
   explicit RankCounters(int32_t ep_size) : bytes_sent_(ep_size), bytes_received_(ep_size) {}
 
   void CountSent(int32_t dst, const Message& message);
-  // An exchange all of whose messages have come, by source.
+  // Counts an exchange whose messages have all come. `messages` is by source rank.
   void CountReceived(Kind kind, const std::vector<Message>& messages);
   void CountDropped(int64_t rows) { Add(rows_dropped_, rows); }
 
-  // All but how long the rank has waited, which its transport knows.
+  // All numbers except for how long the rank has waited. The transport knows that.
   RankStats Read() const;
 
  private:
   using Counter = std::atomic<int64_t>;
 
-  // Nothing is ordered by a counter.
+  // A counter orders no other memory access.
   static void Add(Counter& counter, int64_t value) {
     counter.fetch_add(value, std::memory_order_relaxed);
   }

@@ -9,22 +9,24 @@
 #include "cc/fault_texts.h"
 #include "cc/routing.h"
 
-// One body, compiled for wider vectors too and chosen when the library is loaded. Sanitizers can
-// not run the code that chooses.
+// A function with this attribute is compiled for several widths of vectors, and one version is
+// chosen when the library is loaded. Code that runs under a sanitizer can not choose.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(SMF_SANITIZER)
 #define SMF_VECTORIZED __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define SMF_VECTORIZED
 #endif
-#define SMF_INLINE inline __attribute__((always_inline))
+#define SMF_INLINED __attribute__((always_inline))
+#define SMF_INLINE inline SMF_INLINED
 
 namespace jax_sm_free {
 namespace {
 
 constexpr int64_t kChunk = 512;  // columns summed at a time, in registers and the nearest cache
-constexpr int kLanes = 16;       // partial sums of a dot product: a fixed order on every machine
+// Partial sums of a dot product; their order is the same on every machine.
+constexpr int kLanes = 16;
 
-// The rows of one sum, and a weight for each; null for a plain sum.
+// The rows of one sum, and their weights; null for a plain sum.
 struct Terms {
   const std::byte* const* rows = nullptr;
   const float* weights = nullptr;
@@ -90,50 +92,16 @@ SMF_INLINE float ScaleAndDotBody(const std::byte* in, const std::byte* y, float 
   return partial[0];
 }
 
-SMF_VECTORIZED void SumFloat32(const Terms& terms, int64_t hidden, std::byte* out) {
-  SumBody<Float32>(terms, hidden, out);
-}
-SMF_VECTORIZED void SumBFloat16(const Terms& terms, int64_t hidden, std::byte* out) {
-  SumBody<BFloat16>(terms, hidden, out);
-}
-SMF_VECTORIZED void SumFloat16(const Terms& terms, int64_t hidden, std::byte* out) {
-  SumBody<Float16>(terms, hidden, out);
-}
-SMF_VECTORIZED float ScaleAndDotFloat32(const std::byte* in, const std::byte* y, float weight,
-                                        int64_t hidden, std::byte* out) {
-  return ScaleAndDotBody<Float32>(in, y, weight, hidden, out);
-}
-SMF_VECTORIZED float ScaleAndDotBFloat16(const std::byte* in, const std::byte* y, float weight,
-                                         int64_t hidden, std::byte* out) {
-  return ScaleAndDotBody<BFloat16>(in, y, weight, hidden, out);
-}
-SMF_VECTORIZED float ScaleAndDotFloat16(const std::byte* in, const std::byte* y, float weight,
-                                        int64_t hidden, std::byte* out) {
-  return ScaleAndDotBody<Float16>(in, y, weight, hidden, out);
+SMF_VECTORIZED void Sum(const Matrix& matrix, const Terms& terms, std::byte* out) {
+  VisitDType(matrix.dtype,
+             [&]<typename T>() SMF_INLINED { SumBody<T>(terms, matrix.hidden, out); });
 }
 
-void Sum(const Matrix& matrix, const Terms& terms, std::byte* out) {
-  switch (matrix.dtype) {
-    case DType::kFloat32:
-      return SumFloat32(terms, matrix.hidden, out);
-    case DType::kBFloat16:
-      return SumBFloat16(terms, matrix.hidden, out);
-    case DType::kFloat16:
-      return SumFloat16(terms, matrix.hidden, out);
-  }
-}
-
-float ScaleAndDot(const Matrix& matrix, const std::byte* in, const std::byte* y, float weight,
-                  std::byte* out) {
-  switch (matrix.dtype) {
-    case DType::kFloat32:
-      return ScaleAndDotFloat32(in, y, weight, matrix.hidden, out);
-    case DType::kBFloat16:
-      return ScaleAndDotBFloat16(in, y, weight, matrix.hidden, out);
-    case DType::kFloat16:
-      return ScaleAndDotFloat16(in, y, weight, matrix.hidden, out);
-  }
-  return 0;
+SMF_VECTORIZED float ScaleAndDot(const Matrix& matrix, const std::byte* in, const std::byte* y,
+                                 float weight, std::byte* out) {
+  return VisitDType(matrix.dtype, [&]<typename T>() SMF_INLINED {
+    return ScaleAndDotBody<T>(in, y, weight, matrix.hidden, out);
+  });
 }
 
 }  // namespace
@@ -201,7 +169,8 @@ std::optional<Fault> SumOverRanks(const Config& config, const Matrix& matrix, co
   }
   const IeeeScope ieee;
   const int32_t num_local = config.num_local_experts();
-  std::vector<int32_t> next(config.ep_size, 0);  // first row not summed yet, of each message
+  std::vector<int32_t> next(config.ep_size,
+                            0);  // of each message: the first row that is not summed yet
   std::vector<const std::byte*> terms;
   for (int64_t t = 0; t < topk.num_tokens; ++t) {
     terms.clear();
@@ -252,7 +221,8 @@ std::optional<Fault> SpreadGradients(const Config& config, const Matrix& matrix,
       }
     }
   }
-  for (int64_t row = 0; row < layout.num_rows; ++row) {  // padding, and rows past the last group
+  for (int64_t row = 0; row < layout.num_rows;
+       ++row) {  // rows of padding, and rows behind the last group
     if (written[row]) continue;
     std::fill_n(y_grad + row * row_bytes, row_bytes, std::byte{0});
     if (weights != nullptr) weight_grads[row] = 0;

@@ -25,14 +25,14 @@ using testing::ReduceTest;
 
 INSTANTIATE_TEST_SUITE_P(All, ReduceTest, AllMatrices(), NameOfMatrix);
 
-// Whole numbers so small that no sum of their products is ever rounded.
+// Whole numbers that are so small that no sum of their products is rounded.
 std::vector<float> SmallIntegers(int64_t size, Random& random) {
   std::vector<float> values(size);
   for (float& value : values) value = static_cast<float>(random.Below(9) - 4);
   return values;
 }
 
-// Gradients of token rows, and what they make of y's and weights' gradients.
+// Gradients of token rows, and the gradients of y and of the weights that follow from them.
 struct Spread {
   OwnedLayout layout;
   std::vector<Message> messages;
@@ -71,7 +71,7 @@ TEST_P(ReduceTest, SpreadGradientsScalesRowsAndDotsThemWithY) {
   const int64_t num_rows = config_.max_recv_tokens() * config_.top_k;
   const Elements y(matrix_, SmallIntegers(num_rows * matrix_.hidden, random_));
   std::vector<float> weights = Normals(num_rows, random_);
-  weights[3] = 0;  // its gradient is not
+  weights[3] = 0;  // its gradient is not 0
   const Spread expected = SpreadByHand(config_, matrix_, y, weights, pool_, random_);
   auto y_grad = Poisoned<std::byte>(num_rows * matrix_.row_bytes());
   auto weight_grads = Poisoned<float>(num_rows);

@@ -27,7 +27,7 @@ using testing::Visits;
 
 INSTANTIATE_TEST_SUITE_P(All, ReduceTest, AllMatrices(), NameOfMatrix);
 
-// What ranks send back for the tokens of `source`, and what the token's sums are.
+// What ranks send back for the tokens of `source`, and the sums of these tokens.
 struct Returned {
   std::vector<Message> messages;
   std::vector<float> sums;          // [num_tokens, hidden]

@@ -30,7 +30,7 @@ using testing::ReduceTest;
 
 INSTANTIATE_TEST_SUITE_P(All, ReduceTest, AllMatrices(), NameOfMatrix);
 
-// Rows that no token names hold NaN, which must not leak.
+// Rows that no token names hold NaN, so that a test sees if they are used.
 std::vector<float> ValuesOfNamedRows(const OwnedLayout& layout, int64_t hidden, Random& random) {
   std::vector<float> values(layout.num_rows * hidden, kNan);
   for (int64_t i = 0; i < layout.num_token_rows() * layout.fanout; ++i) {
@@ -44,7 +44,7 @@ std::vector<float> ValuesOfNamedRows(const OwnedLayout& layout, int64_t hidden, 
 // The sum of the contract, for one element.
 float SumInOrder(const int32_t* rows, int32_t fanout, const Elements& y,
                  const std::vector<float>& weights, int64_t column) {
-  volatile float total = 0;  // rounded at every step
+  volatile float total = 0;  // `volatile`: rounded at every step
   for (int32_t k = 0; k < fanout; ++k) {
     if (rows[k] < 0) continue;
     const volatile float product =

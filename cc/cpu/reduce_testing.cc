@@ -40,7 +40,7 @@ int64_t OwnedLayout::num_token_rows() const {
 
 OwnedLayout RandomLayout(const Config& config, int32_t fanout, Random& random) {
   OwnedLayout layout{
-      .rows = Poisoned<int32_t>(config.max_recv_tokens() * fanout, 0x5A),  // past the end: unread
+      .rows = Poisoned<int32_t>(config.max_recv_tokens() * fanout, 0x5A),  // not read past the end
       .num_rows_from = {},
       .fanout = fanout,
       .num_rows = config.max_recv_tokens() * fanout};

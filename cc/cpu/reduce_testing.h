@@ -39,10 +39,10 @@ struct Elements {
   std::vector<float> loaded;
 };
 
-// Equality of bits: zeros of either sign differ, and NaNs are equal.
+// Compares bits: zeros of different signs differ, and NaNs are equal.
 void ExpectBits(const Matrix& matrix, const std::byte* seen, const std::vector<float>& expected);
 
-// A layout, owned. `rows` are distinct, or -1.
+// A layout that owns its arrays. Each of `rows` is -1 or differs from all others.
 struct OwnedLayout {
   std::vector<int32_t> rows;           // [R, fanout]
   std::vector<int32_t> num_rows_from;  // [ep_size]
@@ -55,11 +55,11 @@ struct OwnedLayout {
 
 OwnedLayout RandomLayout(const Config& config, int32_t fanout, Random& random);
 
-// One row per message row: what PackSums hands to a rank.
+// A message with these rows, as PackSums sends it to a rank.
 Message MessageOf(const Config& config, Kind kind, const Matrix& matrix,
                   const std::vector<float>& values, BlockPool& pool);
 
-// Instantiated with AllMatrices(), NameOfMatrix.
+// Instantiate it with AllMatrices() and NameOfMatrix.
 class ReduceTest : public ::testing::TestWithParam<std::tuple<DType, int>> {
  protected:
   Matrix matrix_{.dtype = std::get<0>(GetParam()), .hidden = std::get<1>(GetParam())};
@@ -69,8 +69,7 @@ class ReduceTest : public ::testing::TestWithParam<std::tuple<DType, int>> {
 };
 
 inline auto AllMatrices() {
-  return ::testing::Combine(::testing::Values(DType::kFloat32, DType::kBFloat16, DType::kFloat16),
-                            ::testing::Values(1, 7, 511, 513));
+  return ::testing::Combine(::testing::ValuesIn(kDTypes), ::testing::Values(1, 7, 511, 513));
 }
 
 std::string NameOfMatrix(const ::testing::TestParamInfo<std::tuple<DType, int>>& info);

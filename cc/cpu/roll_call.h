@@ -1,4 +1,4 @@
-// Which peers of a wire have been heard of, and whoever waits for them.
+// Which peers of a wire have been heard, and waiting for them.
 
 #ifndef JAX_SM_FREE_CC_CPU_ROLL_CALL_H_
 #define JAX_SM_FREE_CC_CPU_ROLL_CALL_H_
@@ -15,16 +15,17 @@
 
 namespace jax_sm_free {
 
-// Thread-safe. What is said of a peer first stays: that it was heard, or why it will not be.
+// Thread-safe. The first report of a peer stays: that it was heard, or why it never will be.
 class RollCall {
  public:
-  // Process `self` of `num_peers` is not waited for.
+  // Nobody waits for process `self` itself.
   RollCall(int32_t self, int32_t num_peers) : peers_(num_peers) { peers_[self].heard = true; }
 
   void Hear(int32_t peer);
   void Lose(int32_t peer, const std::string& reason);
 
-  // Those that are lost, or not heard of within `patience`. Returns as soon as all peers are known.
+  // The peers that are lost, or were not heard within `patience`. Returns as soon as all peers are
+  // known.
   std::vector<Wire::Unreached> Await(std::chrono::duration<double> patience);
 
  private:

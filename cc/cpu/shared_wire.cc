@@ -49,11 +49,11 @@ class SharedWire::End : public Wire {
   friend class SharedWire;
   struct Peer {
     bool departed = false;
-    bool acknowledged = false;  // our goodbye
+    bool acknowledged = false;  // it has acknowledged our goodbye
   };
 
-  // Null once this end has closed: the shared wire goes with the last close, not with what still
-  // holds an end.
+  // Null once this end has closed. So the shared wire ends with the last close, even if something
+  // still holds an end.
   std::shared_ptr<SharedWire> Shared() const {
     const std::lock_guard lock(mutex_);
     return shared_;
@@ -62,9 +62,9 @@ class SharedWire::End : public Wire {
   const int64_t number_;
   const Callbacks callbacks_;
   const std::string address_;
-  // Guarded by the shared wire's mutex.
+  // The mutex of the shared wire guards these.
   std::vector<Peer> peers_;
-  bool open_ = true;  // its callbacks may be called
+  bool open_ = true;  // whether its callbacks may be called
 
   std::mutex close_;
   mutable std::mutex mutex_;
@@ -93,7 +93,7 @@ std::unique_ptr<Wire> SharedWire::Attach(int64_t number, Wire::Callbacks callbac
   auto end = std::make_unique<End>(shared_from_this(), number, std::move(callbacks));
   const std::lock_guard lock(mutex_);
   ends_[number] = end.get();
-  // Whoever attaches learns from AwaitPeers who is lost already.
+  // A new end learns from AwaitPeers which peers are already lost.
   for (size_t peer = 0; peer < lost_.size(); ++peer) {
     end->peers_[peer].departed = lost_[peer].has_value();
   }
@@ -109,7 +109,7 @@ void SharedWire::Connect(std::vector<std::string> addresses) {
 std::vector<Wire::Unreached> SharedWire::AwaitPeers(std::chrono::duration<double> patience) {
   std::vector<Wire::Unreached> unreached = wire_->AwaitPeers(patience);
   const std::lock_guard lock(mutex_);
-  for (size_t i = 0; i < lost_.size(); ++i) {  // since it was heard of
+  for (size_t i = 0; i < lost_.size(); ++i) {  // lost since it was heard
     const auto peer = static_cast<int32_t>(i);
     const auto is_peer = [peer](const Wire::Unreached& known) { return known.peer == peer; };
     if (lost_[i] && std::ranges::none_of(unreached, is_peer)) {
@@ -127,7 +127,7 @@ void SharedWire::Send(Label label, int32_t peer, Wire::Header header,
   wire_->Send(peer, labelled, payload, std::move(on_sent));
 }
 
-// What was sent before has arrived at those that have answered the goodbye.
+// A peer that has answered the goodbye has received everything that was sent before.
 void SharedWire::Close(End& end) {
   std::unique_lock lock(mutex_);
   end.open_ = false;
@@ -149,14 +149,15 @@ bool SharedWire::IsAnswered(const End& end) const {
   return true;
 }
 
-// What follows is the wire's thread.
+// Calls of the wire's thread.
 
 Wire::Callbacks SharedWire::Callbacks() {
   return {
       .wants =
           [this](int32_t /*peer*/, Wire::Header header) {
             Label label;
-            if (header.size() < sizeof(label)) return true;  // which then has no place
+            if (header.size() < sizeof(label))
+              return true;  // such a message gets no place, so its sender is lost
             std::memcpy(&label, header.data(), sizeof(label));
             const std::lock_guard lock(mutex_);
             return OpenEnd(label.number) != nullptr;
@@ -219,7 +220,7 @@ void SharedWire::Depart(End& end, int32_t peer, const std::string& reason) {
   end.callbacks_.on_lost(peer, reason);
 }
 
-// ------------------------------------------------------------------------------------ directory
+// ------------------------------------------------------------------- wires that others may share
 
 SharedWires& SharedWires::Get() {
   static auto* wires = new SharedWires;  // never destroyed: wires may outlive static destructors
@@ -234,7 +235,8 @@ void SharedWires::Add(const std::string& key, const std::shared_ptr<SharedWire>&
 
 std::shared_ptr<SharedWire> SharedWires::Find(const std::string& key) {
   std::shared_ptr<SharedWire> newest;
-  std::vector<std::shared_ptr<SharedWire>> seen;  // the last of one must not go under the lock
+  std::vector<std::shared_ptr<SharedWire>>
+      seen;  // the last reference to a wire must not end under the lock
   const std::lock_guard lock(mutex_);
   const auto [begin, end] = wires_.equal_range(key);
   for (auto entry = begin; entry != end; ++entry) {

@@ -1,4 +1,4 @@
-// One wire under several: all buffers of the same processes exchange over the same connections.
+// One wire that several wires share: all buffers of the same processes use the same connections.
 
 #ifndef JAX_SM_FREE_CC_CPU_SHARED_WIRE_H_
 #define JAX_SM_FREE_CC_CPU_SHARED_WIRE_H_
@@ -21,19 +21,19 @@
 
 namespace jax_sm_free {
 
-// The wire closes with the last of those that share it.
+// The shared wire closes when the last wire over it closes.
 //
-// Each of these is a wire of its own to its user: it has a number, the same in all processes, which
-// goes ahead of each of its messages, and says goodbye for itself when it closes. A message to one
-// that is closed here is dropped; a peer that is gone is gone for all.
+// Each wire over it looks like a wire of its own to its user. It has a number, which is the same in
+// all processes and precedes each of its messages, and it says goodbye for itself when it closes. A
+// message to a wire that is closed here is dropped. A peer that is gone is gone for all wires.
 class SharedWire : public std::enable_shared_from_this<SharedWire> {
  public:
   using OpenWire = std::function<Result<std::unique_ptr<Wire>>(Wire::Callbacks callbacks)>;
 
-  // How long one of those that share it waits for goodbyes to be answered.
+  // How long a wire waits for answers to its goodbye.
   static constexpr std::chrono::seconds kCloseTimeout{5};
 
-  // `id` is the same in all processes, and no other wire's of theirs.
+  // `id` is the same in all processes, and differs from the ids of their other wires.
   static Result<std::shared_ptr<SharedWire>> Open(int64_t id, int32_t self, int32_t num_peers,
                                                   const OpenWire& open_wire);
   ~SharedWire();
@@ -42,10 +42,10 @@ class SharedWire : public std::enable_shared_from_this<SharedWire> {
 
   int64_t id() const { return id_; }
 
-  // Whether it has connected and has all its peers, so that one more may share it.
+  // Whether the wire has connected and all its peers are there, so that one more wire may share it.
   bool IsSound() const;
 
-  // One more wire, of a number that has none yet. All processes attach before one of them connects.
+  // Adds a wire with a new number. All processes attach before any of them connects.
   std::unique_ptr<Wire> Attach(int64_t number, Wire::Callbacks callbacks);
 
  private:
@@ -68,7 +68,7 @@ class SharedWire : public std::enable_shared_from_this<SharedWire> {
   void Close(End& end);
   bool IsAnswered(const End& end) const;
 
-  // The wire's thread.
+  // What the wire's thread calls.
   Wire::Callbacks Callbacks();
   End* OpenEnd(int64_t number) const;
   BlockPool::Block Allocate(int32_t peer, Wire::Header header, int64_t bytes) const;
@@ -80,23 +80,23 @@ class SharedWire : public std::enable_shared_from_this<SharedWire> {
   const int32_t self_;
   std::unique_ptr<Wire> wire_;
 
-  // Held while callbacks of those that share it run: none runs for one that has closed.
+  // Held while callbacks of the wires run, so that none runs for a wire that has closed.
   mutable std::mutex mutex_;
   std::condition_variable changed_;
   bool connected_ = false;
   std::map<int64_t, End*> ends_;                  // by number
-  std::vector<std::optional<std::string>> lost_;  // by process: why
+  std::vector<std::optional<std::string>> lost_;  // by process: why it is lost
 };
 
-// The wires of this process that others may share.
+// The wires of this process that new buffers may share.
 class SharedWires {
  public:
   static SharedWires& Get();
 
-  // `key`: all that has to be equal: the processes, and how they connect.
+  // `key` says what must be equal to share a wire: the processes, and how they connect.
   void Add(const std::string& key, const std::shared_ptr<SharedWire>& wire);
 
-  // The newest sound one; null if there is none.
+  // The newest wire that is sound. Null if there is none.
   std::shared_ptr<SharedWire> Find(const std::string& key);
 
  private:

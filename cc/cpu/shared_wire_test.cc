@@ -23,7 +23,7 @@ using std::chrono::milliseconds;
 using std::chrono::seconds;
 using testing::UcxLibraryPath;
 
-// One of those that share a wire, and what came to it.
+// A user of the shared wire, and what came to it.
 class User {
  public:
   User(SharedWire& shared, int64_t number) {
@@ -49,7 +49,7 @@ class User {
     wire_->Send(peer, std::as_bytes(std::span(text)), *payload, [payload] {});
   }
 
-  // The next message or loss as text; empty if there is none.
+  // The next message or loss, as text. Empty if there is none.
   std::string Next(std::chrono::duration<double> patience = seconds(100)) {
     std::unique_lock lock(mutex_);
     changed_.wait_for(lock, patience, [this] { return !seen_.empty(); });
@@ -86,7 +86,7 @@ std::shared_ptr<SharedWire> Open(int32_t self, int64_t id = 3) {
   return std::get<0>(shared);
 }
 
-// Two processes, each of which has two users that share a wire.
+// Two processes. Each of them has two users that share a wire.
 class SharedWireTest : public ::testing::Test {
  protected:
   void SetUp() override {
@@ -181,7 +181,7 @@ TEST_F(SharedWireTest, TheNewestSoundOneIsFound) {
   wires.Add("0,1", shared_[0]);
   EXPECT_EQ(wires.Find("0,1"), shared_[0]);
   EXPECT_EQ(wires.Find("0,2"), nullptr);
-  wires.Add("0,1", Open(0, /*id=*/4));  // not connected, and gone
+  wires.Add("0,1", Open(0, /*id=*/4));  // not connected, and destroyed at once
   EXPECT_EQ(wires.Find("0,1"), shared_[0]);
   const std::shared_ptr<SharedWire> idle = Open(0, /*id=*/5);
   wires.Add("0,1", idle);

@@ -12,7 +12,7 @@ Result<std::shared_ptr<SpanningBuffer>> SpanningBuffer::Open(
     int64_t id, const Config& config, const std::vector<std::optional<Place>>& places,
     const Processes& processes, const OpenWire& open_wire) {
   std::shared_ptr<SpanningBuffer> buffer(new SpanningBuffer(id, config, places));
-  // The wire has nothing to call back for until peers know its address.
+  // The wire calls nothing back before the peers know its address.
   Result<std::unique_ptr<Wire>> wire = open_wire(buffer->Callbacks());
   if (const Fault* fault = FaultOf(wire)) return *fault;
   buffer->wire_ = std::move(std::get<0>(wire));
@@ -21,16 +21,16 @@ Result<std::shared_ptr<SpanningBuffer>> SpanningBuffer::Open(
 }
 
 void SpanningBuffer::AddTransport(const Processes& processes) {
-  BetweenProcesses::Place place{
+  BetweenProcesses::Members members{
       .buffer = id(), .process = processes.self, .process_of = {}, .pools = {}};
   for (const std::vector<int32_t>& group : processes.of_rank) {
-    place.process_of.insert(place.process_of.end(), group.begin(), group.end());
+    members.process_of.insert(members.process_of.end(), group.begin(), group.end());
   }
-  place.pools.resize(place.process_of.size());
+  members.pools.resize(members.process_of.size());
   for (const std::unique_ptr<HostRank>& rank : ranks()) {
-    if (rank != nullptr) place.pools[rank->member] = &rank->pool;
+    if (rank != nullptr) members.pools[rank->member] = &rank->pool;
   }
-  auto transport = BetweenProcesses::Make(std::move(place), config(), wire_.get(),
+  auto transport = BetweenProcesses::Make(std::move(members), config(), wire_.get(),
                                           [this](const Fault& fault) { OnEnd(fault); });
   SetTransport(transport);
   const std::lock_guard lock(mutex_);
@@ -57,7 +57,7 @@ void SpanningBuffer::Close() {
   if (wire_ != nullptr) wire_->Close();
 }
 
-// ------------------------------------------------------------------------- from the wire's thread
+// --------------------------------------------------------- calls of the wire's thread
 
 Wire::Callbacks SpanningBuffer::Callbacks() {
   return {.wants = {},
@@ -77,7 +77,7 @@ std::shared_ptr<BetweenProcesses> SpanningBuffer::FindTransport() const {
   return transport_;
 }
 
-// Null for what is no note of this buffer.
+// Null for bytes that are not a note of this buffer.
 std::shared_ptr<BetweenProcesses> SpanningBuffer::TransportOf(
     const std::optional<WireNote>& note) const {
   return note && note->buffer == id() ? FindTransport() : nullptr;

@@ -19,8 +19,8 @@
 
 namespace jax_sm_free {
 
-// This process's part of it. All processes open theirs, give each other their addresses, and
-// connect; messages may come as soon as one of them has connected.
+// The part of the buffer in this process. All processes open their parts, exchange their addresses,
+// and connect. Messages may arrive as soon as one of the processes has connected.
 class SpanningBuffer : public HostBuffer {
  public:
   struct Processes {
@@ -30,24 +30,24 @@ class SpanningBuffer : public HostBuffer {
   };
   using OpenWire = std::function<Result<std::unique_ptr<Wire>>(Wire::Callbacks callbacks)>;
 
-  // `places` of this process's devices alone. `id` is the same in all processes.
+  // `places` are those of the devices of this process. `id` is the same in all processes.
   static Result<std::shared_ptr<SpanningBuffer>> Open(
       int64_t id, const Config& config, const std::vector<std::optional<Place>>& places,
       const Processes& processes, const OpenWire& open_wire);
   ~SpanningBuffer() override { Close(); }
 
   const std::string& address() const { return wire_->address(); }
-  // Returns the processes that can not be reached: see Wire::AwaitPeers.
+  // Returns the processes that can not be reached. Wire::AwaitPeers has the details.
   std::vector<Wire::Unreached> Connect(std::vector<std::string> addresses,
                                        std::chrono::duration<double> patience) {
     wire_->Connect(std::move(addresses));
     return wire_->AwaitPeers(patience);
   }
 
-  // The peers see that this process has gone.
+  // The peers notice that this process has left.
   void Close() override;
 
-  // The buffer ends with its first fault, and keeps it.
+  // The buffer ends with its first fault and keeps the fault.
   std::optional<std::string> TakeFault() override;
 
  private:

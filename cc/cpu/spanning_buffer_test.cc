@@ -28,7 +28,7 @@ using ::testing::IsSubstring;
 constexpr double kNever = 600;
 constexpr double kSoon = 0.2;
 
-// Wires between "processes" of this test, whose threads hand messages over.
+// Wires between the "processes" of this test. Threads hand over their messages.
 class Cable {
  public:
   class End : public Wire {
@@ -61,7 +61,7 @@ class Cable {
       });
       on_sent();
     }
-    // What is sent to `peer` gets lost.
+    // Messages that are sent to `peer` get lost.
     void MuteFor(int32_t peer) { muted_for_ = peer; }
     void Lose(int32_t peer) {
       Put([this, peer] { callbacks_.on_lost(peer, "it was cut"); });
@@ -106,7 +106,7 @@ class Cable {
   std::vector<End*> ends;
 };
 
-// What a message says in its one row.
+// The content of the one row of a message.
 struct Note {
   ExchangeKey key;
   int32_t src = 0;
@@ -115,7 +115,7 @@ struct Note {
   bool operator==(const Note&) const = default;
 };
 
-// Ranks by member, `kRanksOf` in a process each, of one group or several.
+// Ranks by member, in one group or several. Each process has `kRanksOf` of them.
 class SpanningBufferTest : public ::testing::Test {
  protected:
   static constexpr int32_t kProcesses = 3;
@@ -159,7 +159,7 @@ class SpanningBufferTest : public ::testing::Test {
   SpanningBuffer& BufferOf(int32_t rank) { return *buffers_[rank / kRanksOf]; }
   HostRank& RankOf(int32_t rank) { return *BufferOf(rank).RankOf(rank % kRanksOf); }
 
-  // The fault of a send, or what it began.
+  // The exchange that a send has begun, or its fault.
   Result<Exchange> Send(int32_t rank, int64_t host_run, const std::string& program = "jit_f") {
     HostRank& self = RankOf(rank);
     Result<Exchange> begun = self.ledger.Begin(Op::kCombineSend, host_run, 5);
@@ -196,7 +196,7 @@ class SpanningBufferTest : public ::testing::Test {
     return promise->get_future();
   }
 
-  // One round of all ranks, for which every process has a name of its own.
+  // One round of all ranks. Every process has a name of its own for the run.
   void Round(int64_t run) {
     std::vector<std::future<Transport::Arrival>> arrivals;
     for (int32_t rank = 0; rank < kRanks; ++rank) {
@@ -219,7 +219,7 @@ class SpanningBufferTest : public ::testing::Test {
     }
   }
 
-  // That `rank` and all after it end with a fault that says `text`.
+  // Expects that `rank` and all later ranks end with a fault that contains `text`.
   void ExpectEnded(int32_t rank, const Exchange& exchange, const std::string& text) {
     const Transport::Arrival arrival = Receive(rank, exchange).get();
     ASSERT_NE(FaultOf(arrival), nullptr);
@@ -287,7 +287,7 @@ TEST_F(SpanningBufferTest, WhatHasArrivedFromAProcessThatIsGoneIsGood) {
   std::vector<Exchange> sent;
   sent.reserve(kRanks);
   for (int32_t rank = 0; rank < kRanks; ++rank) sent.push_back(std::get<0>(Send(rank, 1)));
-  cable_.ends[0]->Lose(2);  // behind its messages
+  cable_.ends[0]->Lose(2);  // after its messages
   const Transport::Arrival arrival = Receive(0, sent[0]).get();
   EXPECT_EQ(FaultOf(arrival), nullptr);
   EXPECT_EQ(BufferOf(0).TakeFault(), std::nullopt);
@@ -308,7 +308,7 @@ TEST_F(SpanningBufferTest, ARankThatLeftOutAPartOfARunIsNamedByItsNext) {
   Open();
   const auto exchange = std::get<Exchange>(Send(0, 1));
   std::future<Transport::Arrival> waits = Receive(0, exchange);
-  (void)RankOf(4).ledger.Begin(Op::kCombineSend, 1, 5);  // and sends nothing
+  (void)RankOf(4).ledger.Begin(Op::kCombineSend, 1, 5);  // and it sends nothing
   (void)Send(4, 2);
   const Transport::Arrival arrival = waits.get();
   ASSERT_NE(FaultOf(arrival), nullptr);
@@ -316,7 +316,7 @@ TEST_F(SpanningBufferTest, ARankThatLeftOutAPartOfARunIsNamedByItsNext) {
                       FaultOf(arrival)->Describe());
 }
 
-// Members 0 to 2 are one group, 3 to 5 another: process 1 has ranks of both.
+// Members 0 to 2 are one group, and members 3 to 5 another group. Process 1 has ranks of both.
 TEST_F(SpanningBufferTest, AGroupIsThroughWhenTheOtherHasSent) {
   Open(kNever, 2);
   std::vector<std::future<Transport::Arrival>> waiting;

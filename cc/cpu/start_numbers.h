@@ -1,4 +1,4 @@
-// How executables of several processes count their starts.
+// How executables of several processes number their starts.
 
 #ifndef JAX_SM_FREE_CC_CPU_START_NUMBERS_H_
 #define JAX_SM_FREE_CC_CPU_START_NUMBERS_H_
@@ -20,27 +20,27 @@ struct Executable {
   }
 };
 
-// By how much the numbers differ that executables give to starts of the same run, as far as that
-// follows from what was learned. Numbers have 32 bits and wrap around. Not thread-safe.
+// The differences between the numbers that executables give to the start of the same run, as far as
+// they follow from known differences. Numbers have 32 bits and wrap around. Not thread-safe.
 class StartNumbers {
  public:
-  // What `other` counts more than `one`; null if that is not known.
+  // The number of `other` minus the number of `one`; null if it is not known.
   std::optional<int32_t> Difference(const Executable& one, const Executable& other);
 
-  // `difference` must not be known yet.
+  // The difference must not be known yet.
   void Learn(const Executable& one, const Executable& other, int32_t difference);
 
  private:
-  // A forest: those that are known to each other have the same root.
+  // Nodes form a forest. Executables with a known difference have the same root.
   struct Node {
     Executable parent;
-    uint32_t above = 0;  // what the node counts more than its parent
+    uint32_t above = 0;  // the number of this node minus that of its parent
   };
 
-  // The root, and what the executable counts more than that.
+  // The root, and the number of the executable minus that of the root.
   Node Find(const Executable& executable);
 
-  std::map<Executable, Node> nodes_;  // those that are no roots
+  std::map<Executable, Node> nodes_;  // executables that are not roots
 };
 
 }  // namespace jax_sm_free

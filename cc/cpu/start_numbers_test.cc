@@ -23,7 +23,7 @@ TEST(StartNumbersTest, WhatIsLearnedHoldsBothWays) {
   EXPECT_EQ(numbers.Difference({1, 0}, {0, 0}), -1000);
 }
 
-// Of two pairs that are joined, whichever of a pair comes first and by whichever ends.
+// Joins pairs in any order, by either of their ends.
 TEST(StartNumbersTest, WhatFollowsIsKnown) {
   struct Edge {
     int32_t one, other;

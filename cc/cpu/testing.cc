@@ -87,18 +87,14 @@ std::vector<std::byte> RandomBytes(int64_t size, Random& random) {
 }
 
 std::vector<std::byte> Encode(DType dtype, const std::vector<float>& values) {
-  std::vector<std::byte> out(values.size() * (dtype == DType::kFloat32 ? 4 : 2));
-  if (dtype == DType::kFloat32) EncodeAs<Float32>(values, out.data());
-  if (dtype == DType::kBFloat16) EncodeAs<BFloat16>(values, out.data());
-  if (dtype == DType::kFloat16) EncodeAs<Float16>(values, out.data());
+  std::vector<std::byte> out(values.size() * ElementBytes(dtype));
+  VisitDType(dtype, [&]<typename T>() { EncodeAs<T>(values, out.data()); });
   return out;
 }
 
 std::vector<float> Decode(DType dtype, const std::byte* data, int64_t size) {
   std::vector<float> out(size);
-  if (dtype == DType::kFloat32) DecodeAs<Float32>(data, out);
-  if (dtype == DType::kBFloat16) DecodeAs<BFloat16>(data, out);
-  if (dtype == DType::kFloat16) DecodeAs<Float16>(data, out);
+  VisitDType(dtype, [&]<typename T>() { DecodeAs<T>(data, out); });
   return out;
 }
 

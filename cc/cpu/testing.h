@@ -1,4 +1,4 @@
-// What the tests of this directory share: data, an oracle of the contract, ranks as threads.
+// What the tests of this directory share: data, an oracle of the contract, and ranks as threads.
 
 #ifndef JAX_SM_FREE_CC_CPU_TESTING_H_
 #define JAX_SM_FREE_CC_CPU_TESTING_H_
@@ -34,8 +34,8 @@ class Random {
   std::normal_distribution<float> normal_;
 };
 
-// A vector all of whose bytes are `poison`, so that an element that is not written shows. 0xFF
-// makes NaNs, and the integer -1, which is also a result: hence the second value.
+// A vector of bytes with the value `poison`: an element that was not written shows. 0xFF makes NaNs
+// and the integer -1. But -1 may also be a result, so there is a second value.
 inline constexpr int kPoisons[] = {0xFF, 0x5A};
 template <typename T>
 std::vector<T> Poisoned(int64_t size, int poison = kPoisons[0]) {
@@ -49,12 +49,12 @@ BlockPool PoisonedPool(const Config& config, int num_blocks = 8, int poison = kP
 
 std::vector<std::byte> RandomBytes(int64_t size, Random& random);
 
-// Elements to and from their stored form.
+// Converts elements to and from the form in which they are stored.
 std::vector<std::byte> Encode(DType dtype, const std::vector<float>& values);
 std::vector<float> Decode(DType dtype, const std::byte* data, int64_t size);
-float Rounded(DType dtype, float value);  // as stored
+float Rounded(DType dtype, float value);  // as a row stores it
 
-// The operands of one source rank, owned.
+// The operands of one source rank. It owns its arrays.
 struct Source {
   std::vector<int32_t> idx = {};    // [num_tokens, top_k]
   std::vector<float> weights = {};  // [num_tokens, top_k]
@@ -68,11 +68,12 @@ struct Source {
   ConstRows rows() const { return {values.data(), values_bytes, scales.data(), scales_bytes}; }
 };
 
-// Random experts, now and then -1 or one that the token has named already, and random rows.
+// A source with random rows and random experts. Some experts are -1, and some appear twice in a
+// token.
 Source RandomSource(const Config& config, int64_t num_tokens, int64_t values_bytes,
                     int64_t scales_bytes, Random& random);
 
-// One for each rank, of 0 to max_tokens tokens.
+// A source for each rank, with 0 to max_tokens tokens.
 std::vector<Source> RandomSources(const Config& config, int64_t values_bytes, int64_t scales_bytes,
                                   Random& random);
 
@@ -80,7 +81,7 @@ std::vector<Source> RandomSources(const Config& config, int64_t values_bytes, in
 std::vector<Message> DispatchMessages(const Config& config, const std::vector<Source>& sources,
                                       int32_t dst, BlockPool& pool);
 
-// Where the contract puts the rows that `rank` receives, found step by step.
+// The rows that `rank` receives by the contract, found step by step.
 struct ExpertRow {
   int32_t source = 0;
   int64_t token = 0;
@@ -92,12 +93,12 @@ struct Placement {
   std::vector<int32_t> counts = {};                 // [num_local_experts]
   int32_t dropped = 0;
 
-  // The expert row of (source, token, k), -1 if it was dropped or is none of this rank's.
+  // The expert row of (source, token, k). -1 if it was dropped, or belongs to another rank.
   int32_t Find(int32_t source, int64_t token, int32_t k) const;
 };
 Placement PlacementOf(const Config& config, const std::vector<Source>& sources, int32_t rank);
 
-// Whether any of the token's experts lives on `rank`.
+// Whether any of the token's experts is on `rank`.
 bool Visits(const Config& config, const Source& source, int64_t token, int32_t rank);
 
 // Runs `body(rank)` on a thread for each rank, and waits for all of them.

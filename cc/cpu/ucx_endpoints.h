@@ -13,10 +13,10 @@
 
 namespace jax_sm_free {
 
-// For the thread that drives the worker, but for the constructor.
+// Only the thread that drives the worker may call this, except for the constructor.
 class UcxEndpoints {
  public:
-  // May be called from within UCX, where an endpoint must not be closed.
+  // UCX may call this from within a call of UCX, where an endpoint must not be closed.
   using OnError = std::function<void(int32_t peer, const std::string& reason)>;
 
   UcxEndpoints(UcxWorker& worker, int32_t num_peers, OnError on_error);
@@ -27,12 +27,12 @@ class UcxEndpoints {
   // Null before Open and after Close.
   ucp_ep_h to(int32_t peer) const { return endpoints_[peer]; }
 
-  // Cancels what is under way; it and the close itself end by callbacks.
+  // Cancels what is under way. The cancelled operations and the close itself end by callbacks.
   void Close(int32_t peer);
   bool AnyClosing() const { return num_closing_ > 0; }
 
  private:
-  struct Route {  // of an endpoint's errors
+  struct Route {  // from an endpoint's error to OnError
     UcxEndpoints* endpoints;
     int32_t peer;
   };

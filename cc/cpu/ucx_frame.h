@@ -1,4 +1,4 @@
-// What precedes each message's own header on a UCX wire.
+// What precedes the header of each message on a UCX wire.
 
 #ifndef JAX_SM_FREE_CC_CPU_UCX_FRAME_H_
 #define JAX_SM_FREE_CC_CPU_UCX_FRAME_H_
@@ -13,7 +13,7 @@ namespace jax_sm_free {
 enum class FrameKind : int32_t {
   kMessage,
   kGreeting,    // the first frame after its sender has connected
-  kGoodbye,     // the last frame before its sender closes, but for acknowledgements
+  kGoodbye,     // the last frame before its sender closes, except for acknowledgements
   kGoodbyeAck,  // all frames up to the goodbye have arrived
 };
 

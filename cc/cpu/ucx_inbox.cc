@@ -30,7 +30,7 @@ ucs_status_t UcxInbox::OnArrival(void* self, const void* header, size_t header_b
   if (!inbox->Accept(header, header_bytes, data_bytes, frame)) return UCS_OK;
   if (!frame.wanted) {
     inbox->Put(std::move(frame));
-    return UCS_OK;  // UCX tells the sender that its memory is free
+    return UCS_OK;  // UCX tells the sender that its memory is free again
   }
   if ((param->recv_attr & UCP_AM_RECV_ATTR_FLAG_RNDV) != 0) {
     inbox->Fetch(std::move(frame), data);
@@ -41,7 +41,7 @@ ucs_status_t UcxInbox::OnArrival(void* self, const void* header, size_t header_b
   return UCS_OK;
 }
 
-// Fills in all of `frame` but what the payload holds. False if the frame is to be dropped.
+// Fills in `frame` except for its payload. Returns false if the frame is to be dropped.
 bool UcxInbox::Accept(const void* header, size_t header_bytes, size_t data_bytes, Frame& frame) {
   if (header_bytes < sizeof(FramePrefix)) return false;
   std::memcpy(&frame.prefix, header, sizeof(FramePrefix));

@@ -1,4 +1,4 @@
-// The receiving half of a UCX wire: frames, put into memory of the receiver's and into order.
+// The receiving half of a UCX wire: it puts frames into memory of the receiver and into order.
 
 #ifndef JAX_SM_FREE_CC_CPU_UCX_INBOX_H_
 #define JAX_SM_FREE_CC_CPU_UCX_INBOX_H_
@@ -19,11 +19,11 @@
 
 namespace jax_sm_free {
 
-// UCX hands frames over in any order: a large one is announced first and fetched then, and small
-// ones overtake it. The inbox keeps what comes early.
+// UCX delivers frames in any order: it announces a large frame and fetches it later, so small
+// frames overtake it. The inbox keeps frames that come early.
 //
-// For the thread that drives the worker. Must outlive the worker, which writes into blocks held
-// here. Callbacks come from within UCX: they must not call it.
+// Only the thread that drives the worker may call this. It must outlive the worker, which writes
+// into blocks that are held here. Callbacks come from within UCX, so they must not call UCX.
 class UcxInbox {
  public:
   struct Frame {
@@ -31,12 +31,13 @@ class UcxInbox {
     std::vector<std::byte> header;
     BlockPool::Block payload;
     int64_t payload_bytes = 0;
-    bool wanted = true;  // if not, there is no payload, and it only keeps its place in the order
+    // False for a frame that has no payload, and only keeps its place in the order.
+    bool wanted = true;
   };
   using OnFrame = std::function<void(Frame frame)>;
   using OnBroken = std::function<void(int32_t peer, const std::string& reason)>;
 
-  // `callbacks`: of these, `wants` and `allocate`.
+  // Of `callbacks`, it uses `wants` and `allocate`.
   UcxInbox(int32_t num_peers, const Wire::Callbacks& callbacks, OnFrame on_frame,
            OnBroken on_broken)
       : streams_(num_peers),
@@ -45,10 +46,10 @@ class UcxInbox {
         on_frame_(std::move(on_frame)),
         on_broken_(std::move(on_broken)) {}
 
-  // Receives what comes to `worker`.
+  // Receives frames that come to `worker`.
   void Listen(UcxWorker& worker);
 
-  // Nothing more of `peer` is wanted.
+  // Ignores all further frames of `peer`.
   void Drop(int32_t peer);
 
  private:

@@ -18,10 +18,10 @@ Fault LoadFault(const std::string& path) {
 }  // namespace
 
 Result<std::shared_ptr<const UcxLibrary>> UcxLibrary::Load(const std::string& path) {
-  // Else UCX patches mmap and madvise of the whole process as soon as it is loaded. It would gain a
-  // cache of registered memory for NICs; shared memory and TCP have no use for that.
+  // Without this, UCX patches mmap and madvise of the whole process when it is loaded. It does so
+  // for a cache of registered memory for NICs, which shared memory and TCP do not use.
   setenv("UCX_MEM_EVENTS", "n", 0);
-  // Its symbols stay its own: another UCX may be in the process.
+  // Its symbols stay local: the process may contain another UCX.
   void* handle = dlopen(path.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (handle == nullptr) return LoadFault(path);
   auto library = std::make_shared<UcxLibrary>();

@@ -1,4 +1,4 @@
-// UCX, loaded when it is asked for: without it, everything else still runs.
+// UCX, loaded when it is needed: without it, all other transports work.
 
 #ifndef JAX_SM_FREE_CC_CPU_UCX_LIBRARY_H_
 #define JAX_SM_FREE_CC_CPU_UCX_LIBRARY_H_
@@ -42,7 +42,8 @@ struct UcxLibrary {
   SMF_UCX_FUNCTIONS(SMF_UCX_POINTER)
 #undef SMF_UCX_POINTER
 
-  // `path` of libucp.so.0. It is never unloaded: UCX has threads and exit handlers of its own.
+  // `path` is that of libucp.so.0. It is never unloaded, because UCX has threads and exit handlers
+  // of its own.
   static Result<std::shared_ptr<const UcxLibrary>> Load(const std::string& path);
 };
 

@@ -28,7 +28,7 @@ using testing::Loss;
 using testing::Node;
 using testing::Note;
 
-// Longer than a peer's death may take to be noticed, link_timeout_s included.
+// Longer than it may take to notice that a peer has died, including link_timeout_s.
 constexpr double kNoticed = 8.0;
 
 double SecondsSince(Clock::time_point start) {
@@ -123,8 +123,8 @@ TEST_P(UcxProcessesTest, AKilledPeerThatNobodyReapsIsReported) {
   EXPECT_EQ(echoes.processes[1]->Finish(), -SIGKILL);
 }
 
-// At once over TCP. Over shared memory UCX sometimes keeps what it was about to hand to the dead
-// process, until the wire closes.
+// Over TCP the memory is freed at once. Over shared memory, UCX sometimes keeps what it was about
+// to give to the dead process until the wire closes.
 TEST_P(UcxProcessesTest, APeerKilledWithMessagesUnderWayFreesTheirMemory) {
   Echoes echoes(2);
   for (int i = 0; i < 8; ++i) echoes.node.Send(1, i, Node::kMaxPayloadBytes);
@@ -185,12 +185,12 @@ double CopySpeed(const std::vector<std::byte>& payload, int64_t num_messages) {
   const Clock::time_point start = Clock::now();
   for (int64_t i = 0; i < num_messages; ++i) {
     std::memcpy(copy.data(), payload.data(), payload.size());
-    asm volatile("" ::"r"(copy.data()) : "memory");  // the copy is wanted
+    asm volatile("" ::"r"(copy.data()) : "memory");  // keeps the compiler from removing the copy
   }
   return GigabytesPerSecond(num_messages * static_cast<int64_t>(payload.size()), start);
 }
 
-// Of messages to process 1, up to 16 MiB of them, or two, under way.
+// The speed of messages to process 1. At most 16 MiB of them, or two messages, are in flight.
 double WireSpeed(Node& node, const std::vector<std::byte>& payload, int64_t num_messages) {
   const auto bytes = static_cast<int64_t>(payload.size());
   const Note note{.src = 0, .dst = 1, .number = EchoProcess::kMeasured, .bytes = bytes};
@@ -215,14 +215,15 @@ double RoundTripMicroseconds(Node& node) {
   return 1e6 * SecondsSince(start) / kRounds;
 }
 
-// Prints what one process gets to another, beside a copy within this process. Run it with
-// --gtest_also_run_disabled_tests --gtest_filter='*Throughput*'
+// Prints how much one process sends to another per second, and how fast a copy within this process
+// is. Run it with --gtest_also_run_disabled_tests --gtest_filter='*Throughput*'
 TEST_P(UcxProcessesTest, DISABLED_Throughput) {
   Echoes echoes(2);
   for (const int64_t bytes : {1 << 20, 1 << 23, 1 << 26}) {
     const std::vector<std::byte> payload(bytes, std::byte{1});
     const int64_t num_messages = (int64_t{1} << 31) / bytes;
-    WireSpeed(echoes.node, payload, num_messages / 4);  // pages, connections
+    WireSpeed(echoes.node, payload,
+              num_messages / 4);  // touches the pages and opens the connections
     std::printf("%2ld MiB: wire %.2f GB/s, memcpy %.2f GB/s\n", bytes >> 20,
                 WireSpeed(echoes.node, payload, num_messages), CopySpeed(payload, num_messages));
   }

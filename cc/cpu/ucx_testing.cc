@@ -8,15 +8,15 @@
 
 #include "gtest/gtest.h"
 
-// The sanitizers are libraries of their own, and look for these by name.
+// The sanitizers are libraries of their own, and find these functions by name.
 #ifdef __SANITIZE_ADDRESS__
-// UCX forgets a few bytes where it connects to memory of a process that has gone.
+// UCX does not free a few bytes when it connects to memory of a process that is gone.
 extern "C" [[gnu::visibility("default")]] const char* __lsan_default_suppressions();
 extern "C" const char* __lsan_default_suppressions() { return "leak:uct_mm_ep_attach_remote_seg"; }
 #endif
 
 #ifdef __SANITIZE_THREAD__
-// UCX is not instrumented, and what orders its own threads is not seen.
+// UCX is not instrumented, so the sanitizer does not see how UCX orders its threads.
 extern "C" [[gnu::visibility("default")]] const char* __tsan_default_options();
 extern "C" const char* __tsan_default_options() { return "ignore_noninstrumented_modules=1"; }
 #endif

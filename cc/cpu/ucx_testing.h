@@ -19,7 +19,7 @@
 
 namespace jax_sm_free::testing {
 
-// Path of libucp.so.0; empty where the pip package is not installed.
+// Path of libucp.so.0. Empty if the pip package is not installed.
 std::string UcxLibraryPath();
 
 // A test that needs UCX starts with this.
@@ -47,7 +47,7 @@ struct Arrival {
   int64_t payload_bytes = 0;
 };
 
-// Whether an arrival is what `note` says, bit by bit.
+// Whether all bits of an arrival are those of `note`.
 bool IsIntact(const Arrival& arrival, const Note& note);
 
 struct Loss {
@@ -55,11 +55,11 @@ struct Loss {
   std::string reason;
 };
 
-// A wire, and what it called back.
+// A wire, and what it has called back with.
 class Node {
  public:
   using Seconds = std::chrono::duration<double>;
-  static constexpr Seconds kPatience{100};  // for what is sure to come, even with sanitizers
+  static constexpr Seconds kPatience{100};  // for what is certain to come, even with sanitizers
   static constexpr int64_t kMaxPayloadBytes = int64_t{64} << 20;
 
   Node(int32_t self, int32_t num_peers);
@@ -72,15 +72,15 @@ class Node {
   // Sends the message that `number` and `bytes` describe.
   Note Send(int32_t peer, uint64_t number, int64_t bytes);
 
-  // The next arrival or loss; none after `patience`.
+  // The next arrival or loss. Nullopt if there is none within `patience`.
   std::optional<Arrival> Receive(Seconds patience = kPatience);
   std::optional<Loss> WaitForLoss(Seconds patience = kPatience);
 
-  // Whether on_sent has come for all sends.
+  // Whether on_sent was called for all sends.
   bool WaitUntilSent(Seconds patience = kPatience);
   int64_t num_unsent();
 
-  // Called on the wire's thread for each message instead of keeping it.
+  // Called on the wire's thread for each message. The message is not kept then.
   void set_on_arrival(std::function<void(Arrival)> on_arrival);
 
  private:
@@ -95,7 +95,7 @@ class Node {
   std::deque<Loss> losses_;
   int64_t num_unsent_ = 0;
   int32_t self_;
-  std::unique_ptr<UcxWire> wire_;  // last: its thread uses the others
+  std::unique_ptr<UcxWire> wire_;  // the last member, because its thread uses the others
 };
 
 }  // namespace jax_sm_free::testing

@@ -9,22 +9,23 @@ namespace {
 
 using std::chrono::duration;
 
-// How long to look for more before sleeping: about what waking up costs.
+// How long the thread looks for more work before it sleeps: about as long as waking up takes.
 constexpr std::chrono::microseconds kSpin(20);
 
-// UCX looks after dead processes only while it is driven.
+// UCX notices dead processes only while it is driven.
 constexpr int kMaxSleepMs = 500;
 constexpr int kMaxSleepClosingMs = 20;
 
-// How long UCX may take to cancel what is under way, which needs no peer.
+// How long UCX may take to cancel what is under way. This needs no peer.
 constexpr std::chrono::seconds kCancel(2);
 
-// What a process that has died sent before is read first, which others must not draw out.
+// Limits how many messages are read to find those that a dead process sent before: other processes
+// may go on sending.
 constexpr int kMaxDrain = 1000;
 
 constexpr char kClosed[] = "it closed its end";
 
-// What peers get to know: how UCX reaches this process, and which one it is.
+// The address for peers: how UCX reaches this process, and which process it is.
 std::string EncodeAddress(const std::string& process, const std::string& ucx_address) {
   return process + '\n' + ucx_address;
 }
@@ -123,7 +124,7 @@ void UcxWire::Close() {
   });
 }
 
-// What follows is the wire's thread.
+// Calls of the wire's thread.
 
 void UcxWire::Run() {
   Clock::time_point last_busy = Clock::now();
@@ -147,7 +148,7 @@ void UcxWire::Run() {
   Shutdown();
 }
 
-// Does what other threads asked for. Whether they did.
+// Carries out the orders of other threads. Returns whether there were any.
 bool UcxWire::TakeOrders() {
   std::vector<std::unique_ptr<Outgoing>> queue;
   std::optional<std::vector<std::string>> addresses;
@@ -199,7 +200,7 @@ void UcxWire::OpenEndpoints(const std::vector<std::string>& addresses) {
     watch_.Add(peer, process);
     endpoints_.Open(peer, ucx_address);
     PostSigned(FrameKind::kGreeting, peer, [] {});
-    // It may have come and gone before.
+    // The goodbye of the peer may have come before.
     if (peers_[peer].life == Life::kDeparted) AcknowledgeGoodbye(peer);
   }
 }
@@ -232,7 +233,7 @@ void UcxWire::Post(std::unique_ptr<Outgoing> outgoing) {
   outgoing->on_sent();
 }
 
-// A frame of the wire's own.
+// Posts a frame of the wire itself.
 void UcxWire::PostSigned(FrameKind kind, int32_t peer, OnSent on_sent) {
   auto outgoing = std::make_unique<Outgoing>();
   *outgoing = {.wire = this,
@@ -278,10 +279,11 @@ void UcxWire::OnFrame(UcxInbox::Frame frame) {
   }
 }
 
-// Callable from within UCX, where an endpoint must not be closed.
+// May be called from within UCX, where an endpoint must not be closed.
 void UcxWire::Break(int32_t peer, const std::string& reason) { broken_.emplace_back(peer, reason); }
 
-// Ends what peers have ended. A goodbye comes first: an error behind it is no news.
+// Ends connections that peers have ended. A goodbye is handled first, because an error behind it is
+// expected.
 void UcxWire::Settle() {
   for (const int32_t peer : std::exchange(departing_, {})) {
     Report(peer, kClosed);
@@ -322,7 +324,7 @@ void UcxWire::Shutdown() {
   while ((endpoints_.AnyClosing() || !posted_.empty()) && Clock::now() < deadline) {
     if (!worker_->Progress()) worker_->Wait(kMaxSleepClosingMs);
   }
-  worker_->Close();  // may still call OnSendDone
+  worker_->Close();  // OnSendDone may still be called
   for (const auto& [key, outgoing] : posted_) outgoing->on_sent();
   posted_.clear();
 }

@@ -1,4 +1,5 @@
-// A wire over UCX: shared memory within a host, TCP or what else UCX finds between hosts.
+// A wire over UCX: shared memory within a host, and TCP or another network that UCX finds between
+// hosts.
 
 #ifndef JAX_SM_FREE_CC_CPU_UCX_WIRE_H_
 #define JAX_SM_FREE_CC_CPU_UCX_WIRE_H_
@@ -27,26 +28,27 @@
 
 namespace jax_sm_free {
 
-// One thread makes every call of UCX: sends are queued for it, and it sleeps while nothing happens.
+// One thread makes all calls of UCX. Other threads queue sends for it. It sleeps while nothing
+// happens.
 //
-// Each message is one active message of UCX, which copies small ones (eager) and lets the receiver
-// fetch large ones into its own block (rendezvous). What each peer is to this process:
+// Each message is one active message of UCX. UCX copies small messages (eager), and lets the
+// receiver fetch large messages into its own block (rendezvous). A peer has these states:
 //
 //   live --its goodbye--> departed --acknowledged, or error--> lost
 //     |                                                          ^
 //     +--------------------error of its endpoint-----------------+
 //
-// on_lost is called when a peer stops being live. UCX itself notices a process of this host that
-// has died only when its parent has reaped it, so the wire looks after these, too. To close, a wire
-// says goodbye to every live peer and goes when each has acknowledged: a socket that is closed
-// earlier may take with it what the peer has not read yet.
+// on_lost is called when a peer stops being live. UCX notices that a process of this host has died
+// only when its parent has reaped it, so the wire itself watches these processes, too. To close, a
+// wire says goodbye to every live peer, and waits until each has acknowledged it. A socket that is
+// closed earlier may drop what the peer has not read yet.
 class UcxWire : public Wire {
  public:
   struct Options {
     std::string library;  // path of libucp.so.0
     int32_t self = 0;
-    int32_t num_peers = 1;  // processes, this one included
-    // A host that has not answered for this long is lost, as is a process that has taken no bytes
+    int32_t num_peers = 1;  // processes, including this one
+    // A host that has not answered for this long is lost. So is a process that has read no bytes
     // for this long while its connection is full.
     double link_timeout_s = 5.0;
     double close_timeout_s = 5.0;  // how long Close waits for peers
@@ -70,7 +72,7 @@ class UcxWire : public Wire {
   struct Peer {
     Life life = Life::kLive;
     uint64_t next_sequence = 0;
-    bool acknowledged = false;  // our goodbye
+    bool acknowledged = false;  // it has acknowledged our goodbye
   };
   struct Outgoing {
     UcxWire* wire;
@@ -105,12 +107,12 @@ class UcxWire : public Wire {
   const std::string address_;
   RollCall roll_;
 
-  // The wire's thread alone, once it runs.
+  // Once the wire's thread runs, only that thread uses these.
   std::vector<Peer> peers_;
   UcxEndpoints endpoints_;
   std::unordered_map<Outgoing*, std::unique_ptr<Outgoing>> posted_;
-  std::vector<int32_t> departing_;                       // said goodbye
-  std::vector<std::pair<int32_t, std::string>> broken_;  // and why
+  std::vector<int32_t> departing_;                       // peers that have said goodbye
+  std::vector<std::pair<int32_t, std::string>> broken_;  // peers whose endpoint failed, and why
   bool connected_ = false;
   bool said_goodbye_ = false;
   PeerWatch watch_;

@@ -99,7 +99,7 @@ TEST_P(UcxWireTest, MessagesOfAllSizesArriveWhole) {
   EXPECT_TRUE(nodes[0]->WaitUntilSent());
 }
 
-// Sizes of all protocols, mixed, so that small messages could overtake large ones.
+// Sizes for all protocols of UCX, mixed, so that small messages may overtake large ones.
 int64_t MixedBytes(int i) { return i % 5 == 0 ? 300000 + i : i % 3 == 0 ? 20000 + i : i; }
 
 TEST_P(UcxWireTest, MessagesOfAPeerKeepTheirOrder) {
@@ -139,7 +139,7 @@ TEST_P(UcxWireTest, AnyThreadMaySend) {
     });
   }
   for (std::thread& thread : threads) thread.join();
-  std::vector<int> seen(kThreads);  // messages of one thread keep their order
+  std::vector<int> seen(kThreads);  // the messages of one thread keep their order
   for (int i = 0; i < kThreads * kEach; ++i) {
     const std::optional<Arrival> arrival = nodes[1]->Receive();
     ASSERT_TRUE(arrival);
@@ -195,7 +195,7 @@ TEST_P(UcxWireTest, APeerThatClosedInsteadOfConnectingIsNotWaitedFor) {
   const Nodes nodes = MakeNodes(2);
   for (const auto& node : nodes) node->wire().Connect(AddressesOf(nodes));
   nodes[1]->wire().Close();
-  // It may have been heard of before.
+  // It may have been heard before.
   for (const auto& [peer, reason] : nodes[0]->wire().AwaitPeers(Node::kPatience)) {
     EXPECT_EQ(peer, 1);
     EXPECT_EQ(reason, "it closed its end");
@@ -207,7 +207,9 @@ TEST(UcxWireConnectTest, AnAddressThatLeadsNowhereIsALoss) {
   setenv("UCX_TLS", "tcp", 1);
   const Nodes nodes = MakeNodes(2);
   std::vector<std::string> addresses = AddressesOf(nodes);
-  addresses[1] = [] { return MakeNodes(2)[1]->wire().address(); }();  // of one that has gone
+  addresses[1] = [] {
+    return MakeNodes(2)[1]->wire().address();
+  }();  // the address of a process that is gone
   nodes[0]->wire().Connect(addresses);
   const std::vector<Wire::Unreached> unreached = nodes[0]->wire().AwaitPeers(Node::kPatience);
   unsetenv("UCX_TLS");
@@ -234,7 +236,7 @@ TEST_P(UcxWireTest, CloseDeliversWhatWasSent) {
   ASSERT_TRUE(loss);
   EXPECT_EQ(loss->peer, 0);
   EXPECT_EQ(loss->reason, "it closed its end");
-  EXPECT_FALSE(nodes[1]->WaitForLoss(milliseconds(1500)));  // and once
+  EXPECT_FALSE(nodes[1]->WaitForLoss(milliseconds(1500)));  // it is reported only once
 }
 
 TEST_P(UcxWireTest, CloseAtOnceOnBothSides) {

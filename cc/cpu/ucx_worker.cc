@@ -20,33 +20,32 @@ namespace {
 
 using Setting = std::pair<std::string, std::string>;
 
-// What differs from UCX's own choice.
+// The settings that differ from the defaults of UCX.
 std::vector<Setting> Settings(const UcxWorker::Options& options) {
   const long timeout_s = std::max(1L, std::lround(options.link_timeout_s));
   std::vector<Setting> settings{
-      // Payloads are host memory; the modules for GPUs would only start a driver. POSIX's shared
-      // memory would take 4 MB of /dev/shm beside System V's, which UCX prefers, and end the
-      // process
-      // by a signal where a container has too little of it.
+      // Payloads are host memory, so the modules for GPUs would only start a driver. UCX prefers
+      // System V shared memory to POSIX's. POSIX's would still take 4 MB of /dev/shm, and where a
+      // container has less than that, a signal would end the process.
       {"TLS", "^cuda,posix"},
-      // Without these, an endpoint that reports a dead peer would not use shared memory.
+      // Without these, an endpoint that reports dead peers would not use shared memory.
       {"POSIX_ERROR_HANDLING", "y"},
       {"SYSV_ERROR_HANDLING", "y"},
-      // How often UCX looks whether a process of this host is still there.
+      // How often UCX checks whether a process of this host is still there.
       {"KEEPALIVE_INTERVAL", "1s"},
-      // The first is for connections that are silent, the last also for bytes under way.
+      // The first three are for idle connections, and the last one is also for bytes under way.
       {"TCP_KEEPIDLE", "1s"},
       {"TCP_KEEPINTVL", "1s"},
       {"TCP_KEEPCNT", std::to_string(std::max(1L, timeout_s - 1))},
       {"TCP_USER_TIMEOUT", std::to_string(timeout_s) + "s"},
-      // Else the thread that drives the worker hangs in connect() for as long as a host that drops
-      // packets is silent.
+      // Without this, the thread that drives the worker hangs in connect() for as long as a host
+      // that drops packets is silent.
       {"TCP_CONN_NB", "y"},
-      // Payloads travel in segments, a system call or a wake-up each.
+      // A payload travels in segments. Each of them costs a system call or a wake-up.
       {"TCP_TX_SEG_SIZE", "256K"},
       {"TCP_RX_SEG_SIZE", "256K"},
       {"SYSV_SEG_SIZE", "32K"},
-      // By default TCP is not for groups of more than 256.
+      // By default, UCX does not use TCP for groups of more than 256 processes.
       {"TCP_MAX_NUM_EPS", "inf"},
   };
   settings.insert(settings.end(), options.settings.begin(), options.settings.end());
@@ -74,7 +73,7 @@ Result<std::unique_ptr<UcxWorker>> UcxWorker::Open(std::shared_ptr<const UcxLibr
 }
 
 ucs_status_t UcxWorker::OpenContext(const Options& options) {
-  // Read when modules are loaded, which is at the first context.
+  // UCX reads this when it loads modules, which is at the first context.
   if (std::getenv("UCX_MODULES") == nullptr) ucx_->ucs_global_opts_set_value("MODULES", "^cuda");
   ucp_config_t* config = nullptr;
   ucs_status_t status = ucx_->ucp_config_read(nullptr, nullptr, &config);
@@ -120,7 +119,7 @@ UcxWorker::~UcxWorker() {
 }
 
 void UcxWorker::Wait(int timeout_ms) {
-  // Fails if something has happened since the last progress.
+  // Fails if something has happened since the last call of progress.
   if (ucx_->ucp_worker_arm(worker_) != UCS_OK) return;
   std::array<pollfd, 2> fds{{{events_, POLLIN, 0}, {wake_, POLLIN, 0}}};
   if (poll(fds.data(), fds.size(), timeout_ms) > 0 && (fds[1].revents & POLLIN) != 0) {

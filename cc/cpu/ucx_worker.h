@@ -1,4 +1,4 @@
-// A UCX worker, set up for a wire, and the ways to wait for it.
+// A UCX worker that is set up for a wire, and the ways to wait for it.
 
 #ifndef JAX_SM_FREE_CC_CPU_UCX_WORKER_H_
 #define JAX_SM_FREE_CC_CPU_UCX_WORKER_H_
@@ -14,16 +14,16 @@
 
 namespace jax_sm_free {
 
-// All but Wake is for one thread at a time.
+// One thread at a time may call this, except for Wake.
 class UcxWorker {
  public:
-  // Variables UCX_... of the environment go before what is set here.
+  // UCX_... variables of the environment take precedence over these.
   struct Options {
     int64_t num_peers = 1;
-    // A TCP connection whose other host has not answered for this long is broken; a process that
+    // A TCP connection is broken if the other host has not answered for this long. A process that
     // died is noticed within about a second.
     double link_timeout_s = 5.0;
-    // Further variables without UCX_, and what they are set to.
+    // Further variables, without the prefix UCX_, and their values.
     std::vector<std::pair<std::string, std::string>> settings = {};
   };
 
@@ -37,16 +37,17 @@ class UcxWorker {
   ucp_worker_h get() const { return worker_; }
   const std::string& address() const { return address_; }
 
-  // Whether anything happened.
+  // Returns whether anything happened.
   bool Progress() { return ucx_->ucp_worker_progress(worker_) != 0; }
 
-  // Blocks until there may be progress, Wake is called, or the time is over.
+  // Blocks until there may be progress, until Wake is called, or until the time is over.
   void Wait(int timeout_ms);
 
-  // Ends a Wait, or the next one if there is none.
+  // Ends a Wait; if nobody waits, the next Wait ends at once.
   void Wake() const;
 
-  // No Progress or Wait after this. UCX ends what it still kept, by callbacks, which may use ucx().
+  // Ends the worker: no Progress or Wait afterwards. UCX ends what is still under way by callbacks,
+  // which may use ucx().
   void Close();
 
  private:

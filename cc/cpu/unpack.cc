@@ -4,23 +4,11 @@
 #include <cstddef>
 #include <cstring>
 
-#include "cc/cpu/quantize.h"
-#include "cc/quantized.h"
+#include "cc/cpu/wire_rows.h"
 #include "cc/routing.h"
 
 namespace jax_sm_free {
 namespace {
-
-void PutRow(const std::byte* in, const MutableRows& out, const std::optional<Matrix>& dequantized,
-            int64_t row) {
-  if (dequantized) {
-    DequantizeRow(*dequantized, in, out.values + row * out.values_bytes);
-    return;
-  }
-  std::memcpy(out.values + row * out.values_bytes, in, out.values_bytes);
-  if (out.scales_bytes == 0) return;
-  std::memcpy(out.scales + row * out.scales_bytes, in + out.values_bytes, out.scales_bytes);
-}
 
 void ZeroRows(const MutableRows& out, int64_t begin, int64_t end) {
   if (begin >= end) return;
@@ -39,8 +27,7 @@ void ZeroExpertRows(const ExpertsOut& out, int64_t begin, int64_t end) {
 
 template <typename Out>
 std::optional<Fault> CheckRowBytes(const std::vector<Message>& messages, const Out& out) {
-  const int64_t row_bytes =
-      out.dequantized ? QuantizedRowBytes(*out.dequantized) : out.rows.row_bytes();
+  const int64_t row_bytes = out.format.WireBytes(out.rows.row_bytes());
   for (size_t source = 0; source < messages.size(); ++source) {
     const Message& message = messages[source];
     if (auto fault = CheckMessage(message, static_cast<int32_t>(source), message.header().num_rows,
@@ -88,7 +75,7 @@ std::optional<Fault> UnpackExperts(const Config& config, const std::vector<Messa
                        : plan.Row(static_cast<int32_t>(source), expert, message.position()[entry]);
         *rows++ = static_cast<int32_t>(row);
         if (row < 0) continue;
-        PutRow(message.row(i), out.rows, out.dequantized, row);
+        PutRow(out.format, message.row(i), out.rows, row);
         out.weights[row] = message.weight()[entry];
       }
     }
@@ -113,7 +100,7 @@ std::optional<Fault> UnpackTokens(const Config& config, const std::vector<Messag
     std::copy_n(message.local_expert(), num_entries, out.topk_idx + next * config.top_k);
     std::copy_n(message.weight(), num_entries, out.topk_weights + next * config.top_k);
     for (int32_t i = 0; i < num_rows; ++i, ++next) {
-      PutRow(message.row(i), out.rows, out.dequantized, next);
+      PutRow(out.format, message.row(i), out.rows, next);
       out.layout.rows[next] = static_cast<int32_t>(next);
     }
   }

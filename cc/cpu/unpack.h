@@ -1,4 +1,4 @@
-// Destination side of a dispatch: rows out of messages into expert groups, or token by token.
+// The destination side of a dispatch: rows from messages into groups of experts, or token by token.
 
 #ifndef JAX_SM_FREE_CC_CPU_UNPACK_H_
 #define JAX_SM_FREE_CC_CPU_UNPACK_H_
@@ -14,8 +14,8 @@
 
 namespace jax_sm_free {
 
-// `messages` by source rank. Every element of `out` is written, unless there is a fault (without op
-// and rank): rows that do not travel as wide as those of `out` do.
+// `messages` is by source rank. Writes every element of `out`, unless there is a fault (without op
+// and rank): the rows of a message do not have the width of those of `out`.
 std::optional<Fault> UnpackExperts(const Config& config, const std::vector<Message>& messages,
                                    const ExpertsOut& out);
 std::optional<Fault> UnpackTokens(const Config& config, const std::vector<Message>& messages,

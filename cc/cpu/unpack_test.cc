@@ -54,7 +54,7 @@ Experts ExpectedExperts(const Config& config, const std::vector<Source>& sources
   return experts;
 }
 
-// Every element is compared, on every rank, whatever it held before.
+// Compares every element, on every rank, over each kind of poison.
 void ExpectExpertsAsTheContractSays(const Config& config, const std::vector<Source>& sources) {
   for (int32_t rank = 0; rank < config.ep_size; ++rank) {
     const Experts expected = ExpectedExperts(config, sources, rank);
@@ -147,7 +147,8 @@ TEST(UnpackExpertsTest, EveryRowToOneExpert) {
 
 TEST(UnpackExpertsTest, CapacityExactlyFullOneShortAndZero) {
   Config config = SmallConfig();
-  // Ranks 0 and 1 receive 60 rows of one expert and 120 of another; rank 2 nothing.
+  // Ranks 0 and 1 receive 60 rows of one expert and 120 rows of another one. Rank 2 receives
+  // nothing.
   const std::vector<Source> sources = SameExperts(config, 20, {0, 2, 2});
   for (const int64_t capacity : {120, 119, 60, 59, 1, 0}) {
     config.recv_capacity = capacity;

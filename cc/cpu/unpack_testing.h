@@ -1,4 +1,5 @@
-// What the tests of unpacking share: all that an unpack writes, owned.
+// What the tests of unpacking share: everything that an unpack writes, in arrays that the tests
+// own.
 
 #ifndef JAX_SM_FREE_CC_CPU_UNPACK_TESTING_H_
 #define JAX_SM_FREE_CC_CPU_UNPACK_TESTING_H_
@@ -23,7 +24,7 @@ std::vector<Source> SameExperts(const Config& config, int64_t num_tokens,
 void Append(const std::vector<std::byte>& part, int64_t row, int64_t row_bytes,
             std::vector<std::byte>& out);
 
-// All that UnpackExperts writes.
+// Everything that UnpackExperts writes.
 struct Experts {
   std::vector<std::byte> values = {}, scales = {};
   std::vector<int32_t> group_sizes = {}, counts = {};
@@ -36,11 +37,11 @@ ExpertsOut OutOf(const Source& like, Experts& experts);
 
 Experts PoisonedExperts(const Config& config, const Source& like, int poison);
 
-// What UnpackExperts makes of all that the sources send to `rank`, over poison.
+// What UnpackExperts writes of everything that the sources send to `rank`, over poison.
 Experts UnpackedExperts(const Config& config, const std::vector<Source>& sources, int32_t rank,
                         int poison);
 
-// All that UnpackTokens writes.
+// Everything that UnpackTokens writes.
 struct Tokens {
   std::vector<std::byte> values = {}, scales = {};
   std::vector<int32_t> topk_idx = {};
@@ -53,7 +54,7 @@ TokensOut OutOf(const Source& like, Tokens& tokens);
 
 Tokens PoisonedTokens(const Config& config, const Source& like, int poison);
 
-// What the contract says of all that the sources send to `rank`.
+// What `rank` receives from the sources by the contract.
 Tokens ExpectedTokens(const Config& config, const std::vector<Source>& sources, int32_t rank);
 
 }  // namespace jax_sm_free::testing

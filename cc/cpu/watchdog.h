@@ -22,10 +22,10 @@ class Watchdog {
   // The process's watchdog; never destroyed, like the worker pool.
   static Watchdog& Get();
 
-  // `expire` runs on the watchdog's thread, so it must be short and must not block.
+  // `expire` runs on the thread of the watchdog. It must be short and must not block.
   Timer Start(std::chrono::duration<double> delay, std::function<void()> expire);
 
-  // Afterwards `expire` is not called, though a call under way may still be running.
+  // `expire` is not called afterwards. A call that has begun may still run.
   void Cancel(const Timer& timer);
 
  private:
@@ -36,8 +36,8 @@ class Watchdog {
   std::condition_variable changed_;
   std::map<Timer, std::function<void()>> timers_;
   int64_t next_id_ = 0;
-  // When the thread looks at the timers next. Most timers are cancelled long before they expire: a
-  // thread that sleeps until an earlier one, though cancelled, need not be woken for the next.
+  // When the thread looks at the timers next. Most timers are cancelled long before they expire. A
+  // thread that sleeps until the time of a cancelled timer need not be woken for a later timer.
   Clock::time_point next_look_ = Clock::time_point::min();
 };
 

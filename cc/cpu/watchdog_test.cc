@@ -16,7 +16,7 @@ using std::chrono::duration;
 using std::chrono::milliseconds;
 using Clock = Watchdog::Clock;
 
-// A delay that leaves a busy machine the time to do something before it is over.
+// A delay that is long enough for a busy machine to do something before it ends.
 constexpr milliseconds kDelay(200);
 
 TEST(WatchdogTest, CallsBackNotBeforeTheDelayIsOver) {
@@ -34,7 +34,7 @@ TEST(WatchdogTest, CallsBackOnAThreadOfItsOwn) {
 }
 
 TEST(WatchdogTest, ExpiresInTheOrderOfTheTimes) {
-  std::vector<int> order;  // written by the watchdog's thread alone
+  std::vector<int> order;  // only the thread of the watchdog writes it
   std::latch all(3);
   const auto expire = [&](int number) {
     return [&, number] {

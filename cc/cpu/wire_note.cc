@@ -11,7 +11,7 @@
 namespace jax_sm_free {
 namespace {
 
-// Changes with every change of what follows.
+// Change this number with every change of the format below.
 constexpr uint64_t kVersion = 0x736d6677'00000003U;
 
 enum class What : int32_t { kMessage, kFinished, kFault };

@@ -1,4 +1,4 @@
-// What goes ahead of a payload between processes: the header of a wire's message.
+// What precedes a payload between processes: the header of a message of a wire.
 
 #ifndef JAX_SM_FREE_CC_CPU_WIRE_NOTE_H_
 #define JAX_SM_FREE_CC_CPU_WIRE_NOTE_H_
@@ -16,16 +16,16 @@
 
 namespace jax_sm_free {
 
-// Of a message from member to member; its payload is the Message.
+// Precedes a message from member to member. The payload is the Message.
 struct MessageNote {
   int32_t src = 0;
   int32_t dst = 0;
   ExchangeKey key;
-  CallSite site;      // whose number is the key's
-  int64_t start = 0;  // see Statement
+  CallSite site;      // its number is also in the key
+  int64_t start = 0;  // Statement describes it
 };
 
-// That so many more ranks of a group have finished their sends in an exchange.
+// Says that `count` more ranks of a group have finished their sends in an exchange.
 struct FinishedNote {
   int32_t group = 0;
   int32_t num_ranks = 0;
@@ -37,10 +37,10 @@ struct WireNote {
   std::variant<MessageNote, FinishedNote, Fault> body;  // a Fault ends the buffer on all ranks
 };
 
-// At most Wire::kMaxHeaderBytes long: long texts of a fault are cut.
+// At most Wire::kMaxHeaderBytes long. Long texts of a fault are cut.
 std::vector<std::byte> Encode(const WireNote& note);
 
-// Null for what no Encode of this version has made.
+// Null for bytes that Encode of this version has not made.
 std::optional<WireNote> Decode(std::span<const std::byte> bytes);
 
 }  // namespace jax_sm_free

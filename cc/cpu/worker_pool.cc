@@ -17,8 +17,8 @@ void WorkerPool::Run(std::function<void()> task) {
   CallThreads(std::move(lock));
 }
 
-// As many as there are tasks, with those that are on their way. They come when the lock is no
-// longer held, which they want first of all.
+// Calls threads until there are as many as tasks, including those that are coming. They are called
+// after the lock is released, because they need it first of all.
 void WorkerPool::CallThreads(std::unique_lock<std::mutex> lock) {
   const int64_t wanted = std::min(static_cast<int64_t>(tasks_.size()), most_coming_);
   const int64_t num_new = std::max<int64_t>(wanted - num_coming_, 0);
@@ -39,7 +39,7 @@ void WorkerPool::Work() {
       tasks_.pop_front();
       CallThreads(std::move(lock));
       task();
-      task = nullptr;  // what it holds is given back before the thread takes another
+      task = nullptr;  // frees what the task holds before the thread takes another task
       lock = std::unique_lock(mutex_);
     }
     ++num_idle_;

@@ -38,7 +38,7 @@ TEST(WorkerPoolTest, TasksThatWaitForEachOtherAllRun) {
 TEST(WorkerPoolTest, TasksThatWaitForEachOtherAllRunWhereOneThreadComesAtATime) {
   constexpr int kTasks = 40;
   static auto* pool = new WorkerPool(1);
-  for (int round = 0; round < 3; ++round) {  // with new threads, and then with idle ones
+  for (int round = 0; round < 3; ++round) {  // first with new threads, then with idle threads
     std::latch all_run(kTasks);
     std::latch all_done(kTasks);
     for (int i = 0; i < kTasks; ++i) {
@@ -90,7 +90,7 @@ TEST(WorkerPoolTest, IdleThreadsAreUsedAgain) {
     WorkerPool::Get().Run([&ran] { ran.set_value(std::this_thread::get_id()); });
     threads.insert(ran.get_future().get());
   }
-  // A thread is idle again a moment after its task, so that the next task may get another one.
+  // A thread becomes idle shortly after its task, so the next task may get another thread.
   EXPECT_LT(threads.size(), static_cast<size_t>(kTasks / 2));
 }
 

@@ -3,7 +3,6 @@
 #include <cstdint>
 
 #include "cc/cuda/kernels/kernels.h"
-#include "cc/quantized.h"
 
 namespace jax_sm_free::cuda {
 namespace {
@@ -12,21 +11,16 @@ void EndPhase(const DeviceCall& call, const char* phase) {
   if (call.on_phase != nullptr) (*call.on_phase)(phase);
 }
 
-// Bytes that a row of a dispatch travels as.
-int64_t WireBytes(const std::optional<Matrix>& quantized, int64_t row_bytes) {
-  return quantized ? QuantizedRowBytes(*quantized) : row_bytes;
-}
-
-// Takes the dispatch that the token names, whose rows are like these. Rows that were quantised were
-// all packed, this rank's own ones, too.
-void WaitForRows(const DeviceCall& call, const float* token, const OwnRows& own,
-                 const MutableRows& rows, const std::optional<Matrix>& dequantized,
+// Takes the dispatch that the token names, and waits for its rows, which `out` will hold. If the
+// wire quantises rows, the send has packed this rank's own rows, too.
+template <typename Out>
+void WaitForRows(const DeviceCall& call, const float* token, const OwnRows& own, const Out& out,
                  bool for_messages) {
   WaitArgs args{.op = call.op,
                 .token = token,
-                .row_bytes = WireBytes(dequantized, rows.row_bytes()),
+                .row_bytes = out.format.WireBytes(out.rows.row_bytes()),
                 .for_messages = for_messages};
-  if (!dequantized) args.own_tokens = own.num_tokens;
+  if (out.format.is_plain()) args.own_tokens = own.num_tokens;
   LaunchWait(*call.view, args, call.stream);
   EndPhase(call, "wait");
 }
@@ -36,20 +30,17 @@ void WaitForRows(const DeviceCall& call, const float* token, const OwnRows& own,
 void DispatchSend(const DeviceCall& call, const DispatchSendIn& in, float* token) {
   LaunchRoute(*call.view,
               {.op = call.op,
-               .row_bytes = WireBytes(in.quantized, in.rows.row_bytes()),
+               .row_bytes = in.format.WireBytes(in.rows.row_bytes()),
                .topk = in.topk,
                .begin = BeginArgs{.token = token, .position = in.position}},
               call.stream);
   EndPhase(call, "route");
-  if (in.quantized) {
-    LaunchPackQuantized(
-        *call.view,
-        {.matrix = *in.quantized, .x = in.rows.values, .num_tokens = in.topk.num_tokens},
-        call.stream);
-  } else {
-    LaunchPack(*call.view, {.rows = in.rows, .num_tokens = in.topk.num_tokens, .leaves_own = true},
-               call.stream);
-  }
+  LaunchPack(*call.view,
+             {.rows = in.rows,
+              .num_tokens = in.topk.num_tokens,
+              .leaves_own = in.format.is_plain(),
+              .format = in.format},
+             call.stream);
   EndPhase(call, "pack");
 }
 
@@ -77,35 +68,26 @@ void SendSums(const DeviceCall& call, const SumsIn& in, float* token) {
 void DispatchRecv(const DeviceCall& call, const float* token, const OwnRows& own,
                   const ExpertsOut& out) {
   UnpackExpertsArgs args{out};
-  if (!out.dequantized) args.own_rows = own.rows;
-  args.all_here =
-      !GoInParts(call.config().max_tokens, WireBytes(out.dequantized, out.rows.row_bytes()));
-  WaitForRows(call, token, own, out.rows, out.dequantized, args.all_here);
-  if (out.dequantized) {
-    LaunchUnpackExpertsDequantized(*call.view, args, call.stream);
-  } else {
-    LaunchUnpackExperts(*call.view, args, call.stream);
-  }
+  if (out.format.is_plain()) args.own_rows = own.rows;
+  args.all_here = !GoInParts(call.config().max_tokens, out.format.WireBytes(out.rows.row_bytes()));
+  WaitForRows(call, token, own, out, args.all_here);
+  LaunchUnpackExperts(*call.view, args, call.stream);
   EndPhase(call, "plan + unpack");
 }
 
 void DispatchRecvTokens(const DeviceCall& call, const float* token, const OwnRows& own,
                         const TokensOut& out) {
   UnpackTokensArgs args{out};
-  if (!out.dequantized) args.own_rows = own.rows;
-  WaitForRows(call, token, own, out.rows, out.dequantized, true);
-  if (out.dequantized) {
-    LaunchUnpackTokensDequantized(*call.view, args, call.stream);
-  } else {
-    LaunchUnpackTokens(*call.view, args, call.stream);
-  }
+  if (out.format.is_plain()) args.own_rows = own.rows;
+  WaitForRows(call, token, own, out, true);
+  LaunchUnpackTokens(*call.view, args, call.stream);
   EndPhase(call, "unpack");
 }
 
 void ReceiveSums(const DeviceCall& call, const float* token, const std::optional<ExpertRows>& own,
                  const SumsOut& out) {
   const int64_t row_bytes = out.matrix.row_bytes();
-  // The routing is found again while the messages are still on their way.
+  // Finds the routing again while messages are still in flight.
   LaunchRoute(*call.view, {.op = call.op, .row_bytes = row_bytes, .topk = out.topk}, call.stream);
   LaunchWait(*call.view,
              {.op = call.op,

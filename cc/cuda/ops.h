@@ -1,8 +1,8 @@
-// The ops on GPUs: which kernels each launches, in which order, and what goes in parts. The same
-// functions as those of cc/cpu/ops.h, for a rank on a device.
+// The ops on GPUs: which kernels each op launches, in which order, and which messages go in parts.
+// The functions are those of cc/cpu/ops.h, for a rank on a device.
 //
-// Each enqueues on the stream of the call and returns; none waits, allocates, or reads what a
-// kernel writes. Whether the launches went well, cudaGetLastError says.
+// Each function enqueues on the stream of the call and returns. It does not wait, allocate, or read
+// what a kernel writes. cudaGetLastError returns an error of a launch.
 
 #ifndef JAX_SM_FREE_CC_CUDA_OPS_H_
 #define JAX_SM_FREE_CC_CUDA_OPS_H_
@@ -24,7 +24,7 @@ struct DeviceCall {
   Op op = Op::kDispatchSend;
   const RankView* view = nullptr;
   cudaStream_t stream = nullptr;
-  // Called behind the launches of each phase, for who measures them.
+  // Called after the launches of each phase, to measure phases.
   const std::function<void(const char* phase)>* on_phase = nullptr;
 
   const Config& config() const { return view->config; }
@@ -45,7 +45,7 @@ void DispatchRecv(const DeviceCall& call, const float* token, const OwnRows& own
 void DispatchRecvTokens(const DeviceCall& call, const float* token, const OwnRows& own,
                         const TokensOut& out);
 
-// combine_recv, which has the rows that its send left on this rank; dispatch_backward_recv.
+// combine_recv and dispatch_backward_recv. A combine has the rows that its send left on this rank.
 void ReceiveSums(const DeviceCall& call, const float* token, const std::optional<ExpertRows>& own,
                  const SumsOut& out);
 void CombineBackwardRecv(const DeviceCall& call, const float* token, const SpreadOut& out);

@@ -15,7 +15,7 @@ from jax import Array, lax
 
 from jax_sm_free.wire_format import FLOAT8, WireFormat
 
-# cc/quantized.h has the same numbers.
+# cc/wire_format.h has the same numbers.
 MIN_AMAX = 1e-4
 MAX_FLOAT8 = 448.0
 

@@ -6,7 +6,6 @@
 #include <vector>
 
 #include "cc/cuda/kernel_tests/ops.h"
-#include "cc/quantized.h"
 #include "gtest/gtest.h"
 
 namespace jax_sm_free::cuda::kernel_tests {
@@ -16,7 +15,7 @@ constexpr uint64_t kMillisecond = 1'000'000;
 
 class CountersTest : public testing::TestWithParam<Case> {
  protected:
-  // Tokens of `source` that name an expert of `rank`.
+  // The number of tokens of `source` that name an expert of `rank`.
   int64_t NumRows(int32_t source, int32_t rank) {
     const Ints& idx = ops.of(source).idx;
     int64_t rows = 0;
@@ -59,14 +58,15 @@ TEST_P(CountersTest, CountWhatFollowsFromTheRouting) {
   int64_t dropped = 0;
   for (int round = 0; round < kRounds; ++round) RunAll();
   const int64_t row_bytes = ops.matrix().row_bytes();
-  const int64_t wire_bytes = which.float8_wire ? QuantizedRowBytes(ops.matrix()) : row_bytes;
+  const int64_t wire_bytes = RowFormat{which.wire_format, ops.matrix()}.WireBytes(row_bytes);
   for (int32_t rank = 0; rank < which.ep_size; ++rank) {
     const Counters& counters = ops.group().counters(rank);
     for (const auto count : counters.exchanges) EXPECT_EQ(count, kRounds);
     EXPECT_EQ(counters.rows_dropped, kRounds * ops.of(rank).dropped);
     dropped += ops.of(rank).dropped;
     for (int32_t peer = 0; peer < which.ep_size; ++peer) {
-      // Out: a dispatch, and the gradient of a combine. Back: a combine, and that of a dispatch.
+      // Forth go a dispatch and the gradient of a combine. Back go a combine and the gradient of a
+      // dispatch.
       const int64_t there = NumRows(rank, peer);
       const int64_t back = NumRows(peer, rank);
       const int64_t sent = there * (wire_bytes + row_bytes) + back * 2 * row_bytes;
@@ -82,13 +82,13 @@ TEST_P(CountersTest, CountWhatFollowsFromTheRouting) {
   EXPECT_EQ(dropped > 0, which.recv_capacity >= 0);
 }
 
-INSTANTIATE_TEST_SUITE_P(All, CountersTest,
-                         testing::Values(Case{1, 20, 8}, Case{3, 50, 8},
-                                         Case{2, 50, 8, Routing::kAnywhere, 40},
-                                         Case{3, 50, 8, Routing::kNowhere},
-                                         Case{3, 40, 256, Routing::kAnywhere, -1, false, true},
-                                         Case{3, 300, 4096, Routing::kNearlyEverywhere}),
-                         [](const auto& info) { return "Case" + std::to_string(info.index); });
+INSTANTIATE_TEST_SUITE_P(
+    All, CountersTest,
+    testing::Values(Case{1, 20, 8}, Case{3, 50, 8}, Case{2, 50, 8, Routing::kAnywhere, 40},
+                    Case{3, 50, 8, Routing::kNowhere},
+                    Case{3, 40, 256, Routing::kAnywhere, -1, false, WireFormat::kFloat8Block128},
+                    Case{3, 300, 4096, Routing::kNearlyEverywhere}),
+    [](const auto& info) { return "Case" + std::to_string(info.index); });
 
 TEST(WaitCountersTest, WhatIsThereIsNotWaitedFor) {
   Ops ops({3, 20, 8});

@@ -22,12 +22,14 @@ class Group {
   const FaultRecord& fault(int32_t rank) const { return ranks_[rank]->status[0].fault; }
   const Counters& counters(int32_t rank) const { return ranks_[rank]->state[0].counters; }
 
-  // Copies what was posted since the last call, as the movers do, when the kernels have ended.
+  // Copies everything that was posted since the last call, as the movers do. The kernels must have
+  // ended.
   void Move();
-  // The same where the driver holds all copies up: none of them comes.
+  // The same for a driver that holds up all copies: no message arrives.
   void HoldUp();
 
-  // Messages that came whole, or the last part of which came; and first parts.
+  // The number of messages that were copied completely, and the number of first parts that were
+  // copied.
   int64_t num_last_parts() const { return num_last_parts_; }
   int64_t num_first_parts() const { return num_first_parts_; }
 

@@ -1,4 +1,4 @@
-// What the kernels compute, against loops over all choices of all tokens.
+// Compares what kernels compute with loops over all choices of all tokens.
 
 #include "cc/cuda/kernels/kernels.h"
 
@@ -8,18 +8,18 @@
 #include <string>
 #include <vector>
 
-#include "cc/cpu/quantize.h"
+#include "cc/cpu/wire_rows.h"
 #include "cc/cuda/kernel_tests/ops.h"
 #include "gtest/gtest.h"
 
 namespace jax_sm_free::cuda::kernel_tests {
 namespace {
 
-// A choice (token, k) of a rank: where it should lie.
+// Where the row of a choice (token, k) of a rank should be.
 struct Place {
-  int32_t rank = -1;      // that owns its expert
+  int32_t rank = -1;      // the owner of its expert
   int64_t token_row = 0;  // of its token there
-  int64_t row = -1;       // of its own; -1 for none, or dropped
+  int64_t row = -1;       // its expert row; -1 for none, or for a dropped row
 };
 using Places = std::vector<std::vector<Place>>;  // by source, [T * top_k]
 
@@ -27,21 +27,25 @@ class Checker {
  public:
   Checker(const Case& which, Ops& ops) : case_(which), ops_(ops) {}
 
-  // The rows of x as they arrive.
+  // The rows of x as they should arrive.
   Floats Expected(int32_t source) {
     const Floats& x = ops_.of(source).x;
-    if (!case_.float8_wire) return x;
-    const QuantizedRows quantized(ops_.matrix(), reinterpret_cast<const std::byte*>(x.data()),
-                                  case_.num_tokens);
-    const ConstRows rows = quantized.rows();
+    const RowFormat format{case_.wire_format, ops_.matrix()};
+    ConstRows given;
+    given.values = reinterpret_cast<const std::byte*>(x.data());
+    given.values_bytes = ops_.matrix().row_bytes();
+    const WireRows travelling(format, given, case_.num_tokens);
+    const ConstRows& rows = travelling.rows();
     Floats back(x.size());
+    MutableRows out;
+    out.values = reinterpret_cast<std::byte*>(back.data());
+    out.values_bytes = given.values_bytes;
     std::vector<std::byte> wire(rows.row_bytes());
     for (int64_t i = 0; i < case_.num_tokens; ++i) {
       std::copy_n(rows.values + i * rows.values_bytes, rows.values_bytes, wire.begin());
       std::copy_n(rows.scales + i * rows.scales_bytes, rows.scales_bytes,
                   wire.begin() + rows.values_bytes);
-      DequantizeRow(ops_.matrix(), wire.data(),
-                    reinterpret_cast<std::byte*>(back.data() + i * case_.hidden));
+      PutRow(format, wire.data(), out, i);
     }
     return back;
   }
@@ -67,7 +71,7 @@ class Checker {
     return places;
   }
 
-  // Checks sums: of weight(place) times the rows of a token's choices.
+  // Checks sums over the choices of a token: of weight(place) times the row of the choice.
   template <typename Weight>
   void CheckSums(const Places& places, const std::vector<Floats>& y, const Weight& weight,
                  const std::vector<Floats>& sums) {
@@ -161,7 +165,7 @@ class KernelsTest : public testing::TestWithParam<Case> {
 
 TEST_P(KernelsTest, ThereAndBackAgain) {
   const Case& which = GetParam();
-  for (int round = 0; round < 3; ++round) {  // slots are used again
+  for (int round = 0; round < 3; ++round) {  // each slot is used more than once
     ops.Dispatch();
     const Places places = checker.CheckDispatch();
     const auto y = NumbersOfAll(ops.config().recv_capacity * which.hidden);
@@ -255,25 +259,25 @@ std::string NameOf(const testing::TestParamInfo<Case>& info) {
   return std::to_string(which.ep_size) + "Ranks" + std::to_string(which.num_tokens) + "Tokens" +
          std::to_string(which.hidden) + kRoutings[static_cast<int>(which.routing)] +
          (which.recv_capacity >= 0 ? "Cut" + std::to_string(which.recv_capacity) : "") +
-         (which.held_up ? "HeldUp" : "") + (which.float8_wire ? "Float8" : "");
+         (which.held_up ? "HeldUp" : "") +
+         (which.wire_format == WireFormat::kPlain ? "" : "Float8");
 }
 
 INSTANTIATE_TEST_SUITE_P(
     All, KernelsTest,
-    testing::Values(Case{1, 5, 8}, Case{2, 1, 7}, Case{2, 40, 8}, Case{3, 40, 7}, Case{4, 33, 64},
-                    Case{8, 20, 8}, Case{12, 10, 8}, Case{4, 20, 8, Routing::kEverywhere},
-                    Case{2, 40, 8, Routing::kNearlyEverywhere},
-                    Case{4, 40, 8, Routing::kNearlyEverywhere},
-                    Case{3, 40, 8, Routing::kNearlyEverywhere, -1, true},
-                    Case{4, 20, 8, Routing::kEverywhere, -1, true},
-                    Case{3, 40, 256, Routing::kNearlyEverywhere, -1, false, true},
-                    Case{3, 40, 256, Routing::kNearlyEverywhere, -1, true, true},
-                    Case{4, 20, 8, Routing::kToFirstRank}, Case{3, 40, 600},
-                    Case{4, 20, 7, Routing::kNowhere}, Case{2, 40, 8, Routing::kAnywhere, 50},
-                    Case{4, 20, 7, Routing::kAnywhere, 0},
-                    Case{2, 12, 8, Routing::kAnywhere, -1, true},
-                    Case{3, 20, 200, Routing::kAnywhere, -1, false, true},
-                    Case{2, 20, 256, Routing::kEverywhere, -1, false, true}),
+    testing::Values(
+        Case{1, 5, 8}, Case{2, 1, 7}, Case{2, 40, 8}, Case{3, 40, 7}, Case{4, 33, 64},
+        Case{8, 20, 8}, Case{12, 10, 8}, Case{4, 20, 8, Routing::kEverywhere},
+        Case{2, 40, 8, Routing::kNearlyEverywhere}, Case{4, 40, 8, Routing::kNearlyEverywhere},
+        Case{3, 40, 8, Routing::kNearlyEverywhere, -1, true},
+        Case{4, 20, 8, Routing::kEverywhere, -1, true},
+        Case{3, 40, 256, Routing::kNearlyEverywhere, -1, false, WireFormat::kFloat8Block128},
+        Case{3, 40, 256, Routing::kNearlyEverywhere, -1, true, WireFormat::kFloat8Block128},
+        Case{4, 20, 8, Routing::kToFirstRank}, Case{3, 40, 600}, Case{4, 20, 7, Routing::kNowhere},
+        Case{2, 40, 8, Routing::kAnywhere, 50}, Case{4, 20, 7, Routing::kAnywhere, 0},
+        Case{2, 12, 8, Routing::kAnywhere, -1, true},
+        Case{3, 20, 200, Routing::kAnywhere, -1, false, WireFormat::kFloat8Block128},
+        Case{2, 20, 256, Routing::kEverywhere, -1, false, WireFormat::kFloat8Block128}),
     NameOf);
 
 class KernelsInPartsTest : public testing::TestWithParam<Case> {};
@@ -289,7 +293,7 @@ TEST_P(KernelsInPartsTest, LargeMessagesComeInParts) {
   EXPECT_EQ(ops.group().num_last_parts(), num_copied);
 }
 
-// Held up, they are unpacked turn by turn.
+// Where copies are held up, messages are unpacked turn by turn.
 INSTANTIATE_TEST_SUITE_P(All, KernelsInPartsTest,
                          testing::Values(Case{3, 300, 4096},
                                          Case{3, 300, 4096, Routing::kEverywhere},

@@ -1,5 +1,5 @@
-// Memory that kernels and the host both reach, and waiting for kernels: on the host where they run
-// there (memory_on_host.cc), on the GPU where they run on one (memory_on_gpu.cc).
+// Memory that kernels and the host can reach, and waiting for kernels. Kernels run on the host
+// (memory_on_host.cc) or on a GPU (memory_on_gpu.cc).
 
 #ifndef JAX_SM_FREE_CC_CUDA_KERNEL_TESTS_MEMORY_H_
 #define JAX_SM_FREE_CC_CUDA_KERNEL_TESTS_MEMORY_H_
@@ -12,7 +12,7 @@ namespace jax_sm_free::cuda::kernel_tests {
 void* AllocateForKernels(size_t bytes);
 void FreeForKernels(void* memory);
 
-// Returns when all kernels launched so far have ended; ends the process if one broke.
+// Returns when all kernels that were launched have ended. Ends the process if one of them failed.
 void AwaitKernels();
 
 template <typename T>

@@ -18,8 +18,9 @@ Config MakeConfig(const Case& which) {
                 .num_slots = 2,
                 .row_bytes = which.hidden * int64_t{sizeof(float)},
                 .timeout_s = which.timeout_s,
-                .float8_wire = which.float8_wire};
-  const int64_t named = config.max_recv_tokens() * config.top_k;  // an expert twice, too
+                .wire_format = which.wire_format};
+  // A token may name an expert twice.
+  const int64_t named = config.max_recv_tokens() * config.top_k;
   config.recv_capacity = which.recv_capacity >= 0 ? which.recv_capacity : named;
   return config;
 }
@@ -102,13 +103,8 @@ void Ops::Move() { case_.held_up ? group_.HoldUp() : group_.Move(); }
 
 DeviceCall Ops::CallOf(Op op, int32_t rank) const { return {.op = op, .view = &group_.view(rank)}; }
 
-std::optional<Matrix> Ops::quantized() const {
-  if (!case_.float8_wire) return std::nullopt;
-  return matrix();
-}
-
 OwnRows Ops::OwnOf(int32_t rank) const {
-  return {RowsOf(arrays_[rank].x, row_bytes()), case_.float8_wire ? 0 : case_.num_tokens};
+  return {RowsOf(arrays_[rank].x, row_bytes()), format().is_plain() ? case_.num_tokens : 0};
 }
 
 void Ops::SendDispatch(int32_t rank) {
@@ -117,7 +113,7 @@ void Ops::SendDispatch(int32_t rank) {
                {.position = &a.position,
                 .topk = {a.idx.data(), a.weights.data(), case_.num_tokens},
                 .rows = RowsOf(std::as_const(a.x), row_bytes()),
-                .quantized = quantized()},
+                .format = format()},
                a.token.data());
 }
 
@@ -125,7 +121,7 @@ void Ops::RecvDispatch(int32_t rank) {
   Arrays& a = of(rank);
   DispatchRecv(CallOf(Op::kDispatchRecv, rank), a.token.data(), OwnOf(rank),
                {.rows = RowsOf(a.rows, row_bytes()),
-                .dequantized = quantized(),
+                .format = format(),
                 .group_sizes = a.group_sizes.data(),
                 .counts = a.counts.data(),
                 .weights = a.row_weights.data(),
@@ -165,7 +161,7 @@ Array<TokenArrays> Ops::DispatchByTokens() {
     a.num_rows_from.assign(config_.ep_size, kUnset);
     DispatchRecvTokens(CallOf(Op::kDispatchRecv, rank), of(rank).token.data(), OwnOf(rank),
                        {.rows = RowsOf(a.rows, row_bytes()),
-                        .dequantized = quantized(),
+                        .format = format(),
                         .topk_idx = a.topk_idx.data(),
                         .topk_weights = a.topk_weights.data(),
                         .counts = a.counts.data(),

@@ -1,6 +1,5 @@
-// The ops of cc/cuda/ops.h for all ranks of a group: all sends, the movers, all recvs. Rows are
-// float32; numbers are small and whole, so that sums are exact in any
-// order.
+// The ops of cc/cuda/ops.h for all ranks of a group: first all sends, then the movers, then all
+// recvs. Rows are float32. Numbers are small and whole, so that sums are exact in any order.
 
 #ifndef JAX_SM_FREE_CC_CUDA_KERNEL_TESTS_OPS_H_
 #define JAX_SM_FREE_CC_CUDA_KERNEL_TESTS_OPS_H_
@@ -29,8 +28,8 @@ struct Case {
   int32_t hidden;
   Routing routing = Routing::kAnywhere;
   int64_t recv_capacity = -1;  // -1: room for all that tokens can name
-  bool held_up = false;        // the driver lets no copy through
-  bool float8_wire = false;
+  bool held_up = false;        // the driver holds up all copies
+  WireFormat wire_format = WireFormat::kPlain;
   double timeout_s = 5;
 };
 
@@ -40,7 +39,7 @@ inline constexpr int32_t kTopK = 4;
 using Floats = Array<float>;
 using Ints = Array<int32_t>;
 
-// What one rank gives to a dispatch, and gets of it.
+// What one rank gives to a dispatch, and what it gets from it.
 struct Arrays {
   Floats x;        // [T, hidden]
   Ints idx;        // [T, top_k]
@@ -57,7 +56,7 @@ struct Arrays {
   Ints num_rows_from;  // [ep_size]
 };
 
-// The same by tokens.
+// What one rank gets from a dispatch by tokens.
 struct TokenArrays {
   Floats rows;          // [max_recv_tokens, hidden]
   Ints topk_idx;        // [max_recv_tokens, top_k]
@@ -77,28 +76,28 @@ class Ops {
   const Config& config() const { return config_; }
   Matrix matrix() const { return {DType::kFloat32, case_.hidden}; }
 
-  // Random numbers, of rows or weights.
+  // Random numbers for rows or weights.
   Floats Numbers(int64_t count);
 
-  // x of all ranks to their arrays, or to the result, by rank.
+  // Dispatches x of all ranks. The rows go into their arrays, or into the result, by rank.
   void Dispatch();
   Array<TokenArrays> DispatchByTokens();
-  // A dispatch that one rank does not take part in.
+  // A dispatch in which one rank does not take part.
   void DispatchWithout(int32_t silent);
-  // The recv alone.
+  // Only the recv.
   void RecvDispatch(int32_t rank);
 
-  // The following take and give something by rank.
+  // The following functions take and return values by rank.
 
-  // y [recv_capacity, hidden], weighted or not, to sums [T, hidden].
+  // y [recv_capacity, hidden], weighted or not, becomes sums [T, hidden].
   std::vector<Floats> Combine(const std::vector<Floats>& y, bool weighted);
-  // The gradient of a dispatch: y, and row_grads [max_recv_tokens, top_k], to sums [T, hidden] and
-  // weight_grads [T, top_k].
+  // The gradient of a dispatch: y and row_grads [max_recv_tokens, top_k] become sums [T, hidden]
+  // and weight_grads [T, top_k].
   std::vector<Floats> DispatchBackward(const std::vector<Floats>& y,
                                        const std::vector<Floats>& row_grads,
                                        std::vector<Floats>& weight_grads);
-  // The gradient of a weighted combine of y: grads [T, hidden] to y_grads [recv_capacity, hidden]
-  // and weight_grads [recv_capacity].
+  // The gradient of a weighted combine of y: grads [T, hidden] become y_grads [recv_capacity,
+  // hidden] and weight_grads [recv_capacity].
   std::vector<Floats> CombineBackward(const std::vector<Floats>& grads,
                                       const std::vector<Floats>& y,
                                       std::vector<Floats>& weight_grads);
@@ -108,7 +107,7 @@ class Ops {
   int32_t ExpertFor(int32_t token, int32_t k);
   Arrays MakeArrays(int32_t rank);
   int64_t row_bytes() const { return matrix().row_bytes(); }
-  std::optional<Matrix> quantized() const;  // what rows are on a float8 wire
+  RowFormat format() const { return {case_.wire_format, matrix()}; }
   LayoutIn LayoutOf(int32_t rank) const;
   OwnRows OwnOf(int32_t rank) const;
   DeviceCall CallOf(Op op, int32_t rank) const;

@@ -1,4 +1,4 @@
-// Waiting for what peers send, by one block.
+// Waits for what peers send. One block waits.
 
 #ifndef JAX_SM_FREE_CC_CUDA_KERNELS_AWAIT_CUH_
 #define JAX_SM_FREE_CC_CUDA_KERNELS_AWAIT_CUH_
@@ -9,15 +9,16 @@
 
 namespace jax_sm_free::cuda {
 
-// How long after a message was posted its copy may take before the message is read in place.
+// How long the copy of a posted message may take before the message is read where it was packed.
 constexpr uint64_t kPatienceNanoseconds = 20'000'000;
 
-// Of a recv, for what it needs next of a source.
+// Counts how long a recv has waited for a source.
 __device__ inline void CountWait(const RankView& view, int32_t source, uint64_t nanoseconds) {
   if (nanoseconds > 0) atomicAdd(&view.state->counters.waited_ns[source], nanoseconds);
 }
 
-// Waits until has_come(source). If it never has, the fault names all sources of which that is true.
+// Waits until has_come(source) is true for all sources. If the wait is in vain, the fault names all
+// sources for which it is false.
 template <typename HasCome>
 __device__ bool Await(const RankView& view, Op op, int32_t source, const HasCome& has_come) {
   const Current& current = view.state->current;
@@ -39,20 +40,23 @@ __device__ bool Await(const RankView& view, Op op, int32_t source, const HasCome
   return false;
 }
 
-// Messages of some sources, up to a part of them.
+// Messages of some sources, up to one of their parts.
 struct Messages {
-  int32_t first;  // the first source, as a distance down the ring from this rank, and how many
+  int32_t first;  // the first source, as a distance down the ring from this rank; and the number of
+                  // sources
   int32_t count;
   int part;
 
-  // Rank r sends to r + 1 first, so that messages come in from r - 1 downwards.
+  // Rank r sends to r + 1 first, so the message of r - 1 comes first, then that of r - 2, and so
+  // on.
   __device__ int32_t source(const RankView& view, int32_t i) const {
     const int32_t ep_size = view.config.ep_size;
     return (view.rank - first - i + 2 * ep_size) % ep_size;
   }
 };
 
-// Waits until the copy of a posted message is there, or leaves the message where it was packed.
+// Waits until the copy of a posted message is complete. If the copy takes too long, the message is
+// read where it was packed.
 __device__ inline void AwaitCopy(const RankView& view, const uint64_t* signal, uint64_t value,
                                  int32_t source) {
   const uint64_t start = Nanoseconds();

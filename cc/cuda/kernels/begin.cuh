@@ -11,7 +11,7 @@ namespace jax_sm_free::cuda {
 
 __device__ inline void WriteTokenOf(const RankView& view, Op op, float* token) {
   const Current& current = view.state->current;
-  if (current.failed == kNothing) {  // no token: its recv finds that out
+  if (current.failed == kNothing) {  // no token: the recv notices that
     for (int i = 0; i < kTokenSize; ++i) token[i] = 0;
     return;
   }
@@ -23,11 +23,11 @@ __device__ inline void WriteTokenOf(const RankView& view, Op op, float* token) {
              token);
 }
 
-// By one block. It waits until all peers have read the exchange that had the slot before.
+// One block calls this. It waits until all peers have read the exchange that used the slot before.
 __device__ inline void Begin(const RankView& view, Op op, const BeginArgs& args) {
   DeviceState* state = view.state;
   ResetClaims(state);
-  __shared__ uint64_t before;  // the exchange that used the slot last; 0 for none
+  __shared__ uint64_t before;  // the last exchange that used the slot; 0 for none
   if (threadIdx.x == 0) {
     const int32_t num_slots = view.config.num_slots;
     const uint64_t sequence = ++state->sequence;

@@ -1,5 +1,5 @@
-// The same sums with rows on their way to shared memory ahead of their turn, by the bulk copies of
-// Hopper's SMs: no register holds what is in flight, so that a few warps keep memory busy.
+// The sums of sums.cuh, for which bulk copies of Hopper's SMs load rows into shared memory ahead of
+// their use. No register holds data that is in flight, so a few warps keep memory busy.
 
 #ifndef JAX_SM_FREE_CC_CUDA_KERNELS_BULK_SUM_CUH_
 #define JAX_SM_FREE_CC_CUDA_KERNELS_BULK_SUM_CUH_
@@ -16,13 +16,13 @@
 
 namespace jax_sm_free::cuda {
 
-// Of a segment: few large pieces, because what one costs in instructions does not depend on its
-// size.
+// Words of a lane in a segment. Pieces are few and large, because the number of instructions for a
+// piece does not depend on its size.
 inline constexpr int kBulkPerLane = 4;
 inline constexpr int32_t kBulkWords = kBulkPerLane * kWarpSize;
 
-// As DirectSum, for blocks of one warp and rows of whole 16-byte words. What the terms of a sum are
-// is found when their rows are sent for, and left beside them for when they are added.
+// Does what DirectSum does, for blocks of one warp and rows of whole 16-byte words. The terms of a
+// sum are found when their rows are requested, and kept beside the rows until they are added.
 template <typename T, bool kWeighted, typename TermsOf>
 class BulkSum {
  public:
@@ -48,7 +48,7 @@ class BulkSum {
     Load();
   }
 
-  // As there, once before each Sum: it waits for the first stage of that.
+  // As in DirectSum. Call it once before each Sum. It waits for the first stage of that sum.
   __device__ Claim Next() {
     if (num_loaded_ == 0) return {num_rows_, 0};
     Await(add_stage_);
@@ -72,7 +72,7 @@ class BulkSum {
   }
 
  private:
-  static constexpr int kStages = 4;  // as many as shared memory has room for
+  static constexpr int kStages = 4;  // as many as fit into shared memory
   static constexpr int kPerLane = kBulkPerLane;
   static constexpr int32_t kWords = kBulkWords;
   static constexpr int kWidth = sizeof(uint4) / sizeof(T);
@@ -81,7 +81,7 @@ class BulkSum {
   struct Pieces {
     V of[kPerLane];
   };
-  // What a stage is for: a row of a sum; one for a sum without any, too.
+  // What a stage holds: a row of a sum. A sum without rows has a stage, too.
   enum What : uint32_t { kRow = 1, kNestedFirst = 2, kNestedLast = 4, kEnds = 8, kPoisoned = 16 };
   struct alignas(16) Note {
     Claim claim;
@@ -89,8 +89,8 @@ class BulkSum {
     uint32_t what;
   };
 
-  // Of this lane's words of the segment, of `size` words; `nested` is what the nested term is. Its
-  // first stage has been awaited.
+  // The sum of this lane's words of a segment of `size` words. `nested` is the value of the nested
+  // term. The first stage must have arrived.
   template <bool kWeigh>
   __device__ Pieces SumOfTerms(const Pieces& nested, int32_t size) {
     const int lane = threadIdx.x;
@@ -108,8 +108,8 @@ class BulkSum {
 #pragma unroll
         for (int u = 0; u < kPerLane; ++u) {
           const int32_t i = u * kWarpSize + lane;
-          // Whole words, which the compiler would else load element by element, in four-fold
-          // conflict.
+          // Loads whole words. Otherwise the compiler would load element by element, with four-fold
+          // bank conflicts.
           if (i < size) Add<kWeigh>(total[u], std::bit_cast<V>(words[i]), weight);
         }
       }
@@ -117,7 +117,7 @@ class BulkSum {
 #pragma unroll
         for (int u = 0; u < kPerLane; ++u) Add<false>(total[u], nested.of[u], 1);
       }
-      __syncwarp();  // all have read the stage that is loaded next
+      __syncwarp();  // all lanes have read the stage that is loaded next
       add_stage_ = (add_stage_ + 1) % kStages;
       --num_loaded_;
       Load();
@@ -135,7 +135,7 @@ class BulkSum {
   }
   __device__ uint32_t Barrier(int stage) const { return Shared(barriers_ + stage); }
 
-  // The terms of the next sum: of a claim the nested one first.
+  // Finds the terms of the next sum. If a claim has a nested sum, that sum comes first.
   __device__ void FindTerms() {
     if (!found_nested_) loading_ = claims_.Next();
     if (loading_.row >= num_rows_) return;
@@ -152,7 +152,7 @@ class BulkSum {
     if (terms_.row != nullptr) terms_.row += begin * kWordBytes;
   }
 
-  // Sends for terms as long as there are stages for them.
+  // Requests terms as long as there are free stages.
   __device__ void Load() {
     while (loading_.row < num_rows_) {
       if (!has_terms_) {
@@ -165,7 +165,7 @@ class BulkSum {
     }
   }
 
-  // Sends for the next term, by the lane that has it.
+  // Requests the next term. The lane that has the term does so.
   __device__ void LoadTerm() {
     const int source = left_ == 0 ? 0 : __ffs(static_cast<int>(left_)) - 1;
     left_ &= left_ - 1;
@@ -218,32 +218,32 @@ class BulkSum {
   uint4 (*words_)[kWords];
   uint64_t* barriers_;
   Note* notes_;
-  uint32_t phases_ = 0;  // a bit for each stage: the parity that its load completes
+  uint32_t phases_ = 0;  // one bit for each stage: the parity of the phase that its load completes
   int load_stage_ = 0;
   int add_stage_ = 0;
   int num_loaded_ = 0;  // stages in use
-  // Of the sum whose terms are being sent for.
+  // Describes the sum whose terms are being requested.
   Claim loading_ = {-1, 0};
   bool found_nested_ = false;
-  bool has_terms_ = false;  // some are left
+  bool has_terms_ = false;  // whether some terms were not requested yet
   Terms terms_;
   unsigned left_;
   int32_t load_bytes_;
 };
 
 #if !defined(__CUDACC__) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900)
-inline constexpr bool kHasBulkCopies = false;  // code that is there, but never launched
+inline constexpr bool kHasBulkCopies = false;  // the code exists, but is never launched
 #else
 inline constexpr bool kHasBulkCopies = true;
 #endif
 
-// The sum that a kernel uses.
+// The class that computes the sums of a kernel.
 template <typename T, int kWidth, bool kWeighted, bool kBulk, typename TermsOf>
 using SumOf = std::conditional_t<kBulk && kHasBulkCopies, BulkSum<T, kWeighted, TermsOf>,
                                  DirectSum<T, kWidth, kWeighted, TermsOf>>;
 
-// Threads of its blocks, how many blocks an SM should have room for at least, and words of a
-// segment.
+// The number of threads of its blocks, the least number of blocks that an SM should have room for,
+// and the number of words of a segment.
 template <bool kBulk>
 inline constexpr int kSumThreads = kBulk ? kWarpSize : kRowThreads;
 template <bool kBulk>
@@ -251,7 +251,7 @@ inline constexpr int kSumBlocks = kBulk ? 16 : 4;
 template <bool kBulk>
 inline constexpr int32_t kSumWords = kBulk ? kBulkWords : kDirectWords;
 
-// Rows for which it pays, on a device that can.
+// Whether bulk copies are faster for these rows, and the device has them.
 inline bool GoesInBulk(const Matrix& matrix) {
   constexpr int64_t kLeastBytes = 1024;
   static const bool has_bulk_copies = IsHopperOrNewer();

@@ -1,4 +1,4 @@
-// Rows handed out to the warps of a grid so that all end together.
+// Distributes rows to the warps of a grid, so that all warps end at about the same time.
 
 #ifndef JAX_SM_FREE_CC_CUDA_KERNELS_CLAIMS_CUH_
 #define JAX_SM_FREE_CC_CUDA_KERNELS_CLAIMS_CUH_
@@ -10,15 +10,16 @@
 
 namespace jax_sm_free::cuda {
 
-// A segment of a row that a warp has to itself.
+// A segment of a row. One warp works on it.
 struct Claim {
   int32_t row;
   int32_t segment;
 };
 
-// Segments of all rows in order. Of the first three quarters each warp has its fixed share; the
-// rest goes to whichever warp is through, for some have more to do than others. A counter for each
-// group of warps: one for all would be asked too often. For one kernel of an op.
+// The segments of all rows, in order. The first three quarters are divided evenly among the warps.
+// Warps that are done with their share take segments from the rest, because some segments are more
+// work than others. Each group of warps has its own counter, because a single counter would be used
+// too often. The claims of an op are for one of its kernels.
 class Claims {
  public:
   __device__ Claims(DeviceState* state, const Segments& segments, int64_t num_rows,
@@ -34,7 +35,7 @@ class Claims {
     counter_ = &state->claimed[group_].claimed;
   }
 
-  // This warp's next one; of no row where there is none. By all lanes.
+  // The next segment of this warp; a row behind the last one if there is none. All lanes call this.
   __device__ Claim Next() {
     const uint32_t index = __shfl_sync(kFullWarp, index_, 0);
     index_ = index + num_warps_;
@@ -49,12 +50,12 @@ class Claims {
   uint32_t* counter_;
   uint32_t per_row_;
   uint32_t num_warps_;
-  uint32_t index_;  // of the next one, in the first lane; on its way
+  uint32_t index_;  // of the next segment, in the first lane; its load may be in flight
   uint32_t fixed_end_;
   uint32_t group_;
 };
 
-// Before the kernel. By a block.
+// Call this before the kernel that makes claims. A block calls it.
 __device__ inline void ResetClaims(DeviceState* state) {
   for (int group = threadIdx.x; group < kClaimGroups; group += blockDim.x) {
     state->claimed[group].claimed = 0;

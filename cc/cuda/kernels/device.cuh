@@ -1,4 +1,4 @@
-// Small device functions that every kernel uses: addresses, memory order, faults.
+// Small device functions that all kernels use: addresses, memory order, faults.
 
 #ifndef JAX_SM_FREE_CC_CUDA_KERNELS_DEVICE_CUH_
 #define JAX_SM_FREE_CC_CUDA_KERNELS_DEVICE_CUH_
@@ -12,11 +12,11 @@
 
 namespace jax_sm_free::cuda {
 
-// Current::failed.
+// The values of Current::failed.
 enum Failure : int32_t {
   kOk,
-  kEmpty,    // peers get a poisoned message, so that they need not wait
-  kNothing,  // the slot is not ours: nothing may be written
+  kEmpty,    // peers get a poisoned message, so that they do not wait
+  kNothing,  // the slot is in use by others: nothing may be written
 };
 inline constexpr int32_t kPoisonedKind = -1;
 
@@ -24,7 +24,7 @@ __device__ inline int64_t MessageIndex(const RankView& view, int32_t slot, int32
   return int64_t{slot} * view.config.ep_size + peer;
 }
 
-// The message of `source` for this rank.
+// The message from `source` to this rank.
 __device__ inline std::byte* InMessage(const RankView& view, int32_t slot, int32_t source) {
   if ((view.state->current.in_place >> source & 1U) != 0) {
     return view.base[source] + StageOffset(view, slot, source, view.rank);
@@ -33,13 +33,14 @@ __device__ inline std::byte* InMessage(const RankView& view, int32_t slot, int32
          MessageIndex(view, slot, source) * view.regions.message_bytes;
 }
 
-// Where the message for `dst` is packed: our own rows go straight to where they are received.
+// Where the message for `dst` is packed. Rows for this rank itself go directly to where they are
+// received.
 __device__ inline std::byte* OutMessage(const RankView& view, int32_t slot, int32_t dst) {
   if (dst == view.rank) return InMessage(view, slot, dst);
   return view.base[view.rank] + StageOffset(view, slot, view.rank, dst);
 }
 
-// The message of `source` that has the rows which all of its messages have in common.
+// The message of `source` that holds the rows which all of its messages have in common.
 __device__ inline std::byte* CommonMessage(const RankView& view, int32_t slot, int32_t source) {
   return view.base[source] + StageOffset(view, slot, source, (source + 1) % view.config.ep_size);
 }
@@ -49,13 +50,13 @@ __device__ inline uint64_t* Signal(const RankView& view, int32_t slot, int32_t s
          MessageIndex(view, slot, source);
 }
 
-// The acknowledgement by `dst`, in the region of `holder`.
+// The acknowledgement of `dst`, in the region of `holder`.
 __device__ inline uint64_t* Ack(const RankView& view, int32_t holder, int32_t slot, int32_t dst) {
   return reinterpret_cast<uint64_t*>(view.base[holder] + view.regions.acks) +
          MessageIndex(view, slot, dst);
 }
 
-// The notice of `source`, and its sequence number, in the region of `holder`.
+// The notice of `source`, and the sequence number of the notice, in the region of `holder`.
 __device__ inline std::byte* Notice(const RankView& view, int32_t holder, int32_t slot,
                                     int32_t source) {
   return view.base[holder] + view.regions.notices +
@@ -66,7 +67,7 @@ __device__ inline uint64_t* Noticed(const RankView& view, int32_t holder, int32_
   return reinterpret_cast<uint64_t*>(view.base[holder] + view.regions.noticed) +
          MessageIndex(view, slot, source);
 }
-// The signal of the message of `source` that is packed, in the region of `holder`.
+// The signal that the message of `source` is packed, in the region of `holder`.
 __device__ inline uint64_t* Posted(const RankView& view, int32_t holder, int32_t slot,
                                    int32_t source) {
   return reinterpret_cast<uint64_t*>(view.base[holder] + view.regions.posted) +
@@ -85,29 +86,31 @@ __device__ inline T* PartOf(std::byte* message, int64_t offset) {
   return reinterpret_cast<T*>(message + offset);
 }
 
-// Whether the host has told this rank to wait no longer.
+// Whether the host has told this rank to stop waiting.
 __device__ inline bool IsStopped(const RankView& view) {
   return *const_cast<const volatile int32_t*>(&view.status->stopped) != 0;
 }
 
-// 0 if the clock was set back meanwhile.
+// 0 if the clock was set back between the two times.
 __device__ inline uint64_t Elapsed(uint64_t start, uint64_t now) {
   return now > start ? now - start : 0;
 }
 
-// How a wait of one thread went.
+// The result of a wait of one thread.
 struct Waited {
-  bool has_come;         // what it was for
-  uint64_t nanoseconds;  // until the last look in vain; 0 without one
+  bool has_come;  // whether the condition became true
+  uint64_t
+      nanoseconds;  // the duration up to the last check that failed; 0 if the first check succeeded
 };
 
-// Waits until is_true(). In vain after the timeout, or soon after the host said stop: what is on
-// its way still arrives. At once if an earlier wait took that long. tell() is called once if it
-// lasts. Called by any number of threads of one block; blocks nothing but this block.
+// Waits until is_true() holds. Gives up after the timeout, or soon after the host has said stop;
+// data that is in flight then still arrives. Gives up at once if an earlier wait took as long as
+// the timeout. Calls tell() once if the wait takes long. Any number of threads of one block may
+// call it. It blocks only this block.
 template <typename Condition, typename Tell>
 __device__ Waited WaitUntil(const RankView& view, const Condition& is_true, const Tell& tell) {
   constexpr uint64_t kStopNanoseconds = 500'000'000;
-  constexpr uint32_t kLooksPerStop = 1024;  // the host's memory is far
+  constexpr uint32_t kLooksPerStop = 1024;  // reading the memory of the host takes long
   if (view.state->faulted == kTimedOut) return {is_true(), 0};
   const uint64_t start = Nanoseconds();
   uint64_t now = start;
@@ -115,7 +118,8 @@ __device__ Waited WaitUntil(const RankView& view, const Condition& is_true, cons
   uint64_t end = start + static_cast<uint64_t>(view.config.timeout_s * 1e9);
   bool stopped = false;
   for (uint32_t looks = 1; !is_true(); ++looks) {
-    now = Nanoseconds();  // here: the threads of a warp may go on together, when all are done
+    // Here, because the threads of a warp may continue together when all are done.
+    now = Nanoseconds();
     if (now > end) return {false, Elapsed(start, now)};
     if (now > slow) {
       tell();
@@ -138,7 +142,7 @@ struct FaultNumbers {
   int64_t detail = 0;
 };
 
-// Writes a fault into pinned memory, where the host finds it, unless one stands there.
+// Writes a fault into pinned memory, where the host reads it. A fault that is already there stays.
 __device__ inline void Write(FaultRecord& record, const Current& current, Op op,
                              const FaultNumbers& fault) {
   if (atomicCAS_system(&record.claimed, 0, 1) != 0) return;
@@ -160,8 +164,8 @@ __device__ inline void Raise(const RankView& view, Op op, const FaultNumbers& fa
   Write(view.status->fault, view.state->current, op, fault);
 }
 
-// Waits as WaitUntil does. If it is in vain, that is a fault, numbers() or, where the host has
-// ended the wait, kStopped. While it goes on for long, the host tells numbers() on stderr.
+// Waits as WaitUntil does. A wait in vain is a fault with the numbers of numbers(); or kStopped, if
+// the host has ended the wait. If the wait takes long, the host writes the same numbers to stderr.
 template <typename Condition, typename Numbers>
 __device__ Waited WaitOrRaise(const RankView& view, Op op, const Condition& is_true,
                               const Numbers& numbers) {
@@ -174,8 +178,8 @@ __device__ Waited WaitOrRaise(const RankView& view, Op op, const Condition& is_t
   return waited;
 }
 
-// True in all threads of the block that finishes last. Everything the other blocks wrote is
-// visible to it.
+// True in all threads of the block that finishes last. That block sees everything that the other
+// blocks wrote.
 __device__ inline bool IsLastBlock(DeviceState* state) {
   __shared__ bool last;
   __threadfence();
@@ -189,10 +193,10 @@ __device__ inline bool IsLastBlock(DeviceState* state) {
   return last;
 }
 
-// The first block of a grid may be its watch: it waits until the others have ended a step of the
-// kernel, of which there are at most kMaxSteps, and does what then is to be done. The others count
-// and go on: for one of them to find out whether it is the last would take as long as the memory
-// that all of them fill takes to answer. They work as Workers says.
+// The first block of a grid may be its watch. It waits until the other blocks, the workers, have
+// ended a step of the kernel, and then does what follows the step. A kernel has at most kMaxSteps
+// steps. The workers count the end of a step and continue. If a worker had to find out whether it
+// is the last one, it would wait for the memory that all workers keep busy.
 __device__ inline bool IsWatch() { return blockIdx.x == 0; }
 __device__ inline Warps Workers() {
   const int64_t per_block = blockDim.x / kWarpSize;
@@ -200,7 +204,7 @@ __device__ inline Warps Workers() {
           (int64_t{gridDim.x} - 1) * per_block};
 }
 
-// One of these to a kernel, made by all threads.
+// All threads of a kernel make one object of this class.
 class Steps {
  public:
   __device__ explicit Steps(DeviceState* state) : state_(state) {
@@ -210,7 +214,7 @@ class Steps {
     __syncthreads();
   }
 
-  // By all lanes of a warp that works.
+  // All lanes of a worker's warp call this.
   __device__ void End(int step) const {
     __syncwarp();
     if (threadIdx.x % kWarpSize != 0) return;
@@ -221,8 +225,8 @@ class Steps {
     CountRelease(state_->steps_done + step);
   }
 
-  // By all lanes of a warp of the watch, once for each step. What was written in the step is then
-  // visible.
+  // All lanes of a warp of the watch call this once for each step. Afterwards they see everything
+  // that was written in the step.
   __device__ void Await(int step) const {
     uint32_t* done = state_->steps_done + step;
     if (threadIdx.x % kWarpSize == 0) {
@@ -237,12 +241,13 @@ class Steps {
   uint32_t* warps_done_;
 };
 
-// Adds the bytes of a message's rows.
+// Counts the bytes of the rows of a message.
 __device__ inline void CountRows(Counters::Counter& counter, const MessageHeader& header) {
   atomicAdd(&counter, static_cast<Counters::Counter>(header.num_rows * header.row_bytes));
 }
 
-// Tells every source that its message in this slot has been read, and frees the slot. By one block.
+// Tells all sources that their messages in this slot were read, and frees the slot. One block calls
+// this.
 __device__ inline void Acknowledge(const RankView& view) {
   const Current current = view.state->current;
   for (int32_t peer = threadIdx.x; peer < view.config.ep_size; peer += blockDim.x) {

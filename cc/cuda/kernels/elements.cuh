@@ -1,5 +1,6 @@
-// Vectors of row elements: 16-byte loads and stores, and arithmetic in float32 as the contract
-// wants it: product, then sum, never fused, so that the host computes the same bits.
+// Vectors of row elements for 16-byte loads and stores, and the arithmetic that the contract
+// requires: in float32, first a product, then a sum. It never uses fused multiply-add, so that the
+// host computes the same bits.
 
 #ifndef JAX_SM_FREE_CC_CUDA_KERNELS_ELEMENTS_CUH_
 #define JAX_SM_FREE_CC_CUDA_KERNELS_ELEMENTS_CUH_
@@ -34,21 +35,22 @@ __device__ inline __nv_bfloat16 FromFloat<__nv_bfloat16>(float value) {
   return __float2bfloat16_rn(value);
 }
 
-// kWidth elements of type T, moved by one load or store.
+// kWidth elements of type T. One load or store moves them.
 template <typename T, int kWidth>
 struct alignas(sizeof(T) * kWidth) Vector {
   T elements[kWidth];
 };
 
-// Its bits. An array of them stays in registers; one of vectors the compiler takes apart, element
-// by element, where not all are always there.
+// The bits of a vector. An array of bits stays in registers. An array of vectors does not always:
+// the compiler splits it into elements where some vectors are only sometimes loaded.
 template <typename V>
 using BitsOf = std::conditional_t<sizeof(V) == sizeof(uint4), uint4,
                                   std::conditional_t<sizeof(V) == 4, uint32_t, uint16_t>>;
 
-// Calls fn<T, kWidth> for the dtype of `matrix`, with 16-byte vectors where rows allow them.
+// Calls fn<T, kWidth>() with the element type of `matrix`, and the number of elements that one load
+// moves: 16 bytes of them where rows are whole multiples of 16 bytes, else one.
 template <typename Fn>
-void Dispatch(const Matrix& matrix, Fn fn) {
+void VisitElement(const Matrix& matrix, Fn fn) {
   const bool wide = matrix.row_bytes() % 16 == 0;
   switch (matrix.dtype) {
     case DType::kFloat32:
@@ -61,12 +63,12 @@ void Dispatch(const Matrix& matrix, Fn fn) {
   }
 }
 
-// Calls fn<T, kWidth> for all of them.
+// Calls fn<T, kWidth>() for everything that VisitElement chooses from.
 template <typename Fn>
 void ForEachElement(Fn fn) {
-  for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-    Dispatch(Matrix{dtype, 8}, fn);
-    Dispatch(Matrix{dtype, 1}, fn);
+  for (const DType dtype : kDTypes) {
+    VisitElement(Matrix{dtype, 8}, fn);
+    VisitElement(Matrix{dtype, 1}, fn);
   }
 }
 

@@ -1,4 +1,4 @@
-// The expert rows that a token row is the sum of.
+// The expert rows whose sum is a token row.
 
 #ifndef JAX_SM_FREE_CC_CUDA_KERNELS_EXPERT_TERMS_CUH_
 #define JAX_SM_FREE_CC_CUDA_KERNELS_EXPERT_TERMS_CUH_
@@ -11,7 +11,7 @@
 
 namespace jax_sm_free::cuda {
 
-// Row i of `rows.layout`; this lane's term is the k-th expert row.
+// The terms of row i of `rows.layout`. The term of lane k is the k-th expert row.
 class ExpertTerms {
  public:
   __device__ ExpertTerms(const RankView& view, Op op, const ExpertRows& rows, int64_t row_bytes)

@@ -14,93 +14,78 @@
 
 namespace jax_sm_free::cuda {
 
-// What a send begins: the next exchange, and its token.
+// What a send begins: the next exchange. The send writes the token of this exchange.
 struct BeginArgs {
-  float* token = nullptr;             // [kTokenSize]
-  const int32_t* position = nullptr;  // of the program, i32 []; null where it is not checked
+  float* token = nullptr;  // [kTokenSize]
+  // i32 []: the position that the program expects of this rank. Null if it is not checked.
+  const int32_t* position = nullptr;
 };
 
 // route.cu
 
-// Finds the row of every token in the message to each rank, and leaves it in scratch. A send also
-// begins its exchange here, and writes the headers and notices of all messages; a dispatch writes
-// the routing of its rows, too.
+// Finds the row of every token in the message to each rank, and writes it into scratch. In a send,
+// it also begins the exchange, and writes the headers and notices of all messages. In a dispatch,
+// it also writes the routing of the rows.
 struct RouteArgs {
   Op op = Op::kDispatchSend;
   int64_t row_bytes = 0;
-  TopK topk = {};                       // with weights in a dispatch
-  std::optional<BeginArgs> begin = {};  // of a send; a recv finds the routing again
+  TopK topk = {};                       // a dispatch has weights
+  std::optional<BeginArgs> begin = {};  // a send has it; a recv only finds the routing again
 };
 void LaunchRoute(const RankView& view, const RouteArgs& args, cudaStream_t stream);
 
 // pack.cu
 
-// Token rows into messages, and posts them part by part.
+// Writes token rows into messages, and posts the messages part by part. pack_quantized.cu has the
+// kernel for rows that the wire quantises.
 struct PackArgs {
   ConstRows rows;
   int64_t num_tokens = 0;
-  bool leaves_own = false;  // the recv reads this rank's own rows where they are
+  // Only for plain rows: the recv reads this rank's own rows from the program's array.
+  bool leaves_own = false;
+  RowFormat format = {};
 };
 void LaunchPack(const RankView& view, const PackArgs& args, cudaStream_t stream);
 
-// pack_quantized.cu
-
-// The same, for rows that travel as float8 with scales.
-struct PackQuantizedArgs {
-  Matrix matrix;
-  const std::byte* x = nullptr;  // [num_tokens]
-  int64_t num_tokens = 0;
-};
-void LaunchPackQuantized(const RankView& view, const PackQuantizedArgs& args, cudaStream_t stream);
-
 // wait.cu
 
-// Takes the exchange that the token names and waits for the notices of its messages, and for the
-// messages if told so. One block.
+// Takes the exchange that the token names, and waits for the notices of its messages. If
+// `for_messages` is set, it also waits for the messages. One block.
 struct WaitArgs {
   Op op = Op::kDispatchRecv;
   const float* token = nullptr;  // [kTokenSize]
   int64_t row_bytes = 0;
   const int32_t* expected_rows = nullptr;  // [ep_size]: rows that each source must have sent
-  std::optional<int64_t> own_tokens = {};  // how many tokens this rank must have sent from
+  std::optional<int64_t> own_tokens = {};  // the number of tokens that this rank gave to the send
   bool for_messages = true;
-  bool is_first = true;  // of its call: no other kernel is launched before it
+  bool is_first = true;  // whether no other kernel of the call was launched before
 };
 void LaunchWait(const RankView& view, const WaitArgs& args, cudaStream_t stream);
 
-// unpack_experts.cu
+// unpack_experts.cu and unpack_tokens.cu. unpack_dequantized.cu has the kernels for rows that the
+// wire quantised.
 
 struct UnpackExpertsArgs : ExpertsOut {
-  ConstRows own_rows =
-      {};  // [tokens], what this rank sent from; null where its rows were packed, too
-  bool all_here = false;  // LaunchWait has waited for the messages, not for notices alone
+  // [tokens]: the rows that this rank gave to the send. Null if the send packed them.
+  ConstRows own_rows = {};
+  bool all_here = false;  // LaunchWait has waited for the messages, and not only for notices
 };
-// Places the groups, for LaunchUnpackExperts. One block.
+// Places the groups for LaunchUnpackExperts. One block.
 void LaunchPlan(const RankView& view, const UnpackExpertsArgs& out, cudaStream_t stream);
 
-// Writes this rank's own rows first, and those of others as they come in: while the last rows are
-// on their way, the rest is written.
+// Writes this rank's own rows first, and then the rows of others as they arrive. While the last
+// rows are in flight, it writes the others.
 void LaunchUnpackExperts(const RankView& view, const UnpackExpertsArgs& out, cudaStream_t stream);
 
-// unpack_tokens.cu
-
 struct UnpackTokensArgs : TokensOut {
-  ConstRows own_rows = {};  // as above
+  ConstRows own_rows = {};  // as in UnpackExpertsArgs
 };
 void LaunchUnpackTokens(const RankView& view, const UnpackTokensArgs& out, cudaStream_t stream);
 
-// unpack_dequantized.cu
-
-// Both of them for rows that came as float8 with scales: back to what out.dequantized says.
-void LaunchUnpackExpertsDequantized(const RankView& view, const UnpackExpertsArgs& out,
-                                    cudaStream_t stream);
-void LaunchUnpackTokensDequantized(const RankView& view, const UnpackTokensArgs& out,
-                                   cudaStream_t stream);
-
 // pack_sums.cu
 
-// Begins an exchange, sums expert rows into its messages, and posts them: PackSums of
-// cc/cpu/reduce.h.
+// Begins an exchange, sums expert rows into the messages, and posts them. PackSums in
+// cc/cpu/reduce.h computes the same.
 struct PackSumsArgs : SumsIn {
   Op op = Op::kCombineSend;
   BeginArgs begin = {};
@@ -110,23 +95,25 @@ void LaunchPackSums(const RankView& view, const PackSumsArgs& args, cudaStream_t
 
 // sum.cu
 
-// Sums over ranks, as SumOverRanks of cc/cpu/reduce.h.
+// Sums over ranks. SumOverRanks in cc/cpu/reduce.h computes the same.
 struct SumArgs : SumsOut {
   Op op = Op::kCombineRecv;
-  std::optional<ExpertRows> own = {};  // what the send had, if it left this rank's own rows
+  // The expert rows of the send, if it left the sums for this rank to the recv.
+  std::optional<ExpertRows> own = {};
 };
 void LaunchSum(const RankView& view, const SumArgs& args, cudaStream_t stream);
 
 // spread.cu
 
-// Gradients of token rows to expert rows, as SpreadGradients of cc/cpu/reduce.h.
+// Writes the gradients of expert rows from those of token rows. SpreadGradients in cc/cpu/reduce.h
+// computes the same.
 struct SpreadArgs : SpreadOut {
   Op op = Op::kCombineBackwardRecv;
 };
 void LaunchSpread(const RankView& view, const SpreadArgs& args, cudaStream_t stream);
 
-// Each loads the kernels of its file on the current device: a kernel that is loaded behind one that
-// waits may deadlock.
+// Each function loads the kernels of one file on the current device. A kernel that is loaded while
+// another kernel waits may deadlock.
 cudaError_t LoadRoute();
 cudaError_t LoadPack();
 cudaError_t LoadPackQuantized();

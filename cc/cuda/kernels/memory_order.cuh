@@ -1,5 +1,5 @@
-// Loads and stores that order others, for all GPUs and the host to see, counters for the GPU's own
-// threads, and the GPU's clock.
+// Loads and stores that order other accesses, visible to all GPUs and the host; counters for the
+// threads of this GPU; and the clock of the GPU.
 
 #ifndef JAX_SM_FREE_CC_CUDA_KERNELS_MEMORY_ORDER_CUH_
 #define JAX_SM_FREE_CC_CUDA_KERNELS_MEMORY_ORDER_CUH_

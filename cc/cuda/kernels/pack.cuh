@@ -1,4 +1,4 @@
-// Messages of token rows, part by part.
+// Packs messages of token rows, part by part.
 
 #ifndef JAX_SM_FREE_CC_CUDA_KERNELS_PACK_CUH_
 #define JAX_SM_FREE_CC_CUDA_KERNELS_PACK_CUH_
@@ -8,20 +8,22 @@
 
 #include "cc/cuda/kernels/claims.cuh"
 #include "cc/cuda/kernels/device.cuh"
+#include "cc/cuda/kernels/kernels.h"
 #include "cc/cuda/kernels/launch.h"
 #include "cc/cuda/kernels/post.cuh"
 
 namespace jax_sm_free::cuda {
 
-// Where the rows of the messages being packed lie; null for a message without.
+// Where the rows of a message are packed; null for a message that is not packed.
 struct OutRows {
   std::byte* rows;
   int64_t row_stride;
   Placing placing;
 };
 
-// The row of a token in the message to a rank: a lane for each rank; null where it is not packed.
-__device__ inline std::byte* PackTarget(const RankView& view, const OutRows* outs, int64_t token) {
+// The row of a token in the message to a rank. Each lane handles one rank. Null if the row is not
+// packed.
+__device__ inline std::byte* PackOutRow(const RankView& view, const OutRows* outs, int64_t token) {
   const int dst = threadIdx.x % kWarpSize;
   const int32_t ep_size = view.config.ep_size;
   const int32_t number = dst < ep_size ? view.row_of[token * ep_size + dst] : -1;
@@ -30,26 +32,29 @@ __device__ inline std::byte* PackTarget(const RankView& view, const OutRows* out
   int32_t place = number;
   if (out.placing.num_common > 0) {
     const CommonBefore common = CommonBefore::Of(view.common_before[token]);
-    if (common.is_one && dst != (view.rank + 1) % ep_size) return nullptr;  // staged once
+    if (common.is_one && dst != (view.rank + 1) % ep_size)
+      return nullptr;  // a common row is packed once
     place = PlaceOf(out.placing, number, common);
   }
   return out.rows + place * out.row_stride;
 }
 
-// Posts one part after the other. By a warp of the watch.
+// Posts one part after the other. A warp of the watch calls this.
 __device__ inline void PostAllParts(const RankView& view, const Steps& steps, int first_part) {
   const int32_t ep_size = view.config.ep_size;
   const auto lane = static_cast<int32_t>(threadIdx.x % kWarpSize);
-  const int32_t dst = lane < ep_size ? (view.rank + 1 + lane) % ep_size : -1;  // each another first
+  const int32_t dst = lane < ep_size ? (view.rank + 1 + lane) % ep_size
+                                     : -1;  // each rank starts with another destination
   for (int part = first_part; part < kNumParts; ++part) {
     steps.Await(part);
     PostParts(view, dst, part);
   }
 }
 
-// Calls pack(target, claim) for all segments of all tokens' rows, by all lanes of a warp: `target`
-// is PackTarget. One part after the other: each is posted when all have packed it, while some go on
-// with the next. With `leaves_own`, our own rows have no place. Behind the route.
+// Calls pack(out_row, claim) for all segments of all tokens' rows. All lanes of a warp call it, and
+// `out_row` is the result of PackOutRow. It packs one part after the other: a part is posted when
+// all blocks have packed it, while other blocks continue with the next part. If `leaves_own` is
+// set, the rows for this rank are not packed. Runs behind the route.
 template <typename Pack>
 __device__ void PackParts(const RankView& view, const Segments& segments, int64_t num_tokens,
                           bool leaves_own, const Pack& pack) {
@@ -77,10 +82,13 @@ __device__ void PackParts(const RankView& view, const Segments& segments, int64_
   Claim at = claims.Next();
   for (int part = first_part == 0 ? kLastPart : 0; part < kNumParts; ++part) {
     const int64_t end = part == kLastPart ? num_tokens : first_part;
-    for (; ok && at.row < end; at = claims.Next()) pack(PackTarget(view, outs, at.row), at);
+    for (; ok && at.row < end; at = claims.Next()) pack(PackOutRow(view, outs, at.row), at);
     steps.End(part);
   }
 }
+
+// LaunchPack for rows that the wire quantises: pack_quantized.cu.
+void LaunchPackQuantized(const RankView& view, const PackArgs& args, cudaStream_t stream);
 
 }  // namespace jax_sm_free::cuda
 

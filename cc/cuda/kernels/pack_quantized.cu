@@ -1,5 +1,5 @@
-// Token rows into messages as float8 with scales: each row of x is read and quantised once, however
-// many ranks it goes to.
+// Token rows into messages, in a format that quantises them. Each row of x is read and quantised
+// once, however many ranks it goes to.
 
 #include <cuda_runtime.h>
 
@@ -13,20 +13,23 @@
 namespace jax_sm_free::cuda {
 namespace {
 
-// 16-byte loads of a lane in flight; and how many blocks registers leave room for then.
+// The number of 16-byte loads that a lane has in flight, and the number of blocks that the
+// registers then leave room for.
 constexpr int kUnroll = 4;
 constexpr int kMinBlocks = 4;
 
-// Groups [first, end) of a row of whole 16-byte words, to every target. All lanes of the warp call
-// it; each keeps several loads in flight.
-template <typename T>
-__device__ void PackWords(std::byte* target, const std::byte* x, int64_t hidden, int32_t first,
+// Quantises groups [first, end) of a row of whole 16-byte words, and writes them to every out_row.
+// All lanes of the warp call it. Each lane keeps several loads in flight.
+template <typename Format, typename T>
+__device__ void PackWords(std::byte* out_row, const std::byte* x, int64_t hidden, int32_t first,
                           int32_t end) {
-  constexpr int kLanes = kGroupLanes<T>;
+  using Scale = typename Format::Scale;
+  constexpr int kLanes = kGroupLanes<Format, T>;
+  static_assert(kUnroll <= kLanes);  // a lane keeps at most one scale
   const int lane = threadIdx.x % kWarpSize;
   const auto* words = reinterpret_cast<const uint4*>(x);
   const int32_t end_word = min(end * kLanes, static_cast<int32_t>(hidden / kLaneColumns<T>));
-  for (; first < end; first += kUnroll * kWarpGroups<T>) {
+  for (; first < end; first += kUnroll * kWarpGroups<Format, T>) {
     const int32_t first_word = first * kLanes;
     uint4 loaded[kUnroll];
 #pragma unroll
@@ -35,92 +38,94 @@ __device__ void PackWords(std::byte* target, const std::byte* x, int64_t hidden,
       loaded[u] = i < end_word ? __ldcs(words + i) : make_uint4(0, 0, 0, 0);
     }
     Codes<T> codes[kUnroll];
-    float kept = 0;  // the scale of one group of the warp's, each lane another
+    Scale kept = 0;  // each lane keeps the scale of another group
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (first_word + u * kWarpSize >= end_word) continue;
       float values[kLaneColumns<T>];
       ToFloats<T>(loaded[u], values);
-      const GroupScale scale(LargestOfLanes<kLanes>(LargestMagnitude(values)));
+      const GroupScale<Format> scale(LargestOfLanes<kLanes>(LargestMagnitude(values)));
       codes[u] = Quantize<T>(values, scale);
       if (lane % kLanes == u) kept = scale.scale();
     }
-    const int32_t group = first + lane % kLanes * kWarpGroups<T> + lane / kLanes;
+    const int32_t group = first + lane % kLanes * kWarpGroups<Format, T> + lane / kLanes;
     const bool keeps = lane % kLanes < kUnroll && group < end;
-    ForEachTarget(target, [&](std::byte* row) {
+    ForEachOutRow(out_row, [&](std::byte* row) {
       auto* out = reinterpret_cast<Codes<T>*>(row);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         const int32_t i = first_word + u * kWarpSize + lane;
         if (i < end_word) __stcs(out + i, codes[u]);
       }
-      if (keeps) __stcs(reinterpret_cast<float*>(row + hidden) + group, kept);
+      if (keeps) __stcs(reinterpret_cast<Scale*>(row + hidden) + group, kept);
     });
   }
 }
 
-// The same for a row of any size, whose scales may lie at any byte.
-template <typename T>
-__device__ void PackColumns(std::byte* target, const std::byte* x, int64_t hidden, int32_t first,
+// The same for a row of any size. Its scales may start at any byte.
+template <typename Format, typename T>
+__device__ void PackColumns(std::byte* out_row, const std::byte* x, int64_t hidden, int32_t first,
                             int32_t end) {
-  constexpr int kPerLane = kScaleColumns / kWarpSize;
+  constexpr int kPerLane = Format::kScaleColumns / kWarpSize;
+  constexpr int kScaleBytes = sizeof(typename Format::Scale);
   const int lane = threadIdx.x % kWarpSize;
   const auto* row = reinterpret_cast<const T*>(x);
   for (; first < end; ++first) {
     float values[kPerLane];
 #pragma unroll
     for (int i = 0; i < kPerLane; ++i) {
-      const int64_t column = first * kScaleColumns + i * kWarpSize + lane;
+      const int64_t column = first * Format::kScaleColumns + i * kWarpSize + lane;
       values[i] = column < hidden ? ToFloat(row[column]) : 0.0F;
     }
-    const GroupScale scale(LargestOfLanes<kWarpSize>(LargestMagnitude(values)));
-    ForEachTarget(target, [&](std::byte* out) {
+    const GroupScale<Format> scale(LargestOfLanes<kWarpSize>(LargestMagnitude(values)));
+    ForEachOutRow(out_row, [&](std::byte* out) {
 #pragma unroll
       for (int i = 0; i < kPerLane; ++i) {
-        const int64_t column = first * kScaleColumns + i * kWarpSize + lane;
+        const int64_t column = first * Format::kScaleColumns + i * kWarpSize + lane;
         if (column < hidden) out[column] = static_cast<std::byte>(scale.Quantize(values[i], 0.0F));
       }
-      if (lane < static_cast<int>(sizeof(float))) {
-        out[hidden + first * int64_t{sizeof(float)} + lane] =
-            static_cast<std::byte>(__float_as_uint(scale.scale()) >> 8 * lane);
+      if (lane < kScaleBytes) {
+        out[hidden + first * int64_t{kScaleBytes} + lane] = ScaleByte(scale.scale(), lane);
       }
     });
   }
 }
 
-template <typename T>
+template <typename Format, typename T>
 __host__ __device__ Segments SegmentsOf(int64_t hidden) {
-  return GroupSegments(hidden, kUnroll * kWarpGroups<T>);
+  return GroupSegments<Format>(hidden, kUnroll * kWarpGroups<Format, T>);
 }
 
-template <typename T, int kWidth>
+template <typename Format, typename T, int kWidth>
 __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
-    PackQuantizedKernel(const RankView view, const PackQuantizedArgs args) {
-  const int64_t hidden = args.matrix.hidden;
-  const Segments segments = SegmentsOf<T>(hidden);
-  // Our own rows are quantised like others.
-  PackParts(view, segments, args.num_tokens, false, [&](std::byte* target, const Claim& at) {
-    const std::byte* x = args.x + at.row * args.matrix.row_bytes();
+    PackQuantizedKernel(const RankView view, const PackArgs args) {
+  const Matrix& matrix = args.format.matrix;
+  const int64_t hidden = matrix.hidden;
+  const Segments segments = SegmentsOf<Format, T>(hidden);
+  // Rows for this rank itself are quantised, too.
+  PackParts(view, segments, args.num_tokens, false, [&](std::byte* out_row, const Claim& at) {
+    const std::byte* x = args.rows.values + at.row * matrix.row_bytes();
     const int32_t first = segments.begin(at.segment);
     const int32_t end = segments.end(at.segment);
     if constexpr (kWidth > 1) {
-      PackWords<T>(target, x, hidden, first, end);
+      PackWords<Format, T>(out_row, x, hidden, first, end);
     } else {
-      PackColumns<T>(target, x, hidden, first, end);
+      PackColumns<Format, T>(out_row, x, hidden, first, end);
     }
   });
 }
 
 struct Launch {
   const RankView& view;
-  const PackQuantizedArgs& args;
+  const PackArgs& args;
   cudaStream_t stream;
 
-  template <typename T, int kWidth>
+  template <typename Format, typename T, int kWidth>
   void operator()() const {
-    const auto kernel = PackQuantizedKernel<T, kWidth>;
+    const auto kernel = PackQuantizedKernel<Format, T, kWidth>;
     static const int most = FullGrid(kernel);
-    const int64_t warps = args.num_tokens * SegmentsOf<T>(args.matrix.hidden).per_row;
+    const int64_t warps =
+        args.num_tokens * SegmentsOf<Format, T>(args.format.matrix.hidden).per_row;
     EnqueueBehind(kernel, {BlocksAndWatch(warps, most), kRowThreads}, stream, view, args);
   }
 };
@@ -128,21 +133,21 @@ struct Launch {
 struct LoadAll {
   cudaError_t* error;
 
-  template <typename T, int kWidth>
+  template <typename Format, typename T, int kWidth>
   void operator()() const {
-    if (*error == cudaSuccess) *error = Load(PackQuantizedKernel<T, kWidth>);
+    if (*error == cudaSuccess) *error = Load(PackQuantizedKernel<Format, T, kWidth>);
   }
 };
 
 }  // namespace
 
-void LaunchPackQuantized(const RankView& view, const PackQuantizedArgs& args, cudaStream_t stream) {
-  Dispatch(args.matrix, Launch{view, args, stream});
+void LaunchPackQuantized(const RankView& view, const PackArgs& args, cudaStream_t stream) {
+  VisitQuantized(args.format, Launch{view, args, stream});
 }
 
 cudaError_t LoadPackQuantized() {
   cudaError_t error = cudaSuccess;
-  ForEachElement(LoadAll{&error});
+  ForEachQuantized(LoadAll{&error});
   return error;
 }
 

@@ -1,4 +1,4 @@
-// Sums of expert rows into messages back to the tokens' ranks: reduce and pack.
+// Sums of expert rows into messages to the ranks of the tokens: reduce and pack.
 
 #include <cuda_runtime.h>
 
@@ -13,8 +13,8 @@
 namespace jax_sm_free::cuda {
 namespace {
 
-// Begins the exchange: headers, and the number of rows for each destination. One block of one
-// thread for each rank.
+// Begins the exchange: writes headers and the number of rows for each destination. One block, with
+// one thread for each rank.
 __global__ void BeginPackSumsKernel(const RankView view, const PackSumsArgs args) {
   DeviceState* state = view.state;
   Begin(view, args.op, args.begin);
@@ -36,8 +36,8 @@ __global__ void BeginPackSumsKernel(const RankView view, const PackSumsArgs args
     header.kind = failed ? kPoisonedKind : static_cast<int32_t>(KindOf(args.op));
     header.num_rows = failed ? 0 : state->num_rows[dst];
     header.row_bytes = args.matrix.row_bytes();
-    // The first message of the ring, so that the wire need not wait for all of it; but gradients of
-    // weights lie ahead of all rows.
+    // The first message of the ring goes in parts, so that its transfer can start before it is
+    // complete. A message with gradients of weights does not, because these lie before all rows.
     const bool is_first = dst == (view.rank + 1) % view.config.ep_size && dst != view.rank;
     if (is_first && args.weight_grads == nullptr) {
       header.first_part = FirstPartRows(header.num_rows, header.row_bytes);
@@ -53,8 +53,8 @@ __global__ void BeginPackSumsKernel(const RankView view, const PackSumsArgs args
   state->first_row[view.config.ep_size] = next;
 }
 
-// Token rows in the order in which they are summed: those for the next rank of the ring first, for
-// ourselves last, or left.
+// The order in which token rows are summed: first those for the next rank of the ring, last those
+// for this rank. Those for this rank may be left to the recv.
 struct RingOrder {
   int64_t first;
   int64_t end;
@@ -67,15 +67,16 @@ struct RingOrder {
   __device__ int64_t row(int64_t i) const { return first + i < end ? first + i : first + i - end; }
 };
 
-// Of a part of the message for the i-th rank down the ring; the first alone may have two.
+// The step in which a part of the message for the i-th rank down the ring is packed. Only the first
+// message may have two parts.
 __device__ int StepOf(int32_t i, int part) { return i - 1 + part; }
 
-// Notices, and each message when it is there. By a warp of the watch.
+// Posts notices, and each message when it is complete. A warp of the watch calls this.
 __device__ void PostMessages(const RankView& view, const Steps& steps) {
   const int32_t ep_size = view.config.ep_size;
   const auto lane = static_cast<int32_t>(threadIdx.x % kWarpSize);
   if (lane < ep_size) SendNotice(view, lane);
-  PostParts(view, lane == 0 ? view.rank : -1, kLastPart);  // for later kernels
+  PostParts(view, lane == 0 ? view.rank : -1, kLastPart);  // later kernels read this
   for (int32_t i = 1; i < ep_size; ++i) {
     const int32_t dst = (view.rank + i) % ep_size;
     const MessageHeader& header = HeaderOf(OutMessage(view, view.state->current.slot, dst));
@@ -86,8 +87,8 @@ __device__ void PostMessages(const RankView& view, const Steps& steps) {
   }
 }
 
-// The message for one rank after the other, and of the first a part ahead of the rest, so that the
-// first leaves while the next is summed.
+// Packs the message for one rank after the other. The first message has two parts, so that its
+// first part is sent while the second part is summed.
 template <typename T, int kWidth, bool kWeighted, bool kBulk>
 __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
     PackSumsKernel(const RankView view, const PackSumsArgs args) {
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
   SumOf<T, kWidth, kWeighted, kBulk, decltype(terms_of)> sum(args.matrix, order.count, Workers(),
                                                              view.state, terms_of);
   Claim at = sum.Next();
-  int64_t before = 0;  // rows of the messages before
+  int64_t before = 0;  // rows of the messages before this one
   for (int32_t i = 1; i <= ep_size; ++i) {
     const int32_t dst = (view.rank + i) % ep_size;
     std::byte* message = OutMessage(view, current.slot, dst);
@@ -180,7 +181,7 @@ struct LoadAll {
 
 void LaunchPackSums(const RankView& view, const PackSumsArgs& args, cudaStream_t stream) {
   Enqueue(BeginPackSumsKernel, {1, kMaxRanks}, stream, view, args);
-  Dispatch(args.matrix, Launch{view, args, stream});
+  VisitElement(args.matrix, Launch{view, args, stream});
 }
 
 cudaError_t LoadPackSums() {

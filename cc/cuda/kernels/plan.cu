@@ -1,4 +1,4 @@
-// Places the groups of a dispatch's expert rows, from the counts in the notices.
+// Places the groups of a dispatch's expert rows, using the counts in the notices.
 
 #include <cuda_runtime.h>
 
@@ -11,14 +11,15 @@ namespace {
 
 constexpr int kPlanThreads = 256;
 
-// All values of the block combined, in all threads. Atomics on 64 bits of shared memory are loops.
+// Combines a value of each thread of the block; all threads get the result. It does not use
+// atomics: on 64 bits of shared memory, they are loops.
 template <typename Combine>
 __device__ int64_t BlockReduce(int64_t value, const Combine& combine) {
   __shared__ int64_t of_warps[kPlanThreads / kWarpSize];
   for (int offset = kWarpSize / 2; offset > 0; offset /= 2) {
     value = combine(value, __shfl_xor_sync(kFullWarp, value, offset));
   }
-  __syncthreads();  // what was there has been read
+  __syncthreads();  // all threads have read the earlier content
   if (threadIdx.x % kWarpSize == 0) of_warps[threadIdx.x / kWarpSize] = value;
   __syncthreads();
   value = of_warps[0];
@@ -27,7 +28,8 @@ __device__ int64_t BlockReduce(int64_t value, const Combine& combine) {
   return value;
 }
 
-// Rows that groups take when each keeps its first `level`; all threads of the block get the sum.
+// The rows of all groups if each group keeps its first `level` rows. All threads of the block get
+// the sum.
 __device__ int64_t BlockRowsAtLevel(const Config& config, const int64_t* counts, int64_t level) {
   int64_t mine = 0;
   for (int32_t e = threadIdx.x; e < config.num_local_experts(); e += blockDim.x) {
@@ -36,7 +38,7 @@ __device__ int64_t BlockRowsAtLevel(const Config& config, const int64_t* counts,
   return BlockReduce(mine, [](int64_t a, int64_t b) { return a + b; });
 }
 
-// CutLevel of cc/routing.h, by a block.
+// CutLevel of cc/routing.h. A block computes it.
 __device__ int64_t BlockCutLevel(const Config& config, const int64_t* counts, int64_t highest) {
   if (config.expert_capacity > 0) return config.expert_capacity;
   if (BlockRowsAtLevel(config, counts, highest) <= config.recv_capacity) return highest;
@@ -53,7 +55,7 @@ __device__ int64_t BlockCutLevel(const Config& config, const int64_t* counts, in
   return low;
 }
 
-// Sum of a value over the lanes before this one, and over all of them.
+// The sum of a value over the lanes before this one, and the sum over all lanes.
 struct WarpPrefix {
   int64_t before;
   int64_t total;
@@ -68,7 +70,8 @@ __device__ WarpPrefix PrefixOf(int64_t value) {
   return {sum - value, __shfl_sync(kFullWarp, sum, kWarpSize - 1)};
 }
 
-// First rows and ends of the groups, from their counts, which become the first rows. One warp.
+// Computes the first row and the end of each group from the counts, and replaces the counts by the
+// first rows. One warp calls this.
 __device__ void PlaceGroups(const RankView& view, const UnpackExpertsArgs& out, int64_t* counts,
                             int64_t level) {
   const int32_t num_local = view.config.num_local_experts();
@@ -95,12 +98,12 @@ __device__ void PlaceGroups(const RankView& view, const UnpackExpertsArgs& out, 
   }
 }
 
-// Calls with(source, rows) for the rows that each source has for a local expert; none after a
-// fault.
+// Calls with(source, rows) for the rows that each source has for a local expert. There are none
+// after a fault.
 template <typename With>
 __device__ void ForEachSource(const RankView& view, const Current& current, int32_t expert,
                               const With& with) {
-  constexpr int kUnroll = 8;  // a round trip to memory for so many sources
+  constexpr int kUnroll = 8;  // sources that are read in one round trip to memory
   const int32_t num_sources = current.failed == kOk ? view.config.ep_size : 0;
   for (int32_t first = 0; first < num_sources; first += kUnroll) {
     int32_t rows[kUnroll];
@@ -116,7 +119,7 @@ __device__ void ForEachSource(const RankView& view, const Current& current, int3
   }
 }
 
-// Whether all messages have come. In all threads of the block.
+// Whether all messages have arrived. All threads of the block get the result.
 __device__ bool AllHere(const RankView& view) {
   const Current current = view.state->current;
   if (current.failed != kOk) return false;

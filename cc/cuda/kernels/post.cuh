@@ -1,4 +1,4 @@
-// How a sender hands its messages over: headers and notices, and orders to the mover.
+// How a send hands over its messages: headers and notices, and orders for the mover.
 
 #ifndef JAX_SM_FREE_CC_CUDA_KERNELS_POST_CUH_
 #define JAX_SM_FREE_CC_CUDA_KERNELS_POST_CUH_
@@ -11,14 +11,15 @@
 
 namespace jax_sm_free::cuda {
 
-// Writes the header of the message for `dst`, whose rows count as sent. By one thread.
+// Writes the header of the message for `dst`, and counts its rows as sent. One thread calls this.
 __device__ inline void WriteHeader(const RankView& view, int32_t dst, const MessageHeader& header) {
   *reinterpret_cast<MessageHeader*>(OutMessage(view, view.state->current.slot, dst)) = header;
   CountRows(view.state->counters.bytes_sent[dst], header);
 }
 
-// Sends the notice of a message: its header, behind what else was written into it, by this block
-// before a barrier. By one thread. What it releases is also what the others wrote.
+// Sends the notice of a message, which is its header. This makes everything visible that this block
+// wrote into the notice before a barrier: one thread calls it, and its release also covers what the
+// other threads wrote.
 __device__ inline void SendNotice(const RankView& view, int32_t dst) {
   const Current current = view.state->current;
   *reinterpret_cast<MessageHeader*>(Notice(view, dst, current.slot, view.rank)) =
@@ -26,8 +27,8 @@ __device__ inline void SendNotice(const RankView& view, int32_t dst) {
   StoreRelease(Noticed(view, dst, current.slot, view.rank), current.sequence);
 }
 
-// The copy of a part of a packed message; what lies before the rows goes with the first. One that
-// leaves whole goes with the last.
+// The order to copy a part of a packed message. The first part includes everything that precedes
+// the rows. A message without parts is sent as a last part.
 __device__ inline CopyOrder OrderOf(const RankView& view, int32_t dst, int part) {
   const Current current = view.state->current;
   const std::byte* message = OutMessage(view, current.slot, dst);
@@ -58,16 +59,16 @@ __device__ inline CopyOrder OrderOf(const RankView& view, int32_t dst, int part)
   return order;
 }
 
-// Hands parts of packed messages over, one of each lane with a `dst` that is not -1: to the mover
-// for another rank, in order of lanes, by a signal for our own. By all lanes of a warp of the
-// watch: the rows are then in L2, through which copy engines and peers read. The parts of a message
-// one after the other.
+// Posts parts of packed messages: each lane whose `dst` is not -1 posts one. For another rank, the
+// mover gets an order, in the order of lanes. For this rank, a signal suffices. All lanes of a warp
+// of the watch call this; then the rows are in L2, through which copy engines and peers read. The
+// parts of a message must be posted in order.
 __device__ inline void PostParts(const RankView& view, int32_t dst, int part) {
   const Current current = view.state->current;
   const int lane = threadIdx.x % kWarpSize;
   const bool is_part = dst >= 0 && (part == kLastPart ||
                                     HeaderOf(OutMessage(view, current.slot, dst)).first_part > 0);
-  // Read by later kernels of this stream.
+  // Later kernels of this stream read this.
   if (is_part && dst == view.rank) {
     *Signal(view, current.slot, dst) = SignalOf(current.sequence, part);
   }

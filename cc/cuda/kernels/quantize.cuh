@@ -1,4 +1,7 @@
-// Rows to and from a float8 wire (cc/quantized.h) by a warp, with the bits of cc/cpu/quantize.cc.
+// Converts rows to and from a format that quantises them (cc/wire_format.h). A warp does this, and
+// computes the same bits as cc/cpu/wire_rows.cc.
+//
+// In template arguments, Format is the format of the wire, and T is the element type of the rows.
 
 #ifndef JAX_SM_FREE_CC_CUDA_KERNELS_QUANTIZE_CUH_
 #define JAX_SM_FREE_CC_CUDA_KERNELS_QUANTIZE_CUH_
@@ -7,40 +10,70 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "cc/cuda/kernels/device.cuh"
 #include "cc/cuda/kernels/elements.cuh"
-#include "cc/quantized.h"
+#include "cc/operands.h"
+#include "cc/wire_format.h"
 
 namespace jax_sm_free::cuda {
 
-// Columns of a row that a lane holds: 16 bytes of T, and as many float8 values.
+// The number of columns of a row that a lane holds. They take 16 bytes of T, and as many bytes of
+// values as there are columns.
 template <typename T>
 inline constexpr int kLaneColumns = 16 / sizeof(T);
 template <typename T>
 using Codes = std::conditional_t<kLaneColumns<T> == 8, uint2, uint32_t>;
 
-// Lanes that hold the columns of one scale, and such groups of a warp.
-template <typename T>
-inline constexpr int kGroupLanes = kScaleColumns / kLaneColumns<T>;
-template <typename T>
-inline constexpr int kWarpGroups = kWarpSize / kGroupLanes<T>;
+// The number of lanes that hold the columns of one scale, and the number of such groups of lanes in
+// a warp.
+template <typename Format, typename T>
+inline constexpr int kGroupLanes = Format::kScaleColumns / kLaneColumns<T>;
+template <typename Format, typename T>
+inline constexpr int kWarpGroups = kWarpSize / kGroupLanes<Format, T>;
 
-// Rows in segments of at most `max_groups`, counted in place of words.
-__host__ __device__ inline Segments GroupSegments(int64_t hidden, int32_t max_groups) {
-  return Segments(NumScales(hidden) * 16, max_groups);
+// Segments of at most `max_groups` groups. The words that Segments counts stand for groups.
+template <typename Format>
+__host__ __device__ Segments GroupSegments(int64_t hidden, int32_t max_groups) {
+  return Segments(NumScales<Format>(hidden) * 16, max_groups);
 }
 
-// Calls fn(row) for each row that a lane of the warp has as `target`.
+// Calls fn<Format, T, kWidth>() with the types for rows that the wire quantises. VisitElement
+// describes T and kWidth.
 template <typename Fn>
-__device__ void ForEachTarget(std::byte* target, const Fn& fn) {
-  for (unsigned left = __ballot_sync(kFullWarp, target != nullptr); left != 0; left &= left - 1) {
-    fn(ShufflePointer(target, __ffs(static_cast<int>(left)) - 1));
+void VisitQuantized(const RowFormat& format, const Fn& fn) {
+  VisitWireFormat(format.wire, [&]<typename Format>() {
+    if constexpr (Format::kQuantizes) {
+      VisitElement(format.matrix,
+                   [&]<typename T, int kWidth>() { fn.template operator()<Format, T, kWidth>(); });
+    }
+  });
+}
+
+// Calls fn<Format, T, kWidth>() for everything that VisitQuantized chooses from.
+template <typename Fn>
+void ForEachQuantized(const Fn& fn) {
+  for (const WireFormat wire : kWireFormats) {
+    VisitWireFormat(wire, [&]<typename Format>() {
+      if constexpr (Format::kQuantizes) {
+        ForEachElement(
+            [&]<typename T, int kWidth>() { fn.template operator()<Format, T, kWidth>(); });
+      }
+    });
   }
 }
 
-// The largest magnitude, as bits, which have the order of the numbers.
+// Calls fn(row) for the out_row of each lane that has one.
+template <typename Fn>
+__device__ void ForEachOutRow(std::byte* out_row, const Fn& fn) {
+  for (unsigned left = __ballot_sync(kFullWarp, out_row != nullptr); left != 0; left &= left - 1) {
+    fn(ShufflePointer(out_row, __ffs(static_cast<int>(left)) - 1));
+  }
+}
+
+// The largest magnitude, as bits. Bits of magnitudes compare like the magnitudes.
 template <int kSize>
 __device__ inline uint32_t LargestMagnitude(const float (&values)[kSize]) {
   uint32_t largest = 0;
@@ -51,7 +84,7 @@ __device__ inline uint32_t LargestMagnitude(const float (&values)[kSize]) {
   return largest;
 }
 
-// The largest among each kLanes neighbours, in all of them.
+// The largest value among each kLanes neighbouring lanes. All of them get it.
 template <int kLanes>
 __device__ inline uint32_t LargestOfLanes(uint32_t largest) {
 #pragma unroll
@@ -61,39 +94,76 @@ __device__ inline uint32_t LargestOfLanes(uint32_t largest) {
   return largest;
 }
 
+// Converts pairs of values on the wire to and from float32. The first value is in the low byte.
+template <typename Value>
+struct ValuePair;
+template <>
+struct ValuePair<Float8E4M3> {
+  static __device__ uint32_t Store(float2 values) {
+    return __nv_cvt_float2_to_fp8x2(values, __NV_SATFINITE, __NV_E4M3);
+  }
+  static __device__ float2 Load(uint32_t codes) {
+    const __half2_raw halves =
+        __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes), __NV_E4M3);
+    return __half22float2(__half2(halves));
+  }
+};
+
+// The scale of a group of columns.
+template <typename Format>
 class GroupScale {
  public:
-  // `largest`: the bits of the group's largest magnitude.
+  using Scale = typename Format::Scale;
+
+  // `largest`: the largest magnitude of the group, as bits.
   __device__ explicit GroupScale(uint32_t largest) {
-    scale_ = largest >= kInfinityBits
-                 ? __uint_as_float(kNanScaleBits)
-                 : __fdiv_rn(fmaxf(__uint_as_float(largest), kMinAmax), kMaxFloat8);
-    reciprocal_ = __frcp_rn(scale_);
+    scale_ = Format::ScaleOf(largest);
+    factor_ = Format::FactorOf(scale_);
+    reciprocal_ = __frcp_rn(factor_);
   }
 
-  __device__ float scale() const { return scale_; }
+  __device__ Scale scale() const { return scale_; }
 
-  // Two columns as float8, the first one in the low byte.
+  // Two columns as values. The first value is in the low byte.
   __device__ uint32_t Quantize(float first, float second) const {
-    return __nv_cvt_float2_to_fp8x2({Divide(first), Divide(second)}, __NV_SATFINITE, __NV_E4M3);
+    return ValuePair<typename Format::Value>::Store({Divide(first), Divide(second)});
   }
 
  private:
-  // x / scale_ as IEEE rounds it, at a third of the cost: the first correction brings the quotient
-  // within one unit in the last place, from where the second is exact (Markstein, with a reciprocal
-  // that is rounded to nearest). Only quotients that become zero are ever near underflow.
+  // Returns x / factor_, rounded as IEEE requires, at a third of the cost of a division. After the
+  // first correction, the quotient is within one unit in the last place, so the second correction
+  // is exact (Markstein; the reciprocal must be rounded to nearest). The only quotients near
+  // underflow are those that become zero.
   __device__ float Divide(float x) const {
     float quotient = __fmul_rn(x, reciprocal_);
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      quotient = __fmaf_rn(__fmaf_rn(-scale_, quotient, x), reciprocal_, quotient);
+      quotient = __fmaf_rn(__fmaf_rn(-factor_, quotient, x), reciprocal_, quotient);
     }
-    return copysignf(quotient, x);  // a correction of -0 is +0
+    return copysignf(quotient, x);  // a correction turns -0 into +0
   }
 
-  float scale_;
+  Scale scale_;
+  float factor_;
   float reciprocal_;
 };
+
+// Reads a scale that may start at any byte.
+template <typename Scale>
+__device__ Scale ScaleAt(const std::byte* bytes) {
+  Scale scale;
+  memcpy(&scale, bytes, sizeof(scale));
+  return scale;
+}
+
+// Byte `i` of a scale.
+template <typename Scale>
+__device__ std::byte ScaleByte(Scale scale, int i) {
+  uint32_t bits = 0;
+  static_assert(sizeof(scale) <= sizeof(bits));
+  memcpy(&bits, &scale, sizeof(scale));
+  return static_cast<std::byte>(bits >> 8 * i);
+}
 
 // The float32 values of the 16 bytes that a lane has loaded.
 template <typename T>
@@ -103,10 +173,10 @@ __device__ inline void ToFloats(const uint4& word, float (&values)[kLaneColumns<
   for (int i = 0; i < kLaneColumns<T>; ++i) values[i] = ToFloat(vector.elements[i]);
 }
 
-// A lane's columns as float8.
-template <typename T>
+// The columns of a lane as values.
+template <typename T, typename Format>
 __device__ inline Codes<T> Quantize(const float (&values)[kLaneColumns<T>],
-                                    const GroupScale& scale) {
+                                    const GroupScale<Format>& scale) {
   const auto four = [&](int i) {
     return scale.Quantize(values[i], values[i + 1]) | scale.Quantize(values[i + 2], values[i + 3])
                                                           << 16;
@@ -118,15 +188,14 @@ __device__ inline Codes<T> Quantize(const float (&values)[kLaneColumns<T>],
   }
 }
 
-// Two columns from float8, the first one from the low byte.
-__device__ inline float2 DequantizePair(uint32_t codes, float scale) {
-  const __half2_raw halves =
-      __nv_cvt_fp8x2_to_halfraw2(static_cast<__nv_fp8x2_storage_t>(codes), __NV_E4M3);
-  const float2 values = __half22float2(__half2(halves));
-  return {__fmul_rn(values.x, scale), __fmul_rn(values.y, scale)};
+// Two columns from their values. The first value is in the low byte.
+template <typename Format>
+__device__ inline float2 DequantizePair(uint32_t codes, float factor) {
+  const float2 values = ValuePair<typename Format::Value>::Load(codes);
+  return {__fmul_rn(values.x, factor), __fmul_rn(values.y, factor)};
 }
 
-// A 32-bit word of T, or one of T's NaNs.
+// Packs two values into a 32-bit word of T (kNanWord is a word of NaNs).
 template <typename T>
 __device__ inline uint32_t PackPair(float2 values);
 template <>
@@ -146,29 +215,31 @@ inline constexpr uint32_t kNanWord<__nv_bfloat16> = 0x7FC07FC0U;
 template <>
 inline constexpr uint32_t kNanWord<__half> = 0x7E007E00U;
 
-// A lane's columns from float8.
-template <typename T>
-__device__ inline uint4 Dequantize(const Codes<T>& codes, float scale) {
+// The columns of a lane from their values.
+template <typename Format, typename T>
+__device__ inline uint4 Dequantize(const Codes<T>& codes, float factor) {
   constexpr uint32_t kNan = kNanWord<T>;
-  if (isnan(scale)) return make_uint4(kNan, kNan, kNan, kNan);
+  if (isnan(factor)) return make_uint4(kNan, kNan, kNan, kNan);
   if constexpr (kLaneColumns<T> == 8) {
-    const auto pair = [scale](uint32_t two) { return PackPair<T>(DequantizePair(two, scale)); };
+    const auto pair = [factor](uint32_t two) {
+      return PackPair<T>(DequantizePair<Format>(two, factor));
+    };
     return make_uint4(pair(codes.x & 0xFFFFU), pair(codes.x >> 16), pair(codes.y & 0xFFFFU),
                       pair(codes.y >> 16));
   } else {
-    const float2 low = DequantizePair(codes & 0xFFFFU, scale);
-    const float2 high = DequantizePair(codes >> 16, scale);
+    const float2 low = DequantizePair<Format>(codes & 0xFFFFU, factor);
+    const float2 high = DequantizePair<Format>(codes >> 16, factor);
     return make_uint4(__float_as_uint(low.x), __float_as_uint(low.y), __float_as_uint(high.x),
                       __float_as_uint(high.y));
   }
 }
 
-// One column from float8.
-template <typename T>
-__device__ inline T DequantizeOne(uint8_t code, float scale) {
+// One column from its value.
+template <typename Format, typename T>
+__device__ inline T DequantizeOne(uint8_t code, float factor) {
   const uint32_t nan = kNanWord<T>;
-  return isnan(scale) ? reinterpret_cast<const T&>(nan)
-                      : FromFloat<T>(DequantizePair(code, scale).x);
+  return isnan(factor) ? reinterpret_cast<const T&>(nan)
+                       : FromFloat<T>(DequantizePair<Format>(code, factor).x);
 }
 
 }  // namespace jax_sm_free::cuda

@@ -1,13 +1,15 @@
-// Counts and places every (token, k), per destination and expert, in order: no atomic decides a
-// place.
+// Counts and places every (token, k), for each destination and each expert, in order. No place
+// depends on the order of atomics.
 //
-// Tokens are cut into tiles, a block each, a thread for each entry. `Count` makes a histogram of
-// every tile over its keys (experts, then destinations, then one for common tokens; without weights
-// nothing depends on experts, and there are no keys for them); its last block turns the histograms
-// into the first place of each key in each tile. `Place` ranks the entries of a tile: by tile, warp
-// and lane. In a send each has one more block, which does what takes a way to other ranks: opening
-// the exchange beside `Count`, sending the notices beside `Place`. All that `Place` does before it
-// needs the first places runs beside `Count`, too.
+// Tokens are divided into tiles. A block handles a tile, and a thread handles an entry, which is a
+// (token, k). `Count` makes a histogram of each tile over its keys: experts, then destinations,
+// then one key for common tokens. (Without weights, nothing depends on experts, and they have no
+// keys.) The last block of `Count` turns the histograms into the first place of each key in each
+// tile. `Place` ranks the entries of a tile, by tile, warp and lane.
+//
+// In a send, both kernels have one more block for work that involves other ranks: it opens the
+// exchange during `Count`, and sends the notices during `Place`. `Place` may start during `Count`,
+// with everything that does not need the first places.
 
 #include <cuda_runtime.h>
 
@@ -29,31 +31,31 @@ __device__ int32_t NumTiles(const RouteArgs& args) {
   return static_cast<int32_t>(gridDim.x) - (IsSend(args) ? 1 : 0);
 }
 
-// The weights do not tell: without tokens they may have no address.
+// The op says so, and not the weights: without tokens, the pointer to the weights may be null.
 __device__ bool IsDispatch(const RouteArgs& args) { return args.op == Op::kDispatchSend; }
 
 __device__ int32_t FirstKey(const RankView& view, const RouteArgs& args) {
   return IsDispatch(args) ? 0 : view.config.num_experts;
 }
 
-// Of the three kinds of keys: experts, then destinations, then this one.
+// Keys are experts first, then destinations, then this one.
 __host__ __device__ int32_t CommonKey(const Config& config) {
   return config.num_experts + config.ep_size;
 }
 
-// Raises the first index that is out of range, if one is.
+// Raises a fault for the first index that is out of range, if there is one.
 __device__ void RaiseBadEntry(const RankView& view, const RouteArgs& args) {
   DeviceState* state = view.state;
   const unsigned long long bad = state->bad_entry;
   if (bad == 0) return;
   const auto entry = static_cast<int64_t>(~bad);
   Raise(view, args.op, {FaultCode::kIndex, -1, 0, args.topk.idx[entry], entry});
-  // A recv's exchange is not taken yet, or is being taken meanwhile.
+  // In a recv, the exchange is taken later, or at the same time.
   if (IsSend(args) && state->current.failed == kOk) state->current.failed = kEmpty;
   state->bad_entry = 0;
 }
 
-// Headers of all messages. By one block.
+// Writes the headers of all messages. One block calls this.
 __device__ void WriteHeaders(const RankView& view, const RouteArgs& args, const int32_t* totals) {
   const Config& config = view.config;
   const int64_t first_part = FirstPartTokens(config, args.topk.num_tokens, args.row_bytes);
@@ -77,7 +79,7 @@ __device__ void WriteHeaders(const RankView& view, const RouteArgs& args, const 
   }
 }
 
-// Notices of all messages, with the rows for each expert. By one block.
+// Sends the notices of all messages, with the number of rows for each expert. One block calls this.
 __device__ void SendNotices(const RankView& view, const RouteArgs& args, const int32_t* totals) {
   const Config& config = view.config;
   const Current current = view.state->current;
@@ -94,9 +96,10 @@ __device__ void SendNotices(const RankView& view, const RouteArgs& args, const i
   for (int32_t dst = threadIdx.x; dst < config.ep_size; dst += blockDim.x) SendNotice(view, dst);
 }
 
-// Turns the tiles' counts into first places, and leaves the totals behind them. One block.
+// Turns the counts of the tiles into first places, and writes the totals behind them. One block
+// calls this.
 __device__ void ScanTiles(const RankView& view, int32_t first_key, int32_t num_tiles) {
-  constexpr int kUnroll = 32;  // a round trip to memory for so many tiles
+  constexpr int kUnroll = 32;  // tiles that are read in one round trip to memory
   const int32_t num_keys = NumKeys(view.config);
   for (int32_t key = first_key + threadIdx.x; key < num_keys; key += blockDim.x) {
     int32_t* column = view.tile_counts + key;
@@ -118,7 +121,7 @@ __device__ void ScanTiles(const RankView& view, int32_t first_key, int32_t num_t
   }
 }
 
-// The histogram of this block's tile.
+// Makes the histogram of this block's tile.
 __device__ void CountTile(const RankView& view, const RouteArgs& args) {
   auto* histogram = DynamicShared<int32_t>();  // [num_keys]
   const int32_t num_keys = NumKeys(view.config);
@@ -128,7 +131,7 @@ __device__ void CountTile(const RankView& view, const RouteArgs& args) {
   __syncthreads();
   const Tile tile(view.config, args.topk.num_tokens);
   const Entry entry = tile.Read(args.topk.idx, view.rank, IsDispatch(args));
-  // The complement, so that 0 is none and the first one is the largest.
+  // The complement: 0 stands for none, and the first bad entry is the largest.
   if (entry.bad) atomicMax(&view.state->bad_entry, ~tile.entry());
   if (entry.expert >= first_key) atomicAdd(&histogram[entry.expert], 1);
   if (entry.dst >= 0) atomicAdd(&histogram[num_experts + entry.dst], 1);
@@ -139,7 +142,7 @@ __device__ void CountTile(const RankView& view, const RouteArgs& args) {
   }
 }
 
-// Behind the histograms of all tiles. One block.
+// Runs after the histograms of all tiles. One block calls this.
 __device__ void EndCount(const RankView& view, const RouteArgs& args) {
   const int32_t num_tiles = NumTiles(args);
   if (threadIdx.x == 0) RaiseBadEntry(view, args);
@@ -159,7 +162,7 @@ __global__ void __launch_bounds__(kTileEntries)
   if (IsLastBlock(view.state)) EndCount(view, args);
 }
 
-// Profiles are cut where a kernel's name says that an exchange begins.
+// Tools that read profiles recognise the beginning of an exchange by the name of this kernel.
 __global__ void __launch_bounds__(kTileEntries)
     BeginAndCountKernel(const RankView view, const RouteArgs args) {
   if (static_cast<int32_t>(blockIdx.x) < NumTiles(args)) {
@@ -172,7 +175,8 @@ __global__ void __launch_bounds__(kTileEntries)
   if (IsLastBlock(view.state)) EndCount(view, args);
 }
 
-// The rank of this thread among the threads of its warp with the same key, and those threads.
+// The number of threads with the same key before this one in the warp, and the set of these
+// threads.
 struct Rank {
   int32_t rank;
   int32_t count;
@@ -183,12 +187,12 @@ __device__ Rank RankInWarp(int32_t key) {
   return {__popc(same & before), __popc(same)};
 }
 
-// Where the routing of a message to one rank goes.
+// Where the routing of a message to one rank is written.
 struct RoutingOut {
   int32_t* local_expert;
   int32_t* position;
   float* weight;
-  int32_t* number;  // null where each row's place is its number
+  int32_t* number;  // null if the place of each row is its number
   Placing placing;
 };
 
@@ -206,7 +210,7 @@ __device__ RoutingOut RoutingOf(const RankView& view, int32_t dst) {
   return out;
 }
 
-// What says which token row lies where in the message for `dst`.
+// Writes the place of each token row in the message for `dst`.
 __device__ void WriteNumber(const RankView& view, const RoutingOut& out, int32_t dst,
                             int32_t number, const CommonBefore& common, int64_t token) {
   if (dst == view.rank) {
@@ -217,11 +221,11 @@ __device__ void WriteNumber(const RankView& view, const RoutingOut& out, int32_t
   }
 }
 
-// The routing of one (token, k) into the messages for all ranks that get the token.
+// Writes the routing of one (token, k) into the messages for all ranks that get the token.
 __device__ void WriteRouting(const RankView& view, const RouteArgs& args, const RoutingOut* outs,
                              const CommonBefore& common, int64_t token, int32_t k, int32_t expert,
                              int32_t position) {
-  constexpr int kUnroll = 8;  // a round trip to memory for so many ranks
+  constexpr int kUnroll = 8;  // ranks that are read in one round trip to memory
   const Config& config = view.config;
   const int32_t num_local = config.num_local_experts();
   const int32_t owner = expert >= 0 ? OwnerRank(expert, num_local) : -1;
@@ -269,7 +273,8 @@ __global__ void __launch_bounds__(kTileEntries)
     view.row_of[tile.first_token() * config.ep_size + i] = -1;
   }
   const Entry entry =
-      tile.Read(args.topk.idx, view.rank, IsDispatch(args));  // with a barrier, behind the zeros
+      tile.Read(args.topk.idx, view.rank,
+                IsDispatch(args));  // has a barrier, behind which the zeros are visible
   const int32_t dst_key = entry.dst < 0 ? -1 : config.num_experts + entry.dst;
   const Rank expert_rank = RankInWarp(entry.expert);
   const Rank dst_rank = RankInWarp(dst_key);
@@ -278,7 +283,7 @@ __global__ void __launch_bounds__(kTileEntries)
   const unsigned common = __ballot_sync(kFullWarp, entry.is_common);
   const int lane = threadIdx.x % kWarpSize;
   if (lane == 0) own[CommonKey(config)] = __popc(common);
-  AwaitPrevious();  // The count neither writes what was read here nor reads what was written.
+  AwaitPrevious();  // `Count` neither writes what was read here, nor reads what was written here.
   const Current current = view.state->current;
   const bool routed = IsDispatch(args) && current.failed == kOk;
   __shared__ RoutingOut outs[kMaxRanks];
@@ -323,7 +328,7 @@ int64_t PlaceSharedBytes(const Config& config) {
 void LaunchRoute(const RankView& view, const RouteArgs& args, cudaStream_t stream) {
   const int64_t tile_tokens = TileTokens(view.config);
   const auto tiles = static_cast<int>((args.topk.num_tokens + tile_tokens - 1) / tile_tokens);
-  // Without tokens there are headers to write all the same.
+  // Headers are written even if there are no tokens.
   const int blocks = std::max(tiles, 1) + (IsSend(args) ? 1 : 0);
   const int threads = TileWarps(view.config) * kWarpSize;
   const auto count_bytes = NumKeys(view.config) * sizeof(int32_t);

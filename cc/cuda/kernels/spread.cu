@@ -1,4 +1,5 @@
-// The gradient of reduce and pack: each token row's gradient to the expert rows that were summed.
+// The gradient of reduce and pack: writes the gradient of each token row to the expert rows that
+// were summed.
 
 #include <cuda_runtime.h>
 
@@ -20,12 +21,13 @@ __device__ float WarpTotal(float value) {
   return value;
 }
 
-// Blocks that an SM should have room for: loads in flight matter more than warps.
+// The number of blocks that an SM should have room for. Loads in flight matter more than the number
+// of warps.
 constexpr int kSpreadBlocks = 2;
 
-// y_grad = weight * grad; returns the dot product of grad and y, in all lanes. Each lane has
-// several loads in flight before it stores: to the compiler, what it stores might be what it loads
-// next.
+// Writes y_grad = weight * grad, and returns the dot product of grad and y in all lanes. Each lane
+// starts several loads before it stores, because the compiler must assume that a store changes what
+// is loaded next.
 template <typename T, int kWidth>
 __device__ float ScaleAndDot(const std::byte* grad, const std::byte* y, float weight,
                              int64_t hidden, std::byte* y_grad) {
@@ -64,7 +66,7 @@ __device__ float ScaleAndDot(const std::byte* grad, const std::byte* y, float we
   return WarpTotal(dot);
 }
 
-// Marks the expert rows that the layout names; the others have no gradient.
+// Marks the expert rows that the layout names. Other rows have no gradient.
 __global__ void MarkKernel(const RankView view, const SpreadArgs args) {
   const int64_t stride = int64_t{gridDim.x} * blockDim.x;
   const int64_t first = int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
@@ -82,7 +84,7 @@ __global__ void MarkKernel(const RankView view, const SpreadArgs args) {
   }
 }
 
-// The gradient of a token row to one of its expert rows, by a warp.
+// Writes the gradient of a token row to one of its expert rows. A warp calls this.
 template <typename T, int kWidth>
 __device__ void SpreadEntry(const SpreadArgs& args, const std::byte* grad, int64_t row) {
   const int64_t row_bytes = args.matrix.row_bytes();
@@ -96,7 +98,7 @@ __device__ void SpreadEntry(const SpreadArgs& args, const std::byte* grad, int64
   if (threadIdx.x % kWarpSize == 0) args.weight_grads[row] = dot;
 }
 
-// The gradients that one message brought.
+// The gradients in one message.
 struct MessageRows {
   const std::byte* first;
   int64_t row_stride;
@@ -116,7 +118,8 @@ __global__ void __launch_bounds__(kRowThreads, kSpreadBlocks)
   const Warps warps = WarpsOfGrid();
   const bool ok = current.failed == kOk;
   if (ok) {
-    // Expert rows of one token row go to warps side by side: memory is asked for its gradient once.
+    // Neighbouring warps handle the expert rows of one token row, so that its gradient is read from
+    // memory once.
     const uint32_t fanout = args.rows.layout.fanout;
     const uint32_t used = state->first_row[view.config.ep_size] * fanout;
     int32_t source = 0;
@@ -166,7 +169,7 @@ void LaunchSpread(const RankView& view, const SpreadArgs& args, cudaStream_t str
   (void)cudaMemsetAsync(view.covered, 0, args.rows.layout.num_rows, stream);
   static const int blocks = FullGrid(MarkKernel);
   Enqueue(MarkKernel, {blocks, kRowThreads}, stream, view, args);  // behind a memset
-  Dispatch(args.matrix, Launch{view, args, stream});
+  VisitElement(args.matrix, Launch{view, args, stream});
 }
 
 cudaError_t LoadSpread() {

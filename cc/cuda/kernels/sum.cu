@@ -1,4 +1,4 @@
-// Sums over the ranks: the end of a combine, and of a dispatch's gradient.
+// Sums over the ranks: the end of a combine, and of the gradient of a dispatch.
 
 #include <cuda_runtime.h>
 
@@ -15,9 +15,8 @@ namespace {
 
 static_assert(kMaxRanks <= kWarpSize, "a lane for each rank");
 
-// The rows of a token in the messages, a lane for each rank. Where the message begins is found
-// once: beside the sum of a row's segment, to look it up for each would be half of all
-// instructions.
+// The rows of a token in the messages. Each lane handles one rank. The start of a message is looked
+// up only once: to look it up for each segment of a row would be half of all instructions.
 class TokenRows {
  public:
   __device__ explicit TokenRows(const RankView& view) : ep_size_(view.config.ep_size) {
@@ -45,8 +44,8 @@ class TokenRows {
   int64_t row_stride_ = 0;
 };
 
-// The same where our own message was left without rows: what would be one of them is summed here,
-// from the expert rows.
+// The same for a message from this rank to itself that was left without rows. The sum that would be
+// its row is computed here from the expert rows.
 class TokenRowsAndOwn {
  public:
   __device__ TokenRowsAndOwn(const RankView& view, const SumArgs& args)
@@ -75,10 +74,10 @@ class TokenRowsAndOwn {
   const int32_t* own_row_of_;
   int32_t ep_size_;
   ExpertTerms own_;
-  int64_t first_row_ = 0;  // of ours, among the token rows of all ranks
+  int64_t first_row_ = 0;  // this rank's first row among the token rows of all ranks
 };
 
-// Each weight's gradient lies in the message of the rank that owns its expert.
+// The gradient of a weight is in the message of the rank that owns the expert.
 __device__ void TakeWeightGrads(const RankView& view, const SumArgs& args, int64_t token) {
   const int32_t top_k = view.config.top_k;
   const int k = threadIdx.x % kWarpSize;
@@ -178,7 +177,7 @@ struct LoadAll {
 }  // namespace
 
 void LaunchSum(const RankView& view, const SumArgs& args, cudaStream_t stream) {
-  Dispatch(args.matrix, Launch{view, args, stream});
+  VisitElement(args.matrix, Launch{view, args, stream});
 }
 
 cudaError_t LoadSum() {

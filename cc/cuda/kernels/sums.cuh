@@ -1,4 +1,4 @@
-// Sums of rows by a warp: both sides of a combine.
+// Sums of rows, each computed by a warp. Both sides of a combine use them.
 
 #ifndef JAX_SM_FREE_CC_CUDA_KERNELS_SUMS_CUH_
 #define JAX_SM_FREE_CC_CUDA_KERNELS_SUMS_CUH_
@@ -12,24 +12,25 @@
 
 namespace jax_sm_free::cuda {
 
-// The terms of a sum, one in each lane whose bit is set in `present`, added in lane order.
+// The terms of a sum. Each lane whose bit is set in `present` has one, and they are added in the
+// order of lanes.
 struct Terms {
   unsigned present = 0;
-  const std::byte* row = nullptr;  // this lane's
-  float weight = 1;                // this lane's
-  bool poisoned = false;           // the sum is NaN; the same in all lanes
-  unsigned nested = 0;             // the bit of a lane whose term is a sum itself; 0 for none
+  const std::byte* row = nullptr;  // of this lane
+  float weight = 1;                // of this lane
+  bool poisoned = false;           // the sum is NaN; equal in all lanes
+  unsigned nested = 0;             // the bit of the lane whose term is a sum of its own; 0 for none
 };
 
-// terms_of(row) are the terms of a row of the result, by all lanes of a warp. Where it may say
-// `nested`, terms_of.Nested(row) are those of that sum, which are weighted, and are summed and cast
-// before the lane's turn.
+// terms_of(row) returns the terms of a row of the result. All lanes of a warp call it. If it may
+// set `nested`, terms_of.Nested(row) returns the terms of the nested sum. These are weighted, and
+// their sum is computed and cast before it is added.
 template <typename TermsOf>
 concept HasNested = requires(const TermsOf& terms_of) {
   terms_of.Nested(int64_t{0});
 };
 
-// total += weight * loaded. kWeighted false: without the weight.
+// total += weight * loaded; without the weight if kWeighted is false.
 template <bool kWeighted, typename T, int kWidth>
 __device__ void Add(float (&total)[kWidth], const Vector<T, kWidth>& loaded, float weight) {
 #pragma unroll
@@ -49,12 +50,12 @@ __device__ Vector<T, kWidth> Cast(const float (&total)[kWidth], bool poisoned) {
   return cast;
 }
 
-// Words of a segment of a row: a few for each lane.
+// Words of a segment of a row. Each lane has a few.
 inline constexpr int kDirectLoads = 2;  // in flight
 inline constexpr int32_t kDirectWords = kDirectLoads * kWarpSize;
 
-// out = sum over the terms of weight * row, from zero, in float32, cast once: a segment of a row at
-// a time, read from memory into registers.
+// out = the sum over the terms of weight * row. It starts from zero, is computed in float32, and is
+// cast once. It reads a segment of a row from memory into registers at a time.
 template <typename T, int kWidth, bool kWeighted, typename TermsOf>
 class DirectSum {
  public:
@@ -63,15 +64,15 @@ class DirectSum {
   __device__ DirectSum(const Matrix& matrix, int64_t num_rows, const Warps& warps,
                        DeviceState* state, const TermsOf& terms_of)
       : segments_(matrix.row_bytes(), kDirectWords),
-        // Rows that are not whole 16-byte words are one segment, of elements.
+        // A row that is not a multiple of 16 bytes is one segment, counted in elements.
         num_vectors_(static_cast<int32_t>(kWidth == 1 ? matrix.hidden : segments_.num_words)),
         terms_of_(terms_of),
         claims_(state, segments_, num_rows, warps) {}
 
-  // What this warp is to sum next; of no row if there is nothing.
+  // The segment that this warp sums next; a row behind the last one if there is none.
   __device__ Claim Next() { return claims_.Next(); }
 
-  // A segment of the row that begins at `out`.
+  // Sums a segment of a row. The row begins at `out`.
   __device__ void Sum(const Claim& claim, std::byte* out) const {
     const Terms terms = terms_of_(claim.row);
     Terms nested;
@@ -97,7 +98,7 @@ class DirectSum {
     V of[kLoads];
   };
 
-  // Of this lane's vectors from `first` on; `nested` is what the nested term is.
+  // The sum for this lane's vectors from `first` on. `nested` is the value of the nested term.
   template <bool kWeigh>
   __device__ Loads SumOfTerms(const Terms& terms, const Loads& nested, int32_t first,
                               int32_t end) const {

@@ -1,4 +1,4 @@
-// What a block of the route reads: the choices of a tile of tokens, and where they lead.
+// What a block of the route reads: the experts that the tokens of a tile choose, and their ranks.
 
 #ifndef JAX_SM_FREE_CC_CUDA_KERNELS_TILE_CUH_
 #define JAX_SM_FREE_CC_CUDA_KERNELS_TILE_CUH_
@@ -12,13 +12,14 @@
 namespace jax_sm_free::cuda {
 
 struct Entry {
-  int32_t expert = -1;     // -1: none
-  int32_t dst = -1;        // its rank, if this is the token's first entry for that rank, else -1
-  bool bad = false;        // names an expert that there is not
-  bool is_common = false;  // the first of a token that goes to all other ranks
+  int32_t expert = -1;  // -1 for none
+  // Rank of the expert, if this is the token's first entry for that rank; else -1.
+  int32_t dst = -1;
+  bool bad = false;        // whether it names an expert that does not exist
+  bool is_common = false;  // whether it is the first entry of a token that goes to all other ranks
 };
 
-// The tile of tokens that a block routes, a thread for each (token, k).
+// The tile of tokens that a block routes. Each thread has one (token, k).
 class Tile {
  public:
   __device__ Tile(const Config& config, int64_t num_tokens)
@@ -29,11 +30,12 @@ class Tile {
     size_ = static_cast<int32_t>(left < tile_tokens ? left : tile_tokens) * top_k_;
   }
 
-  // This thread's entry, of tokens of `rank`. By all threads of the block. `finds_common`: what
-  // says so is set.
+  // Reads the entry of this thread, of a token of `rank`. All threads of the block call this.
+  // is_common is set only if `finds_common` is.
   __device__ Entry Read(const int32_t* topk_idx, int32_t rank, bool finds_common) const {
-    __shared__ int32_t owners[kTileEntries];      // ranks that own the experts; -1 for none
-    __shared__ int32_t num_others[kTileEntries];  // by token: other ranks that it goes to
+    __shared__ int32_t owners[kTileEntries];  // ranks that own the experts; -1 for none
+    __shared__ int32_t
+        num_others[kTileEntries];  // by token: the number of other ranks that it goes to
     const auto i = static_cast<int32_t>(threadIdx.x);
     Entry entry;
     if (i < size_) entry = EntryOf(topk_idx[first_token_ * top_k_ + i]);
@@ -57,7 +59,7 @@ class Tile {
   __device__ int32_t num_tokens() const { return size_ / top_k_; }
 
  private:
-  // Of a token's choice, as if it were its first.
+  // The entry for an expert, as if it were the first entry of its token.
   __device__ Entry EntryOf(int32_t expert) const {
     Entry entry;
     if (expert == -1) return entry;

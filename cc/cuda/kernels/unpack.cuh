@@ -1,4 +1,4 @@
-// Token rows out of messages, by a warp each.
+// Token rows from messages. A warp handles each row.
 
 #ifndef JAX_SM_FREE_CC_CUDA_KERNELS_UNPACK_CUH_
 #define JAX_SM_FREE_CC_CUDA_KERNELS_UNPACK_CUH_
@@ -19,10 +19,10 @@ struct RowBytes {
   const std::byte* scales;
 };
 
-// Where rows of one width lie one after the other.
+// Where rows of one width lie, one after the other.
 struct RowsAt {
   RowBytes first;
-  int64_t values_stride;  // from one to the next
+  int64_t values_stride;  // bytes from one row to the next
   int64_t scales_stride;
 
   __device__ RowBytes at(int64_t i) const {
@@ -30,22 +30,23 @@ struct RowsAt {
   }
 };
 
-// The message of one source: where its parts lie.
+// Where the parts of the message of one source lie.
 struct Source {
   int32_t rank;
   const int32_t* local_expert;  // [num_rows, top_k]
   const int32_t* position;      // [num_rows, top_k]
   const float* weight;          // [num_rows, top_k]
-  const int32_t* number;        // of each row, in order of tokens; null where they lie so
+  const int32_t*
+      number;  // of each row: its number in the order of tokens; null if rows are in this order
   RowsAt rows;
-  const int32_t* token;  // of each row, where `rows` are those of all tokens; else null
-  // Where common rows lie in another message; null where this one has them.
+  const int32_t* token;  // of each row: its token, if `rows` are those of all tokens; else null
+  // Where the common rows lie in another message. Null if this message has them.
   const std::byte* common;
   Placing placing;
   Placing other;  // of that message
 };
 
-// `values_bytes` of a row are values.
+// `values_bytes` are the bytes of the values of a row.
 __device__ inline Source SourceOf(const RankView& view, const ConstRows& own_rows,
                                   int64_t values_bytes, int32_t rank) {
   const Current& current = view.state->current;
@@ -76,12 +77,12 @@ __device__ inline Source SourceOf(const RankView& view, const ConstRows& own_row
   return source;
 }
 
-// A received token row, by its place in the message of its source.
+// A received token row, named by its place in the message of its source.
 struct TokenRow {
   const Source& source;
   int32_t place;
 
-  // Its own, in order of tokens.
+  // Its number in the order of tokens.
   __device__ int32_t number() const {
     return source.number == nullptr ? place : source.number[place];
   }

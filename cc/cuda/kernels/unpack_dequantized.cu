@@ -1,5 +1,5 @@
-// A dispatch's rows out of messages that hold them as float8 with scales: each token row is read
-// and dequantised once, however many expert rows it becomes.
+// The rows of a dispatch from their messages, in a format that quantises them. Each token row is
+// read and dequantised once, however many expert rows it becomes.
 
 #include <cuda_runtime.h>
 
@@ -15,20 +15,24 @@
 namespace jax_sm_free::cuda {
 namespace {
 
-// Loads of a lane in flight; and how many blocks registers leave room for then.
+// The number of loads that a lane has in flight, and the number of blocks that the registers then
+// leave room for.
 constexpr int kUnroll = 8;
 constexpr int kMinBlocks = 3;
 
-// Groups [first, end) of a row that becomes whole 16-byte words, to every target. All lanes of the
-// warp call it; each keeps several loads in flight.
-template <typename T>
-__device__ void UnpackWords(std::byte* target, const std::byte* wire, int64_t hidden, int32_t first,
-                            int32_t end) {
-  constexpr int kLanes = kGroupLanes<T>;
-  constexpr int kGroups = kUnroll * kWarpGroups<T>;
+// Dequantises groups [first, end) of a row that becomes whole 16-byte words, and writes them to
+// every out_row. All lanes of the warp call it. Each lane keeps several loads in flight.
+template <typename Format, typename T>
+__device__ void UnpackWords(std::byte* out_row, const std::byte* wire, int64_t hidden,
+                            int32_t first, int32_t end) {
+  using Scale = typename Format::Scale;
+  constexpr int kLanes = kGroupLanes<Format, T>;
+  constexpr int kStep = kWarpGroups<Format, T>;  // groups in the words that a warp loads at once
+  constexpr int kGroups = kUnroll * kStep;
+  constexpr int kHeld = (kGroups + kWarpSize - 1) / kWarpSize;  // scales that a lane holds
   const int lane = threadIdx.x % kWarpSize;
   const auto* codes = reinterpret_cast<const Codes<T>*>(wire);
-  const auto* scales = reinterpret_cast<const float*>(wire + hidden);
+  const auto* scales = reinterpret_cast<const Scale*>(wire + hidden);
   const int32_t end_word = min(end * kLanes, static_cast<int32_t>(hidden / kLaneColumns<T>));
   for (; first < end; first += kGroups) {
     const int32_t first_word = first * kLanes + lane;
@@ -38,15 +42,21 @@ __device__ void UnpackWords(std::byte* target, const std::byte* wire, int64_t hi
       const int32_t i = first_word + u * kWarpSize;
       if (i < end_word) loaded[u] = __ldcs(codes + i);
     }
-    const bool holds = lane < kGroups && first + lane < end;
-    const float held = holds ? __ldcs(scales + first + lane) : 0.0F;
+    float held[kHeld];
+#pragma unroll
+    for (int h = 0; h < kHeld; ++h) {
+      const int32_t i = h * kWarpSize + lane;
+      const bool holds = i < kGroups && first + i < end;
+      held[h] = holds ? Format::FactorOf(__ldcs(scales + first + i)) : 0.0F;
+    }
     uint4 words[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const float scale = __shfl_sync(kFullWarp, held, u * kWarpGroups<T> + lane / kLanes);
-      words[u] = Dequantize<T>(loaded[u], scale);
+      const float factor = __shfl_sync(kFullWarp, held[u * kStep / kWarpSize],
+                                       u * kStep % kWarpSize + lane / kLanes);
+      words[u] = Dequantize<Format, T>(loaded[u], factor);
     }
-    ForEachTarget(target, [&](std::byte* row) {
+    ForEachOutRow(out_row, [&](std::byte* row) {
       auto* out = reinterpret_cast<uint4*>(row);
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
@@ -57,69 +67,61 @@ __device__ void UnpackWords(std::byte* target, const std::byte* wire, int64_t hi
   }
 }
 
-// A scale that may lie at any byte.
-__device__ float ScaleAt(const std::byte* bytes) {
-  uint32_t bits = 0;
-#pragma unroll
-  for (int i = 0; i < static_cast<int>(sizeof(bits)); ++i) {
-    bits |= static_cast<uint32_t>(bytes[i]) << 8 * i;
-  }
-  return __uint_as_float(bits);
-}
-
 // The same for a row of any size.
-template <typename T>
-__device__ void UnpackColumns(std::byte* target, const std::byte* wire, int64_t hidden,
+template <typename Format, typename T>
+__device__ void UnpackColumns(std::byte* out_row, const std::byte* wire, int64_t hidden,
                               int32_t first, int32_t end) {
   const int lane = threadIdx.x % kWarpSize;
-  const int64_t end_column = min(end * kScaleColumns, hidden);
-  for (int64_t i = first * kScaleColumns; i < end_column; i += kWarpSize) {
-    const float scale = ScaleAt(wire + hidden + i / kScaleColumns * int64_t{sizeof(float)});
+  using Scale = typename Format::Scale;
+  const int64_t end_column = min(end * Format::kScaleColumns, hidden);
+  for (int64_t i = first * Format::kScaleColumns; i < end_column; i += kWarpSize) {
+    const auto* scale = wire + hidden + i / Format::kScaleColumns * int64_t{sizeof(Scale)};
+    const float factor = Format::FactorOf(ScaleAt<Scale>(scale));
     const int64_t column = i + lane;
     const auto code = column < end_column ? static_cast<uint8_t>(wire[column]) : uint8_t{0};
-    const T value = DequantizeOne<T>(code, scale);
-    ForEachTarget(target, [&](std::byte* row) {
+    const T value = DequantizeOne<Format, T>(code, factor);
+    ForEachOutRow(out_row, [&](std::byte* row) {
       if (column < end_column) reinterpret_cast<T*>(row)[column] = value;
     });
   }
 }
 
-template <typename T, int kWidth>
-__device__ void UnpackGroups(std::byte* target, const std::byte* wire, int64_t hidden,
+template <typename Format, typename T, int kWidth>
+__device__ void UnpackGroups(std::byte* out_row, const std::byte* wire, int64_t hidden,
                              int32_t first, int32_t end) {
   if constexpr (kWidth > 1) {
-    UnpackWords<T>(target, wire, hidden, first, end);
+    UnpackWords<Format, T>(out_row, wire, hidden, first, end);
   } else {
-    UnpackColumns<T>(target, wire, hidden, first, end);
+    UnpackColumns<Format, T>(out_row, wire, hidden, first, end);
   }
 }
 
-template <typename T, int kWidth>
+template <typename Format, typename T, int kWidth>
 __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
     UnpackExpertsDequantizedKernel(const RankView view, const UnpackExpertsArgs out,
                                    const int64_t hidden, const Turn turn, const Turn next) {
-  const Segments segments = GroupSegments(hidden, kUnroll * kWarpGroups<T>);
+  const Segments segments = GroupSegments<Format>(hidden, kUnroll * kWarpGroups<Format, T>);
   TakeTurn(view, out, turn, next, [&](const TurnRows& rows) {
     Claims claims(view.state, segments, rows.size(), WarpsOfGrid());
     for (Claim at = claims.Next(); at.row < rows.size(); at = claims.Next()) {
       const TokenRow from = rows.at(at.row);
       const int32_t segment = at.segment;
-      std::byte* target = ExpertTarget(out, ExpertRow(view, from, out, segment == 0));
-      UnpackGroups<T, kWidth>(target, from.bytes().values, hidden, segments.begin(segment),
-                              segments.end(segment));
+      std::byte* out_row = ExpertOutRow(out, ExpertRow(view, from, out, segment == 0));
+      UnpackGroups<Format, T, kWidth>(out_row, from.bytes().values, hidden, segments.begin(segment),
+                                      segments.end(segment));
     }
   });
 }
 
-template <typename T, int kWidth>
+template <typename Format, typename T, int kWidth>
 __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
     UnpackTokensDequantizedKernel(const RankView view, const UnpackTokensArgs out,
                                   const int64_t hidden) {
-  const auto num_groups = static_cast<int32_t>(NumScales(hidden));
+  const auto num_groups = static_cast<int32_t>(NumScales<Format>(hidden));
   UnpackTokens(view, out, [&](const TokenRow& from, int64_t i) {
     const bool first_lane = threadIdx.x % kWarpSize == 0;
-    std::byte* target = first_lane ? out.rows.values + i * out.rows.values_bytes : nullptr;
-    UnpackGroups<T, kWidth>(target, from.bytes().values, hidden, 0, num_groups);
+    std::byte* out_row = first_lane ? out.rows.values + i * out.rows.values_bytes : nullptr;
+    UnpackGroups<Format, T, kWidth>(out_row, from.bytes().values, hidden, 0, num_groups);
   });
 }
 
@@ -131,9 +133,9 @@ struct LaunchExpertsTurn {
   const Turn& next;
   cudaStream_t stream;
 
-  template <typename T, int kWidth>
+  template <typename Format, typename T, int kWidth>
   void operator()() const {
-    const auto kernel = UnpackExpertsDequantizedKernel<T, kWidth>;
+    const auto kernel = UnpackExpertsDequantizedKernel<Format, T, kWidth>;
     static const int blocks = FullGrid(kernel);
     EnqueueBehind(kernel, {blocks, kRowThreads}, stream, view, out, hidden, turn, next);
   }
@@ -145,9 +147,9 @@ struct LaunchTokens {
   int64_t hidden;
   cudaStream_t stream;
 
-  template <typename T, int kWidth>
+  template <typename Format, typename T, int kWidth>
   void operator()() const {
-    const auto kernel = UnpackTokensDequantizedKernel<T, kWidth>;
+    const auto kernel = UnpackTokensDequantizedKernel<Format, T, kWidth>;
     static const int blocks = FullGrid(kernel);
     EnqueueBehind(kernel, {blocks, kRowThreads}, stream, view, out, hidden);
   }
@@ -156,10 +158,10 @@ struct LaunchTokens {
 struct LoadAll {
   cudaError_t* error;
 
-  template <typename T, int kWidth>
+  template <typename Format, typename T, int kWidth>
   void operator()() const {
-    if (*error == cudaSuccess) *error = Load(UnpackExpertsDequantizedKernel<T, kWidth>);
-    if (*error == cudaSuccess) *error = Load(UnpackTokensDequantizedKernel<T, kWidth>);
+    if (*error == cudaSuccess) *error = Load(UnpackExpertsDequantizedKernel<Format, T, kWidth>);
+    if (*error == cudaSuccess) *error = Load(UnpackTokensDequantizedKernel<Format, T, kWidth>);
   }
 };
 
@@ -167,22 +169,21 @@ struct LoadAll {
 
 void LaunchUnpackExpertsDequantized(const RankView& view, const UnpackExpertsArgs& out,
                                     cudaStream_t stream) {
-  const Matrix& matrix = *out.dequantized;
   LaunchPlan(view, out, stream);
   ForEachTurn(view.config.ep_size, out.all_here, [&](const Turn& turn, const Turn& next) {
-    Dispatch(matrix, LaunchExpertsTurn{view, out, matrix.hidden, turn, next, stream});
+    VisitQuantized(out.format,
+                   LaunchExpertsTurn{view, out, out.format.matrix.hidden, turn, next, stream});
   });
 }
 
 void LaunchUnpackTokensDequantized(const RankView& view, const UnpackTokensArgs& out,
                                    cudaStream_t stream) {
-  const Matrix& matrix = *out.dequantized;
-  Dispatch(matrix, LaunchTokens{view, out, matrix.hidden, stream});
+  VisitQuantized(out.format, LaunchTokens{view, out, out.format.matrix.hidden, stream});
 }
 
 cudaError_t LoadUnpackDequantized() {
   cudaError_t error = cudaSuccess;
-  ForEachElement(LoadAll{&error});
+  ForEachQuantized(LoadAll{&error});
   return error;
 }
 

@@ -1,5 +1,5 @@
-// A dispatch's rows out of their messages into expert groups: each token row is read once, however
-// many expert rows it becomes.
+// The rows of a dispatch from their messages into groups of experts. Each token row is read once,
+// however many expert rows it becomes.
 
 #include <cuda_runtime.h>
 
@@ -12,10 +12,10 @@
 namespace jax_sm_free::cuda {
 namespace {
 
-// How many blocks registers leave room for.
+// The number of blocks that the registers leave room for.
 constexpr int kMinBlocks = 4;
 
-// All of a token row whose parts are not whole words.
+// Writes a whole token row whose parts are not whole words.
 __device__ void SpreadParts(const RowBytes& from, const MutableRows& out, int32_t expert_row) {
   for (unsigned left = __ballot_sync(kFullWarp, expert_row >= 0); left != 0; left &= left - 1) {
     SplitRow(from, out, __shfl_sync(kFullWarp, expert_row, __ffs(static_cast<int>(left)) - 1));
@@ -35,7 +35,7 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
       const RowBytes bytes = from.bytes();
       const int32_t expert_row = ExpertRow(view, from, out, segment == 0);
       if (wide) {
-        WarpCopyToAll(ExpertTarget(out, expert_row), bytes.values, segments.begin(segment),
+        WarpCopyToAll(ExpertOutRow(out, expert_row), bytes.values, segments.begin(segment),
                       segments.end(segment));
       } else {
         SpreadParts(bytes, out.rows, expert_row);
@@ -47,6 +47,7 @@ __global__ void __launch_bounds__(kRowThreads, kMinBlocks)
 }  // namespace
 
 void LaunchUnpackExperts(const RankView& view, const UnpackExpertsArgs& out, cudaStream_t stream) {
+  if (!out.format.is_plain()) return LaunchUnpackExpertsDequantized(view, out, stream);
   static const int blocks = FullGrid(UnpackExpertsKernel);
   LaunchPlan(view, out, stream);
   ForEachTurn(view.config.ep_size, out.all_here, [&](const Turn& turn, const Turn& next) {

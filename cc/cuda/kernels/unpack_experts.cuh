@@ -1,4 +1,5 @@
-// The expert rows of a dispatch, turn by turn: what is there is written while the rest comes in.
+// The expert rows of a dispatch, turn by turn: rows that have arrived are written while others are
+// in flight.
 
 #ifndef JAX_SM_FREE_CC_CUDA_KERNELS_UNPACK_EXPERTS_CUH_
 #define JAX_SM_FREE_CC_CUDA_KERNELS_UNPACK_EXPERTS_CUH_
@@ -16,17 +17,19 @@
 
 namespace jax_sm_free::cuda {
 
-// Parts of the messages of some sources, which one launch unpacks.
+// Parts of the messages of some sources. One launch unpacks them.
 struct Turn {
-  int32_t first = 0;  // the first source, as a distance down the ring from this rank, and how many
+  // The first source, as a distance down the ring from this rank; and the number of sources.
+  int32_t first = 0;
   int32_t count = 0;
   int first_part = 0;
   int last_part = kLastPart;
 };
 
-// Calls launch(turn, next) for all turns of a recv: one if it has waited for all messages. Else our
-// own rows, which are there; the first part of all others; the second part of all but the last to
-// come; the last.
+// Calls launch(turn, next) for all turns of a recv. A recv that has waited for all messages has one
+// turn. Other recvs have up to four: the rows of this rank, which are there; the first part of all
+// other messages; the second part of all other messages except the last one to arrive; and the
+// rest.
 template <typename Launch>
 void ForEachTurn(int32_t ep_size, bool all_here, const Launch& launch) {
   if (all_here) return launch(Turn{0, ep_size, 0, kLastPart}, Turn{});
@@ -43,7 +46,7 @@ void ForEachTurn(int32_t ep_size, bool all_here, const Launch& launch) {
   launch(turn, Turn{});
 }
 
-// The token rows of a turn. In shared memory; `Find` is called by all threads of a block.
+// The token rows of a turn. The object is in shared memory. All threads of a block call `Find`.
 class TurnRows {
  public:
   __device__ void Find(const RankView& view, const UnpackExpertsArgs& out, const Turn& turn) {
@@ -78,9 +81,9 @@ class TurnRows {
 
  private:
   struct Run {
-    int32_t before;  // rows of the runs before
+    int32_t before;  // rows of the earlier runs
     int32_t size;
-    int32_t begin;  // its first row in the message
+    int32_t begin;  // first row of the run in its message
     Source source;
   };
   Run runs_[kMaxRanks];
@@ -88,8 +91,8 @@ class TurnRows {
   int32_t size_;
 };
 
-// The expert rows of a token row, one lane for each k; -1 for none or dropped. `writes`: also into
-// the layout and the weights.
+// The expert rows of a token row, one in each of the lanes k < top_k. -1 for none, or for a dropped
+// row. If `writes` is set, also writes the layout and the weights.
 __device__ inline int32_t ExpertRow(const RankView& view, const TokenRow& from,
                                     const UnpackExpertsArgs& out, bool writes) {
   const int32_t top_k = view.config.top_k;
@@ -111,11 +114,12 @@ __device__ inline int32_t ExpertRow(const RankView& view, const TokenRow& from,
   return static_cast<int32_t>(row);
 }
 
-__device__ inline std::byte* ExpertTarget(const UnpackExpertsArgs& out, int64_t expert_row) {
+__device__ inline std::byte* ExpertOutRow(const UnpackExpertsArgs& out, int64_t expert_row) {
   return expert_row < 0 ? nullptr : out.rows.values + expert_row * out.rows.values_bytes;
 }
 
-// Padding of the groups, rows past the last group, and layout rows that no token row has.
+// Zeroes the padding of groups and the rows behind the last group, and writes -1 into the layout
+// rows that no token row has.
 __device__ inline void ZeroTheRest(const RankView& view, const UnpackExpertsArgs& out,
                                    const Warps& warps) {
   const Config& config = view.config;
@@ -153,17 +157,19 @@ __device__ inline void PoisonExperts(const RankView& view, const UnpackExpertsAr
   }
 }
 
-// One turn: write(rows) in all threads of the grid. The first turn also writes all that no source
-// does; the last block of each waits for what the next one needs; that of the last acknowledges.
-// Where nothing is to wait for, the first turn takes all.
+// Takes one turn: all threads of the grid call write(rows). The first turn also writes everything
+// that does not come from a source. The last block of each turn waits for what the next turn needs;
+// the last block of the last turn acknowledges. If all messages have arrived, the first turn takes
+// the rows of all turns.
 template <typename Write>
 __device__ void TakeTurn(const RankView& view, const UnpackExpertsArgs& out, const Turn& planned,
                          const Turn& next, const Write& write) {
   __shared__ TurnRows rows;
   const bool first = planned.first == 0;
   if (first) AwaitPrevious();
-  const bool at_once = view.state->all_here != 0;  // written by the kernel before the first turn
-  if (at_once && next.count > 0) AdmitNext();      // the next turn has nothing to do
+  // The kernel before the first turn has written this.
+  const bool at_once = view.state->all_here != 0;
+  if (at_once && next.count > 0) AdmitNext();  // there is nothing for the next turn to do
   if (!first) AwaitPrevious();
   const Warps warps = WarpsOfGrid();
   const Current current = view.state->current;
@@ -185,6 +191,10 @@ __device__ void TakeTurn(const RankView& view, const UnpackExpertsArgs& out, con
     AwaitMessages(view, Op::kDispatchRecv, {next.first, next.count, next.last_part});
   }
 }
+
+// LaunchUnpackExperts for rows that the wire quantised: unpack_dequantized.cu.
+void LaunchUnpackExpertsDequantized(const RankView& view, const UnpackExpertsArgs& out,
+                                    cudaStream_t stream);
 
 }  // namespace jax_sm_free::cuda
 

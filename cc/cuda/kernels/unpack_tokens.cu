@@ -1,4 +1,4 @@
-// A dispatch's rows out of their messages, token by token.
+// The rows of a dispatch from their messages, token by token.
 
 #include <cuda_runtime.h>
 
@@ -20,6 +20,7 @@ __global__ void __launch_bounds__(kRowThreads)
 }  // namespace
 
 void LaunchUnpackTokens(const RankView& view, const UnpackTokensArgs& out, cudaStream_t stream) {
+  if (!out.format.is_plain()) return LaunchUnpackTokensDequantized(view, out, stream);
   static const int blocks = FullGrid(UnpackTokensKernel);
   EnqueueBehind(UnpackTokensKernel, {blocks, kRowThreads}, stream, view, out);
 }

@@ -1,4 +1,4 @@
-// The rows of a dispatch token by token, in the order of sources.
+// The rows of a dispatch, token by token, in the order of sources.
 
 #ifndef JAX_SM_FREE_CC_CUDA_KERNELS_UNPACK_TOKENS_CUH_
 #define JAX_SM_FREE_CC_CUDA_KERNELS_UNPACK_TOKENS_CUH_
@@ -13,14 +13,14 @@
 
 namespace jax_sm_free::cuda {
 
-// The rank that the i-th row of all came from.
+// The rank that row i of all rows came from.
 __device__ inline int32_t RankOfRow(const RankView& view, int64_t i) {
   int32_t rank = 0;
   while (i >= view.state->first_row[rank + 1]) ++rank;
   return rank;
 }
 
-// What lies beside a token row.
+// Writes what belongs to a token row: its experts, its weights, and its layout row.
 __device__ inline void UnpackRouting(const RankView& view, const UnpackTokensArgs& out,
                                      const TokenRow& from, int64_t i) {
   const int32_t top_k = view.config.top_k;
@@ -51,8 +51,8 @@ __device__ inline void CountTokens(const RankView& view, const UnpackTokensArgs&
   }
 }
 
-// All rows: write(from, i) in all lanes of a warp, for row i of the result. The rest is zero; all
-// of it is NaN after a fault. The last block acknowledges.
+// Writes all rows. For row i of the result, all lanes of a warp call write(from, i). Rows without a
+// token are zero. After a fault, all rows are NaN. The last block acknowledges.
 template <typename Write>
 __device__ void UnpackTokens(const RankView& view, const UnpackTokensArgs& out,
                              const Write& write) {
@@ -84,6 +84,10 @@ __device__ void UnpackTokens(const RankView& view, const UnpackTokensArgs& out,
   if (blockIdx.x == 0) CountTokens(view, out);
   if (current.failed != kNothing && IsLastBlock(view.state)) Acknowledge(view);
 }
+
+// LaunchUnpackTokens for rows that the wire quantised: unpack_dequantized.cu.
+void LaunchUnpackTokensDequantized(const RankView& view, const UnpackTokensArgs& out,
+                                   cudaStream_t stream);
 
 }  // namespace jax_sm_free::cuda
 

@@ -1,6 +1,6 @@
 // Takes the exchange that a token names, and waits: for the notices of its messages, and for the
-// messages where nothing can be done before all are there. One block, so that a wait holds one SM
-// at most; it gives up after the timeout.
+// messages themselves where nothing can be done before all of them are there. It has one block, so
+// that a wait occupies at most one SM. It gives up after the timeout.
 
 #include <cuda_runtime.h>
 
@@ -13,7 +13,7 @@
 namespace jax_sm_free::cuda {
 namespace {
 
-// Sets state->current from the token. By one thread.
+// Sets state->current from the token. One thread calls this.
 __device__ void Take(const RankView& view, const WaitArgs& args) {
   DeviceState* state = view.state;
   state->current = {0, 0, kNothing, 0};
@@ -48,7 +48,7 @@ __device__ void Refuse(const RankView& view, const WaitArgs& args, const FaultNu
   view.state->current.failed = kEmpty;
 }
 
-// Waits for one source's notice.
+// Waits for the notice of one source.
 __device__ void AwaitNotice(const RankView& view, const WaitArgs& args, int32_t source) {
   const Current current = view.state->current;
   const auto has_come = [&](int32_t from) {
@@ -62,7 +62,7 @@ __device__ void AwaitNotice(const RankView& view, const WaitArgs& args, int32_t 
   Refuse(view, args, {FaultCode::kMessageKind, source, kind, header.kind});
 }
 
-// Looks at what it says.
+// Reads the notice of a source, and checks what it says.
 __device__ void ReadNotice(const RankView& view, const WaitArgs& args, int32_t source) {
   DeviceState* state = view.state;
   const std::byte* notice = Notice(view, view.rank, state->current.slot, source);
@@ -84,7 +84,7 @@ __device__ void ReadNotice(const RankView& view, const WaitArgs& args, int32_t s
   CountRows(state->counters.bytes_received[source], header);
 }
 
-// Waits beside the kernels before it, which find the routing again.
+// Runs at the same time as the kernels before it, which find the routing again.
 __global__ void WaitKernel(const RankView view, const WaitArgs args) {
   DeviceState* state = view.state;
   ResetClaims(state);

@@ -1,4 +1,5 @@
-// What a warp does together: its share of the rows, and copies of rows as wide as they allow.
+// What the lanes of a warp do together: their share of the rows, and copies of rows in the widest
+// words that fit.
 
 #ifndef JAX_SM_FREE_CC_CUDA_KERNELS_WARP_CUH_
 #define JAX_SM_FREE_CC_CUDA_KERNELS_WARP_CUH_
@@ -11,7 +12,7 @@ namespace jax_sm_free::cuda {
 inline constexpr int kWarpSize = 32;
 inline constexpr unsigned kFullWarp = 0xFFFFFFFFU;
 
-// This warp's number among all of the grid, and their count.
+// The number of this warp in the grid, and the number of warps in the grid.
 struct Warps {
   int64_t index;
   int64_t count;
@@ -21,12 +22,13 @@ __device__ inline Warps WarpsOfGrid() {
   return {blockIdx.x * per_block + threadIdx.x / kWarpSize, gridDim.x * per_block};
 }
 
-// A row cut into segments of whole 16-byte words, at most `max_words` each, one for a warp at a
-// time, so that many warps share few rows evenly. Rows of other sizes are one segment.
+// Divides a row into segments of at most `max_words` whole 16-byte words. Each warp takes one
+// segment at a time, so that many warps share few rows evenly. A row whose size is not a multiple
+// of 16 bytes is one segment.
 struct Segments {
   int32_t num_words;
   int32_t per_row;
-  int32_t words;  // of each but the last
+  int32_t words;  // of each segment except the last
 
   __host__ __device__ Segments(int64_t row_bytes, int32_t max_words) {
     const bool wide = row_bytes % 16 == 0;
@@ -41,22 +43,23 @@ struct Segments {
   }
 };
 
-// The pointer that another lane of the warp holds.
+// The pointer in another lane of the warp.
 template <typename T>
 __device__ inline T* ShufflePointer(T* pointer, int lane) {
   return reinterpret_cast<T*>(
       __shfl_sync(kFullWarp, reinterpret_cast<unsigned long long>(pointer), lane));
 }
 
-// Copies words [first, end) of a row, 16 bytes each, to every target: a row for each lane that has
-// one. All lanes of the warp call it; each keeps several loads in flight, and reads a word once.
+// Copies words [first, end) of a row, of 16 bytes each, to the out_row of every lane that has one.
+// All lanes of the warp call it. It reads each word once, and each lane keeps several loads in
+// flight.
 inline constexpr int kCopyUnroll = 8;
 inline constexpr int32_t kCopyWords = kCopyUnroll * kWarpSize;  // of a segment
-__device__ inline void WarpCopyToAll(std::byte* target, const std::byte* row, int32_t first,
+__device__ inline void WarpCopyToAll(std::byte* out_row, const std::byte* row, int32_t first,
                                      int32_t end) {
   constexpr int kUnroll = kCopyUnroll;
   const int lane = threadIdx.x % kWarpSize;
-  const unsigned present = __ballot_sync(kFullWarp, target != nullptr);
+  const unsigned present = __ballot_sync(kFullWarp, out_row != nullptr);
   if (present == 0) return;
   const auto* source = reinterpret_cast<const uint4*>(row) + lane;
   for (; first < end; first += kUnroll * kWarpSize) {
@@ -68,7 +71,7 @@ __device__ inline void WarpCopyToAll(std::byte* target, const std::byte* row, in
     }
     for (unsigned left = present; left != 0; left &= left - 1) {
       const int from = __ffs(static_cast<int>(left)) - 1;
-      auto* out = reinterpret_cast<uint4*>(ShufflePointer(target, from)) + lane;
+      auto* out = reinterpret_cast<uint4*>(ShufflePointer(out_row, from)) + lane;
 #pragma unroll
       for (int u = 0; u < kUnroll; ++u) {
         const int32_t i = first + u * kWarpSize;
@@ -78,7 +81,7 @@ __device__ inline void WarpCopyToAll(std::byte* target, const std::byte* row, in
   }
 }
 
-// Copies `bytes` with all lanes of a warp, as wide as the addresses allow.
+// Copies `bytes` with all lanes of a warp, in the widest words that the addresses allow.
 __device__ inline void WarpCopy(std::byte* out, const std::byte* in, int64_t bytes) {
   const int lane = threadIdx.x % kWarpSize;
   const auto all = reinterpret_cast<uintptr_t>(out) | reinterpret_cast<uintptr_t>(in) |
@@ -94,7 +97,7 @@ __device__ inline void WarpCopy(std::byte* out, const std::byte* in, int64_t byt
   }
 }
 
-// Sets `bytes` to one value with all lanes of a warp.
+// Sets `bytes` bytes to one value with all lanes of a warp.
 __device__ inline void WarpFill(std::byte* out, uint8_t value, int64_t bytes) {
   const int lane = threadIdx.x % kWarpSize;
   const uint32_t word = value * 0x01010101U;

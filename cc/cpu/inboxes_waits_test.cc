@@ -1,4 +1,4 @@
-// How long receivers have waited for whom.
+// How long receivers have waited, and for which ranks.
 
 #include <chrono>
 #include <cstdint>
@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "cc/cpu/in_process.h"
+#include "cc/cpu/inboxes.h"
 #include "gtest/gtest.h"
 
 namespace jax_sm_free {
@@ -22,33 +22,33 @@ constexpr int64_t kWhileNs = std::chrono::nanoseconds(kWhile).count();
 constexpr ExchangeKey kKey{.run = 1, .call_site = 2, .count = 3};
 
 // Two groups.
-class InProcessWaitsTest : public ::testing::Test {
+class InboxesWaitsTest : public ::testing::Test {
  protected:
-  using Arrival = InProcess::Arrival;
+  using Arrival = Inboxes::Arrival;
 
-  std::shared_ptr<InProcess> Open(double timeout_s = kNever) {
-    return std::make_shared<InProcess>(kRanks, std::vector<int32_t>{kRanks, kRanks}, timeout_s,
-                                       [](int64_t /*run*/, const Fault& /*fault*/) {});
+  std::shared_ptr<Inboxes> Open(double timeout_s = kNever) {
+    return std::make_shared<Inboxes>(kRanks, std::vector<int32_t>{kRanks, kRanks}, timeout_s,
+                                     [](int64_t /*run*/, const Fault& /*fault*/) {});
   }
 
-  void Send(InProcess& transport, int32_t src, int32_t dst) {
+  void Send(Inboxes& transport, int32_t src, int32_t dst) {
     EXPECT_EQ(transport.Send(kKey, src, dst, Message()), std::nullopt);
   }
 
-  std::future<Arrival> Receive(InProcess& transport, int32_t dst) {
+  std::future<Arrival> Receive(Inboxes& transport, int32_t dst) {
     auto promise = std::make_shared<std::promise<Arrival>>();
     transport.Receive(Op::kDispatchRecv, {.sequence = 1, .key = kKey}, dst,
                       [promise](Arrival arrival) { promise->set_value(std::move(arrival)); });
     return promise->get_future();
   }
 
-  // All groups have sent.
-  void FinishAll(InProcess& transport) {
+  // All groups have finished their sends.
+  void FinishAll(Inboxes& transport) {
     for (int32_t member = 0; member < 2 * kRanks; ++member) transport.Finish(kKey, member);
   }
 };
 
-TEST_F(InProcessWaitsTest, TheLastToComeHasTheMost) {
+TEST_F(InboxesWaitsTest, TheLastToComeHasTheMost) {
   const auto transport = Open();
   Send(*transport, 3, 4);
   std::future<Arrival> arrival = Receive(*transport, 4);
@@ -56,7 +56,8 @@ TEST_F(InProcessWaitsTest, TheLastToComeHasTheMost) {
   Send(*transport, 4, 4);
   std::this_thread::sleep_for(kWhile);
   Send(*transport, 5, 4);
-  std::this_thread::sleep_for(kWhile);  // for the other group, which counts for nobody
+  // A wait for the other group, which is not counted for any rank.
+  std::this_thread::sleep_for(kWhile);
   const std::vector<int64_t> waited = transport->WaitedNanoseconds(4);
   FinishAll(*transport);
   EXPECT_EQ(FaultOf(arrival.get()), nullptr);
@@ -67,7 +68,7 @@ TEST_F(InProcessWaitsTest, TheLastToComeHasTheMost) {
   EXPECT_EQ(transport->WaitedNanoseconds(4), waited);
 }
 
-TEST_F(InProcessWaitsTest, OthersHaveWaitedForNobody) {
+TEST_F(InboxesWaitsTest, OthersHaveWaitedForNobody) {
   const auto transport = Open();
   std::future<Arrival> arrival = Receive(*transport, 4);
   std::this_thread::sleep_for(kWhile);
@@ -79,7 +80,7 @@ TEST_F(InProcessWaitsTest, OthersHaveWaitedForNobody) {
   EXPECT_EQ(FaultOf(arrival.get()), nullptr);
 }
 
-TEST_F(InProcessWaitsTest, WhatIsThereIsNotWaitedFor) {
+TEST_F(InboxesWaitsTest, WhatIsThereIsNotWaitedFor) {
   const auto transport = Open();
   for (const int32_t src : {0, 1, 2}) Send(*transport, src, 1);
   FinishAll(*transport);
@@ -88,7 +89,7 @@ TEST_F(InProcessWaitsTest, WhatIsThereIsNotWaitedFor) {
   EXPECT_EQ(transport->WaitedNanoseconds(1), std::vector<int64_t>(kRanks));
 }
 
-TEST_F(InProcessWaitsTest, AWaitInVainCounts) {
+TEST_F(InboxesWaitsTest, AWaitInVainCounts) {
   constexpr double kSoon = 0.05;
   const auto transport = Open(kSoon);
   Send(*transport, 0, 1);
@@ -100,7 +101,7 @@ TEST_F(InProcessWaitsTest, AWaitInVainCounts) {
   }
 }
 
-TEST_F(InProcessWaitsTest, WaitsAddUp) {
+TEST_F(InboxesWaitsTest, WaitsAddUp) {
   const auto transport = Open();
   for (int64_t count = 0; count < 3; ++count) {
     std::future<Arrival> arrival = Receive(*transport, 2);
@@ -109,7 +110,7 @@ TEST_F(InProcessWaitsTest, WaitsAddUp) {
     Send(*transport, 0, 2);
     FinishAll(*transport);
     EXPECT_EQ(FaultOf(arrival.get()), nullptr);
-    // The other ranks leave the round, too, so that its name is free again.
+    // The other ranks end the round, too, so that its name can be used again.
     for (const int32_t dst : {0, 1}) {
       for (const int32_t src : {0, 1, 2}) Send(*transport, src, dst);
       EXPECT_EQ(FaultOf(Receive(*transport, dst).get()), nullptr);

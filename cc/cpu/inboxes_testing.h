@@ -1,7 +1,7 @@
-// What the tests of InProcess share: groups that exchange notes, and what arrives of them.
+// What the tests of Inboxes share: groups that exchange notes, and what arrives of them.
 
-#ifndef JAX_SM_FREE_CC_CPU_IN_PROCESS_TESTING_H_
-#define JAX_SM_FREE_CC_CPU_IN_PROCESS_TESTING_H_
+#ifndef JAX_SM_FREE_CC_CPU_INBOXES_TESTING_H_
+#define JAX_SM_FREE_CC_CPU_INBOXES_TESTING_H_
 
 #include <algorithm>
 #include <chrono>
@@ -15,7 +15,7 @@
 #include <variant>
 #include <vector>
 
-#include "cc/cpu/in_process.h"
+#include "cc/cpu/inboxes.h"
 #include "gtest/gtest.h"
 
 namespace jax_sm_free::testing {
@@ -50,7 +50,7 @@ class Group {
   explicit Group(int32_t ep_size, double timeout_s = kNever, int32_t num_groups = 1)
       : ep_size_(ep_size),
         config_{.ep_size = ep_size, .num_experts = ep_size, .row_bytes = sizeof(Note)},
-        transport_(std::make_shared<InProcess>(
+        transport_(std::make_shared<Inboxes>(
             ep_size, std::vector<int32_t>(num_groups, ep_size), timeout_s,
             [this](int64_t run, const Fault&) { failed_runs_.push_back(run); })) {}
 
@@ -88,15 +88,15 @@ class Group {
     }
   }
 
-  std::future<InProcess::Arrival> Receive(const ExchangeKey& key, int32_t dst) {
-    auto promise = std::make_shared<std::promise<InProcess::Arrival>>();
-    transport_->Receive(kRecv, ExchangeOf(key), dst, [promise](InProcess::Arrival arrival) {
+  std::future<Inboxes::Arrival> Receive(const ExchangeKey& key, int32_t dst) {
+    auto promise = std::make_shared<std::promise<Inboxes::Arrival>>();
+    transport_->Receive(kRecv, ExchangeOf(key), dst, [promise](Inboxes::Arrival arrival) {
       promise->set_value(std::move(arrival));
     });
     return promise->get_future();
   }
 
-  InProcess& transport() { return *transport_; }
+  Inboxes& transport() { return *transport_; }
   int64_t num_blocks() const { return pool_.num_blocks(); }
   const std::vector<int64_t>& failed_runs() const { return failed_runs_; }
 
@@ -105,11 +105,11 @@ class Group {
   const Config config_;
   BlockPool pool_{MaxMessageBytes(config_)};
   std::vector<int64_t> failed_runs_;
-  std::shared_ptr<InProcess> transport_;
+  std::shared_ptr<Inboxes> transport_;
 };
 
 // Whether the arrival holds what every rank sent to `dst`, by source: members from `first` on.
-inline void ExpectNotes(const InProcess::Arrival& arrival, const ExchangeKey& key, int32_t dst,
+inline void ExpectNotes(const Inboxes::Arrival& arrival, const ExchangeKey& key, int32_t dst,
                         int32_t first = 0) {
   ASSERT_EQ(FaultOf(arrival), nullptr) << FaultOf(arrival)->Describe();
   const auto& messages = std::get<std::vector<Message>>(arrival);
@@ -120,11 +120,11 @@ inline void ExpectNotes(const InProcess::Arrival& arrival, const ExchangeKey& ke
   }
 }
 
-inline std::string SeenBy(const InProcess::Arrival& arrival) {
+inline std::string SeenBy(const Inboxes::Arrival& arrival) {
   return FaultOf(arrival) == nullptr ? "no fault" : FaultOf(arrival)->seen;
 }
 
-inline bool IsReady(const std::future<InProcess::Arrival>& future) {
+inline bool IsReady(const std::future<Inboxes::Arrival>& future) {
   return future.wait_for(std::chrono::seconds(0)) == std::future_status::ready;
 }
 
@@ -134,4 +134,4 @@ inline constexpr ExchangeKey kOtherRun{.run = 2, .call_site = 2, .count = 3};
 
 }  // namespace jax_sm_free::testing
 
-#endif  // JAX_SM_FREE_CC_CPU_IN_PROCESS_TESTING_H_
+#endif  // JAX_SM_FREE_CC_CPU_INBOXES_TESTING_H_

@@ -1,4 +1,4 @@
-#include "cc/cpu/in_process.h"
+#include "cc/cpu/inboxes.h"
 
 #include <cstdint>
 #include <future>
@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "cc/cpu/in_process_testing.h"
+#include "cc/cpu/inboxes_testing.h"
 #include "cc/cpu/testing.h"
 #include "gtest/gtest.h"
 
@@ -25,34 +25,33 @@ using testing::kSameRun;
 using testing::OnEveryRank;
 using testing::Random;
 
-TEST(InProcessTest, HandsOverMessagesBySource) {
+TEST(InboxesTest, HandsOverMessagesBySource) {
   Group group(3);
   for (const int32_t src : {2, 0, 1}) EXPECT_FALSE(group.SendOnly(kKey, src, 1).has_value());
   ExpectNotes(group.Receive(kKey, 1).get(), kKey, 1);
 }
 
-TEST(InProcessTest, CompletesOnTheCallingThreadIfAllIsThere) {
+TEST(InboxesTest, CompletesOnTheCallingThreadIfAllIsThere) {
   Group group(2);
   group.SendAll(kKey, 0);
   std::thread::id thread;
-  group.transport().Receive(kRecv, ExchangeOf(kKey), 0, [&](const InProcess::Arrival&) {
-    thread = std::this_thread::get_id();
-  });
+  group.transport().Receive(kRecv, ExchangeOf(kKey), 0,
+                            [&](const Inboxes::Arrival&) { thread = std::this_thread::get_id(); });
   EXPECT_EQ(thread, std::this_thread::get_id());
 }
 
-TEST(InProcessTest, CompletesOnAWorkerThreadIfSomethingIsMissing) {
+TEST(InboxesTest, CompletesOnAWorkerThreadIfSomethingIsMissing) {
   Group group(2);
   EXPECT_FALSE(group.SendOnly(kKey, 0, 0).has_value());
   std::promise<std::thread::id> thread;
-  group.transport().Receive(kRecv, ExchangeOf(kKey), 0, [&](const InProcess::Arrival&) {
+  group.transport().Receive(kRecv, ExchangeOf(kKey), 0, [&](const Inboxes::Arrival&) {
     thread.set_value(std::this_thread::get_id());
   });
   EXPECT_FALSE(group.SendOnly(kKey, 1, 0).has_value());
   EXPECT_NE(thread.get_future().get(), std::this_thread::get_id());
 }
 
-TEST(InProcessTest, IsNotCompleteBeforeTheLastMessage) {
+TEST(InboxesTest, IsNotCompleteBeforeTheLastMessage) {
   Group group(3);
   auto arrival = group.Receive(kKey, 0);
   group.SendAll(kKey, 0, {1});
@@ -63,13 +62,13 @@ TEST(InProcessTest, IsNotCompleteBeforeTheLastMessage) {
   ExpectNotes(arrival.get(), kKey, 0);
 }
 
-TEST(InProcessTest, AGroupOfOneRankSendsToItself) {
+TEST(InboxesTest, AGroupOfOneRankSendsToItself) {
   Group group(1);
   group.SendAll(kKey, 0);
   ExpectNotes(group.Receive(kKey, 0).get(), kKey, 0);
 }
 
-TEST(InProcessTest, GivesTheBlocksBack) {
+TEST(InboxesTest, GivesTheBlocksBack) {
   Group group(2);
   for (int64_t run = 0; run < 50; ++run) {
     const ExchangeKey key{.run = run};
@@ -98,7 +97,7 @@ void ExchangeInRandomOrder(Group& group, int32_t ep_size, int32_t rank) {
       }
       group.transport().Finish(key, rank);
     }
-    std::vector<std::pair<ExchangeKey, std::future<InProcess::Arrival>>> arrivals;
+    std::vector<std::pair<ExchangeKey, std::future<Inboxes::Arrival>>> arrivals;
     for (const ExchangeKey& key : shuffled_keys(round)) {
       arrivals.emplace_back(key, group.Receive(key, rank));
     }
@@ -106,13 +105,13 @@ void ExchangeInRandomOrder(Group& group, int32_t ep_size, int32_t rank) {
   }
 }
 
-TEST(InProcessTest, EightRanksWithManyExchangesInFlightInRandomOrder) {
+TEST(InboxesTest, EightRanksWithManyExchangesInFlightInRandomOrder) {
   constexpr int32_t kEpSize = 8;
   Group group(kEpSize);
   OnEveryRank(kEpSize, [&](int32_t rank) { ExchangeInRandomOrder(group, kEpSize, rank); });
 }
 
-TEST(InProcessTest, NoRankIsThroughBeforeAllHaveSentAll) {
+TEST(InboxesTest, NoRankIsThroughBeforeAllHaveSentAll) {
   Group group(2);
   auto arrival = group.Receive(kKey, 0);
   EXPECT_FALSE(group.Send(kKey, 0, 0).has_value());
@@ -123,7 +122,7 @@ TEST(InProcessTest, NoRankIsThroughBeforeAllHaveSentAll) {
   ExpectNotes(arrival.get(), kKey, 0);
 }
 
-TEST(InProcessTest, WhoSendsAllAtOnceIsFinished) {
+TEST(InboxesTest, WhoSendsAllAtOnceIsFinished) {
   Group group(3);
   auto early = group.Receive(kKey, 0);
   for (const int32_t src : {2, 0}) EXPECT_FALSE(group.SendToAll(kKey, src).has_value());
@@ -133,7 +132,7 @@ TEST(InProcessTest, WhoSendsAllAtOnceIsFinished) {
   for (const int32_t dst : {1, 2}) ExpectNotes(group.Receive(kKey, dst).get(), kKey, dst);
 }
 
-TEST(InProcessTest, SendingAllTwiceIsAFaultThatLeavesTheOthersTheirs) {
+TEST(InboxesTest, SendingAllTwiceIsAFaultThatLeavesTheOthersTheirs) {
   Group group(2);
   EXPECT_FALSE(group.SendToAll(kKey, 0).has_value());
   const std::optional<Fault> fault = group.SendToAll(kKey, 0);

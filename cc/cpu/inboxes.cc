@@ -1,4 +1,4 @@
-#include "cc/cpu/in_process.h"
+#include "cc/cpu/inboxes.h"
 
 #include <algorithm>
 #include <chrono>
@@ -26,8 +26,7 @@ Fault Of(Op op, const Exchange& exchange, int32_t rank, Fault fault) {
 
 }  // namespace
 
-InProcess::InProcess(int32_t ep_size, std::vector<int32_t> num_here, double timeout_s,
-                     OnFail on_fail)
+Inboxes::Inboxes(int32_t ep_size, std::vector<int32_t> num_here, double timeout_s, OnFail on_fail)
     : ep_size_(ep_size),
       num_here_(std::move(num_here)),
       sees_all_ranks_(num_here_.size() > 1 || num_here_.front() == ep_size),
@@ -38,14 +37,14 @@ InProcess::InProcess(int32_t ep_size, std::vector<int32_t> num_here, double time
       losses_(num_here_.size() * ep_size),
       waited_ns_(losses_.size() * ep_size) {}
 
-std::optional<Fault> InProcess::FaultOfRun(int64_t run) const {
+std::optional<Fault> Inboxes::FaultOfRun(int64_t run) const {
   if (closed_) return closed_;
   const auto found = failed_runs_.find(run);
   if (found == failed_runs_.end()) return std::nullopt;
   return found->second;
 }
 
-InProcess::Round& InProcess::FindRound(const ExchangeKey& key, int32_t group) {
+Inboxes::Round& Inboxes::FindRound(const ExchangeKey& key, int32_t group) {
   const auto [entry, is_new] = rounds_[group].try_emplace(key);
   Round& round = entry->second;
   if (!is_new) return round;
@@ -58,8 +57,8 @@ InProcess::Round& InProcess::FindRound(const ExchangeKey& key, int32_t group) {
   return round;
 }
 
-// Null if nobody waits there.
-InProcess::Inbox* InProcess::FindReceiver(const ExchangeKey& key, int32_t member) {
+// Null if no receiver waits there.
+Inboxes::Inbox* Inboxes::FindReceiver(const ExchangeKey& key, int32_t member) {
   Rounds& rounds = rounds_[GroupOf(member)];
   const auto found = rounds.find(key);
   if (found == rounds.end()) return nullptr;
@@ -67,26 +66,25 @@ InProcess::Inbox* InProcess::FindReceiver(const ExchangeKey& key, int32_t member
   return inbox.receiver ? &inbox : nullptr;
 }
 
-// Of a receiver that waits, for a message that has come or never does.
-void InProcess::CountWait(const Inbox& inbox, int32_t member, int32_t source,
-                          Watchdog::Clock::time_point until) {
+// Counts the wait of a receiver for a message that has come now, or never will.
+void Inboxes::CountWait(const Inbox& inbox, int32_t member, int32_t source,
+                        Watchdog::Clock::time_point until) {
   waited_ns_[member * ep_size_ + source] += Nanoseconds(until - inbox.messages_since).count();
 }
 
-void InProcess::CountEndedWait(const Inbox& inbox, int32_t member,
-                               Watchdog::Clock::time_point end) {
+void Inboxes::CountEndedWait(const Inbox& inbox, int32_t member, Watchdog::Clock::time_point end) {
   for (int32_t source = 0; source < ep_size_; ++source) {
     if (!inbox.arrived[source]) CountWait(inbox, member, source, end);
   }
 }
 
-std::vector<int64_t> InProcess::WaitedNanoseconds(int32_t member) const {
+std::vector<int64_t> Inboxes::WaitedNanoseconds(int32_t member) const {
   const std::lock_guard lock(mutex_);
   const auto first = waited_ns_.begin() + int64_t{member} * ep_size_;
   return {first, first + ep_size_};
 }
 
-std::vector<Message> InProcess::TakeMessages(const ExchangeKey& key, int32_t member) {
+std::vector<Message> Inboxes::TakeMessages(const ExchangeKey& key, int32_t member) {
   const int32_t group = GroupOf(member);
   Round& round = rounds_[group][key];
   std::vector<Message> messages = std::move(round.inboxes[RankOf(member)].messages);
@@ -94,13 +92,13 @@ std::vector<Message> InProcess::TakeMessages(const ExchangeKey& key, int32_t mem
   return messages;
 }
 
-std::optional<Fault> InProcess::Begin(Op /*op*/, const Exchange& /*exchange*/, int32_t /*member*/,
-                                      std::shared_ptr<const CallSite> /*site*/) {
-  return std::nullopt;  // ranks of one process name an exchange alike
+std::optional<Fault> Inboxes::Begin(Op /*op*/, const Exchange& /*exchange*/, int32_t /*member*/,
+                                    std::shared_ptr<const CallSite> /*site*/) {
+  return std::nullopt;  // ranks of one process always give an exchange the same name
 }
 
-std::optional<Fault> InProcess::Send(const ExchangeKey& key, int32_t src, int32_t dst,
-                                     Message message) {
+std::optional<Fault> Inboxes::Send(const ExchangeKey& key, int32_t src, int32_t dst,
+                                   Message message) {
   std::vector<Delivery> deliveries;
   {
     const std::lock_guard lock(mutex_);
@@ -112,9 +110,9 @@ std::optional<Fault> InProcess::Send(const ExchangeKey& key, int32_t src, int32_
   return std::nullopt;
 }
 
-// Into the inbox of `dst`.
-std::optional<Fault> InProcess::Put(const ExchangeKey& key, int32_t src, int32_t dst,
-                                    Message message) {
+// Puts a message into the inbox of `dst`.
+std::optional<Fault> Inboxes::Put(const ExchangeKey& key, int32_t src, int32_t dst,
+                                  Message message) {
   Inbox& inbox = FindRound(key, GroupOf(dst)).inboxes[RankOf(dst)];
   const int32_t source = RankOf(src);
   if (inbox.arrived[source]) return SentTwice(source);
@@ -125,9 +123,9 @@ std::optional<Fault> InProcess::Put(const ExchangeKey& key, int32_t src, int32_t
   return std::nullopt;
 }
 
-// Of a rank that receives already.
-void InProcess::TakeIfFull(const ExchangeKey& key, int32_t member,
-                           std::vector<Delivery>& deliveries) {
+// Takes the messages of a rank that already receives, if all are there.
+void Inboxes::TakeIfFull(const ExchangeKey& key, int32_t member,
+                         std::vector<Delivery>& deliveries) {
   Inbox* inbox = FindReceiver(key, member);
   if (inbox == nullptr || !IsFull(*inbox)) return;
   Watchdog::Get().Cancel(inbox->timer);
@@ -136,19 +134,20 @@ void InProcess::TakeIfFull(const ExchangeKey& key, int32_t member,
   TakeFullInboxes(key, group, deliveries);
 }
 
-std::optional<Fault> InProcess::SendAll(const ExchangeKey& key, int32_t member, const Pack& pack) {
+std::optional<Fault> Inboxes::SendAll(const ExchangeKey& key, int32_t member, const Pack& pack) {
   std::vector<Message> messages;
   messages.reserve(ep_size_);
   for (int32_t dst = 0; dst < ep_size_; ++dst) messages.push_back(pack(dst));
   std::vector<Delivery> deliveries;
   {
-    const std::lock_guard lock(mutex_);  // once for all: every rank of the process wants it
+    // Once for all messages: every rank of the process wants this lock.
+    const std::lock_guard lock(mutex_);
     if (std::optional<Fault> fault = FaultOfRun(key.run)) return fault;
     const int32_t first = member - RankOf(member);
     for (int32_t dst = 0; dst < ep_size_; ++dst) {
       if (auto fault = Put(key, member, first + dst, std::move(messages[dst]))) return fault;
     }
-    // First whether all are through: then nobody has to wait for groups.
+    // First counts this rank: if all ranks are through, none has to wait for other groups.
     CountFinished(key, GroupOf(member), 1, deliveries);
     for (int32_t dst = 0; dst < ep_size_; ++dst) TakeIfFull(key, first + dst, deliveries);
   }
@@ -156,11 +155,11 @@ std::optional<Fault> InProcess::SendAll(const ExchangeKey& key, int32_t member, 
   return std::nullopt;
 }
 
-void InProcess::Finish(const ExchangeKey& key, int32_t member) {
+void Inboxes::Finish(const ExchangeKey& key, int32_t member) {
   AddFinished(key, GroupOf(member), 1);
 }
 
-void InProcess::AddFinished(const ExchangeKey& key, int32_t group, int32_t num) {
+void Inboxes::AddFinished(const ExchangeKey& key, int32_t group, int32_t num) {
   std::vector<Delivery> deliveries;
   {
     const std::lock_guard lock(mutex_);
@@ -169,18 +168,18 @@ void InProcess::AddFinished(const ExchangeKey& key, int32_t group, int32_t num) 
   Deliver(std::move(deliveries));
 }
 
-void InProcess::CountFinished(const ExchangeKey& key, int32_t group, int32_t num,
-                              std::vector<Delivery>& deliveries) {
+void Inboxes::CountFinished(const ExchangeKey& key, int32_t group, int32_t num,
+                            std::vector<Delivery>& deliveries) {
   if (!sees_all_ranks_ || !all_groups_.Add(key, group, num)) return;
-  // In one go: no rank has the messages of an exchange in which another one fails.
+  // All at once: if an exchange fails on one rank, no rank gets its messages.
   for (int32_t each = 0; each < static_cast<int32_t>(rounds_.size()); ++each) {
     TakeFullInboxes(key, each, deliveries);
   }
 }
 
-// Of ranks that receive already; others need not wait when they come.
-void InProcess::TakeFullInboxes(const ExchangeKey& key, int32_t group,
-                                std::vector<Delivery>& deliveries) {
+// Only ranks that already receive. Others need not wait when they come.
+void Inboxes::TakeFullInboxes(const ExchangeKey& key, int32_t group,
+                              std::vector<Delivery>& deliveries) {
   const auto found = rounds_[group].find(key);
   if (found == rounds_[group].end()) return;
   found->second.waits_for_groups = false;
@@ -189,7 +188,7 @@ void InProcess::TakeFullInboxes(const ExchangeKey& key, int32_t group,
     const Inbox& inbox = found->second.inboxes[rank];
     if (inbox.receiver && IsFull(inbox)) ready.push_back(rank);
   }
-  for (const int32_t rank : ready) {  // the last may erase the round
+  for (const int32_t rank : ready) {  // the last rank may erase the round
     Inbox& inbox = rounds_[group][key].inboxes[rank];
     Watchdog::Get().Cancel(inbox.timer);
     Receiver receiver = std::exchange(inbox.receiver, nullptr);
@@ -197,10 +196,11 @@ void InProcess::TakeFullInboxes(const ExchangeKey& key, int32_t group,
   }
 }
 
-// On the worker pool. Who gets it also drops the receiver, which may be the last to hold a buffer.
-void InProcess::Deliver(std::vector<Delivery> deliveries) {
+// Runs receivers on the worker pool. The task also drops the receiver, which may be the last holder
+// of a buffer.
+void Inboxes::Deliver(std::vector<Delivery> deliveries) {
   for (Delivery& delivery : deliveries) {
-    // std::function wants a copyable task, and messages are not.
+    // std::function needs a task that can be copied, and messages can not be copied.
     auto shared = std::make_shared<Delivery>(std::move(delivery));
     WorkerPool::Get().Run([shared = std::move(shared)]() mutable {
       const std::shared_ptr<Delivery> own = std::move(shared);
@@ -209,7 +209,7 @@ void InProcess::Deliver(std::vector<Delivery> deliveries) {
   }
 }
 
-void InProcess::Receive(Op op, const Exchange& exchange, int32_t dst, Receiver receiver) {
+void Inboxes::Receive(Op op, const Exchange& exchange, int32_t dst, Receiver receiver) {
   Arrival arrival;
   std::optional<Fault> loss;
   const ExchangeKey& key = exchange.key;
@@ -240,8 +240,9 @@ void InProcess::Receive(Op op, const Exchange& exchange, int32_t dst, Receiver r
   if (receiver) receiver(std::move(arrival));
 }
 
-// For a rank that has the messages of its own group. Comes back to it by a timer, if so.
-bool InProcess::MustWaitForGroups(Round& round, const ExchangeKey& key, int32_t member) {
+// Whether a rank that has the messages of its own group must wait for other groups. If so, a timer
+// asks again.
+bool Inboxes::MustWaitForGroups(Round& round, const ExchangeKey& key, int32_t member) {
   if (!round.waits_for_groups) return false;
   Inbox& inbox = round.inboxes[RankOf(member)];
   const Watchdog::Clock::time_point now = Watchdog::Clock::now();
@@ -250,13 +251,13 @@ bool InProcess::MustWaitForGroups(Round& round, const ExchangeKey& key, int32_t 
   round.waits_for_groups = seconds > 0;
   if (!round.waits_for_groups) return false;
   auto expire = [weak = weak_from_this(), key, member] {
-    if (const std::shared_ptr<InProcess> self = weak.lock()) self->OnGroupsTimer(key, member);
+    if (const std::shared_ptr<Inboxes> self = weak.lock()) self->OnGroupsTimer(key, member);
   };
   inbox.timer = Watchdog::Get().Start(Seconds(seconds), expire);
   return true;
 }
 
-void InProcess::OnGroupsTimer(const ExchangeKey& key, int32_t member) {
+void Inboxes::OnGroupsTimer(const ExchangeKey& key, int32_t member) {
   std::vector<Delivery> deliveries;
   {
     const std::lock_guard lock(mutex_);
@@ -268,14 +269,14 @@ void InProcess::OnGroupsTimer(const ExchangeKey& key, int32_t member) {
   Deliver(std::move(deliveries));
 }
 
-std::optional<Fault> InProcess::LossOf(const Inbox& inbox, int32_t member, int32_t source) const {
+std::optional<Fault> Inboxes::LossOf(const Inbox& inbox, int32_t member, int32_t source) const {
   const Loss& loss = losses_[source];
   const int32_t rank = RankOf(source);
   if (inbox.arrived[rank] || inbox.exchange.key.run >= loss.end) return std::nullopt;
   return Of(inbox.op, inbox.exchange, RankOf(member), NothingComes(rank, loss.reason));
 }
 
-void InProcess::Lose(int32_t member, const std::string& reason, int64_t end) {
+void Inboxes::Lose(int32_t member, const std::string& reason, int64_t end) {
   std::map<int64_t, Fault> faults;  // by run
   {
     const std::lock_guard lock(mutex_);
@@ -296,16 +297,16 @@ void InProcess::Lose(int32_t member, const std::string& reason, int64_t end) {
   for (const auto& [run, fault] : faults) Fail(run, fault);
 }
 
-void InProcess::ArmTimer(Inbox& inbox, int32_t member, double waited) {
+void Inboxes::ArmTimer(Inbox& inbox, int32_t member, double waited) {
   const double until =
       waited < kSlowWaitSeconds ? std::min(kSlowWaitSeconds, timeout_s_) : timeout_s_;
   auto expire = [weak = weak_from_this(), key = inbox.exchange.key, member, until] {
-    if (const std::shared_ptr<InProcess> self = weak.lock()) self->OnTimer(key, member, until);
+    if (const std::shared_ptr<Inboxes> self = weak.lock()) self->OnTimer(key, member, until);
   };
   inbox.timer = Watchdog::Get().Start(Seconds(until - waited), expire);
 }
 
-void InProcess::OnTimer(const ExchangeKey& key, int32_t member, double waited) {
+void Inboxes::OnTimer(const ExchangeKey& key, int32_t member, double waited) {
   Fault fault;
   {
     const std::lock_guard lock(mutex_);
@@ -322,7 +323,7 @@ void InProcess::OnTimer(const ExchangeKey& key, int32_t member, double waited) {
   Fail(key.run, fault);
 }
 
-std::vector<InProcess::Delivery> InProcess::TakeReceivers(
+std::vector<Inboxes::Delivery> Inboxes::TakeReceivers(
     const std::function<bool(int64_t run)>& of_run, const Fault& fault) {
   std::vector<Delivery> deliveries;
   const Watchdog::Clock::time_point now = Watchdog::Clock::now();
@@ -346,12 +347,12 @@ std::vector<InProcess::Delivery> InProcess::TakeReceivers(
   return deliveries;
 }
 
-void InProcess::Fail(int64_t run, const Fault& fault) {
+void Inboxes::Fail(int64_t run, const Fault& fault) {
   std::vector<Delivery> deliveries;
   {
     const std::lock_guard lock(mutex_);
     if (closed_ || !failed_runs_.emplace(run, fault).second) return;
-    // Runs are numbered upwards: a rank this late would find out by its own timeout.
+    // Runs are numbered upwards. A rank that is as late as this gets a timeout of its own.
     if (failed_runs_.size() > kMaxFailedRuns) failed_runs_.erase(failed_runs_.begin());
     deliveries = TakeReceivers([run](int64_t r) { return r == run; }, fault);
     on_fail_(run, fault);
@@ -359,7 +360,7 @@ void InProcess::Fail(int64_t run, const Fault& fault) {
   Deliver(std::move(deliveries));
 }
 
-void InProcess::Close(const Fault& fault) {
+void Inboxes::Close(const Fault& fault) {
   std::vector<Delivery> deliveries;
   {
     const std::lock_guard lock(mutex_);

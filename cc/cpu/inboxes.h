@@ -1,7 +1,7 @@
-// Transport between the ranks of one process: a message is handed over as it is.
+// The inboxes of the ranks of this process, and the receivers that wait for messages in them.
 
-#ifndef JAX_SM_FREE_CC_CPU_IN_PROCESS_H_
-#define JAX_SM_FREE_CC_CPU_IN_PROCESS_H_
+#ifndef JAX_SM_FREE_CC_CPU_INBOXES_H_
+#define JAX_SM_FREE_CC_CPU_INBOXES_H_
 
 #include <cstdint>
 #include <functional>
@@ -24,17 +24,18 @@
 
 namespace jax_sm_free {
 
-// The rounds of all groups: for each rank of this process an inbox, with room for a message from
-// every rank of its group.
-class InProcess : public Transport, public std::enable_shared_from_this<InProcess> {
+// The transport of all groups within a process: it hands a message over without a copy. Each rank
+// of this process has an inbox, with room for a message from every rank of its group. A transport
+// between processes puts the messages from other processes into these inboxes, too.
+class Inboxes : public Transport, public std::enable_shared_from_this<Inboxes> {
  public:
-  // Called once for each run that fails, before any receiver of that run is; never after Close.
+  // Called once for each run that fails, before any receiver of that run. Never called after Close.
   // It must not call back.
   using OnFail = std::function<void(int64_t run, const Fault& fault)>;
 
-  // `num_here`: by group, how many of its ranks receive here; what others send is put in by whoever
-  // gets it.
-  InProcess(int32_t ep_size, std::vector<int32_t> num_here, double timeout_s, OnFail on_fail);
+  // `num_here` is by group: how many of its ranks are in this process. If some are elsewhere, the
+  // owner of this object puts in their messages.
+  Inboxes(int32_t ep_size, std::vector<int32_t> num_here, double timeout_s, OnFail on_fail);
 
   std::optional<Fault> Begin(Op op, const Exchange& exchange, int32_t member,
                              std::shared_ptr<const CallSite> site) override;
@@ -50,7 +51,8 @@ class InProcess : public Transport, public std::enable_shared_from_this<InProces
   // `num` more ranks of `group` have finished their sends.
   void AddFinished(const ExchangeKey& key, int32_t group, int32_t num);
 
-  // Nothing more comes from `member` for runs below `end`: who waits for it, and who will, fails.
+  // No more messages come from `member` for runs below `end`. Every receiver that waits for one
+  // fails, and so does every later one.
   void Lose(int32_t member, const std::string& reason, int64_t end);
   static constexpr int64_t kForEver = std::numeric_limits<int64_t>::max();
 
@@ -64,10 +66,10 @@ class InProcess : public Transport, public std::enable_shared_from_this<InProces
     Exchange exchange;
     Watchdog::Timer timer;                       // of the receiver
     Watchdog::Clock::time_point messages_since;  // when it began to wait for messages
-    Watchdog::Clock::time_point since;           // for other groups
+    Watchdog::Clock::time_point since;           // when it began to wait for other groups
   };
   struct Loss {
-    int64_t end = std::numeric_limits<int64_t>::min();  // nothing comes for runs below
+    int64_t end = std::numeric_limits<int64_t>::min();  // no messages come for runs below this one
     std::string reason;
   };
   struct Round {
@@ -76,7 +78,7 @@ class InProcess : public Transport, public std::enable_shared_from_this<InProces
     bool waits_for_groups = true;
   };
   using Rounds = std::unordered_map<ExchangeKey, Round, ExchangeKeyHash>;
-  // What is handed over when the lock is no longer held.
+  // A receiver to call, with its messages or fault, when the lock is released.
   using Delivery = std::pair<Receiver, Arrival>;
 
   int32_t GroupOf(int32_t member) const { return member / ep_size_; }
@@ -106,7 +108,7 @@ class InProcess : public Transport, public std::enable_shared_from_this<InProces
 
   const int32_t ep_size_;
   const std::vector<int32_t> num_here_;  // by group
-  const bool sees_all_ranks_;  // finish their sends; of one group over several processes not
+  const bool sees_all_ranks_;            // false for one group over several processes
   const double timeout_s_;
   const OnFail on_fail_;
   mutable std::mutex mutex_;
@@ -120,4 +122,4 @@ class InProcess : public Transport, public std::enable_shared_from_this<InProces
 
 }  // namespace jax_sm_free
 
-#endif  // JAX_SM_FREE_CC_CPU_IN_PROCESS_H_
+#endif  // JAX_SM_FREE_CC_CPU_INBOXES_H_

@@ -7,8 +7,8 @@
 #include <thread>
 #include <vector>
 
-#include "cc/cpu/in_process.h"
-#include "cc/cpu/in_process_testing.h"
+#include "cc/cpu/inboxes.h"
+#include "cc/cpu/inboxes_testing.h"
 #include "gtest/gtest.h"
 
 namespace jax_sm_free {
@@ -25,7 +25,7 @@ using testing::kOtherRun;
 using testing::kSameRun;
 using testing::SeenBy;
 
-TEST(InProcessGroupsTest, ARankThatSendsAllAtOnceIsThroughWhenAllGroupsHaveSent) {
+TEST(InboxesGroupsTest, ARankThatSendsAllAtOnceIsThroughWhenAllGroupsHaveSent) {
   Group group(2, kNever, 2);
   auto first = group.Receive(kKey, 0);
   auto second = group.Receive(kKey, 3);
@@ -36,7 +36,7 @@ TEST(InProcessGroupsTest, ARankThatSendsAllAtOnceIsThroughWhenAllGroupsHaveSent)
   ExpectNotes(second.get(), kKey, 3, 2);
 }
 
-TEST(InProcessGroupsTest, ARankIsThroughWhenAllGroupsHaveSent) {
+TEST(InboxesGroupsTest, ARankIsThroughWhenAllGroupsHaveSent) {
   Group group(2, kNever, 2);
   group.SendAll(kKey, 0);
   EXPECT_FALSE(group.SendOnly(kKey, 2, 2).has_value());
@@ -49,7 +49,7 @@ TEST(InProcessGroupsTest, ARankIsThroughWhenAllGroupsHaveSent) {
   ExpectNotes(second.get(), kKey, 2, 2);
 }
 
-TEST(InProcessGroupsTest, AFaultInOneGroupEndsWhoWaitsForItInAnother) {
+TEST(InboxesGroupsTest, AFaultInOneGroupEndsWhoWaitsForItInAnother) {
   Group group(2, kNever, 2);
   group.SendAll(kKey, 0);
   auto arrival = group.Receive(kKey, 0);
@@ -59,7 +59,7 @@ TEST(InProcessGroupsTest, AFaultInOneGroupEndsWhoWaitsForItInAnother) {
   EXPECT_EQ(group.failed_runs(), std::vector<int64_t>{kKey.run});
 }
 
-TEST(InProcessGroupsTest, ATimeoutOfOneGroupIsTheFaultOfAll) {
+TEST(InboxesGroupsTest, ATimeoutOfOneGroupIsTheFaultOfAll) {
   // Rank 0 waits for the other group twice as long, so that this one has timed out before.
   Group group(2, kLater, 2);
   group.SendAll(kKey, 0);
@@ -78,7 +78,7 @@ double SecondsOfOneGroup(Group& group, const ExchangeKey& key) {
   return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
 }
 
-TEST(InProcessGroupsTest, AnExchangeThatAnotherGroupHasNotIsWaitedForOnce) {
+TEST(InboxesGroupsTest, AnExchangeThatAnotherGroupHasNotIsWaitedForOnce) {
   constexpr double kQuick = AllGroups::kPatienceSeconds / 2;
   // On a busy machine an exchange may take as long as a wait, but not each time.
   double most = kQuick;
@@ -90,7 +90,7 @@ TEST(InProcessGroupsTest, AnExchangeThatAnotherGroupHasNotIsWaitedForOnce) {
   EXPECT_LT(most, kQuick);
 }
 
-TEST(InProcessGroupsTest, AGroupThatComesLateFindsItsMessages) {
+TEST(InboxesGroupsTest, AGroupThatComesLateFindsItsMessages) {
   Group group(2, kNever, 2);
   group.SendAll(kKey, 0);
   ExpectNotes(group.Receive(kKey, 0).get(), kKey, 0);
@@ -98,12 +98,12 @@ TEST(InProcessGroupsTest, AGroupThatComesLateFindsItsMessages) {
   ExpectNotes(group.Receive(kKey, 3).get(), kKey, 3, 2);
 }
 
-TEST(InProcessGroupsTest, WhoWaitsForAGroupGoesOnWhenItIsLost) {
+TEST(InboxesGroupsTest, WhoWaitsForAGroupGoesOnWhenItIsLost) {
   Group group(2, kNever, 2);
   group.SendAll(kKey, 0);
   EXPECT_FALSE(group.SendOnly(kKey, 2, 2).has_value());
   auto arrival = group.Receive(kKey, 0);
-  group.transport().Lose(3, "it is gone", InProcess::kForEver);
+  group.transport().Lose(3, "it is gone", Inboxes::kForEver);
   ExpectNotes(arrival.get(), kKey, 0);
 }
 

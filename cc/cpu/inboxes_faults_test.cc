@@ -8,8 +8,8 @@
 #include <thread>
 #include <vector>
 
-#include "cc/cpu/in_process.h"
-#include "cc/cpu/in_process_testing.h"
+#include "cc/cpu/inboxes.h"
+#include "cc/cpu/inboxes_testing.h"
 #include "cc/cpu/testing.h"
 #include "gtest/gtest.h"
 
@@ -30,10 +30,10 @@ using testing::kSoon;
 using testing::OnEveryRank;
 using testing::SeenBy;
 
-TEST(InProcessFaultsTest, ATimeoutNamesTheMissingRanks) {
+TEST(InboxesFaultsTest, ATimeoutNamesTheMissingRanks) {
   Group group(4, kSoon);
   group.SendAll(kKey, 2, {1, 3});
-  const InProcess::Arrival result = group.Receive(kKey, 2).get();
+  const Inboxes::Arrival result = group.Receive(kKey, 2).get();
   ASSERT_NE(FaultOf(result), nullptr);
   const Fault& fault = *FaultOf(result);
   EXPECT_EQ(fault.op, "dispatch_recv");
@@ -44,14 +44,14 @@ TEST(InProcessFaultsTest, ATimeoutNamesTheMissingRanks) {
   EXPECT_EQ(fault.exchange, "dispatch exchange 1, slot 0");
 }
 
-TEST(InProcessFaultsTest, ATimeoutEndsTheWholeRun) {
+TEST(InboxesFaultsTest, ATimeoutEndsTheWholeRun) {
   Group group(2, kSoon);
   group.Receive(kKey, 0).wait();
   EXPECT_EQ(group.failed_runs(), std::vector<int64_t>{kKey.run});
   EXPECT_TRUE(group.Send(kSameRun, 0, 1).has_value());
 }
 
-TEST(InProcessFaultsTest, AReceiveInTimeDoesNotTimeOut) {
+TEST(InboxesFaultsTest, AReceiveInTimeDoesNotTimeOut) {
   Group group(2, kLater);
   group.SendAll(kKey, 0, {1});
   auto arrival = group.Receive(kKey, 0);
@@ -61,7 +61,7 @@ TEST(InProcessFaultsTest, AReceiveInTimeDoesNotTimeOut) {
   EXPECT_TRUE(group.failed_runs().empty());
 }
 
-TEST(InProcessFaultsTest, FailEndsAllThatWaitInTheRun) {
+TEST(InboxesFaultsTest, FailEndsAllThatWaitInTheRun) {
   Group group(2);
   auto first = group.Receive(kKey, 0);
   auto second = group.Receive(kKey, 1);
@@ -72,7 +72,7 @@ TEST(InProcessFaultsTest, FailEndsAllThatWaitInTheRun) {
   EXPECT_EQ(SeenBy(third.get()), "a failure");
 }
 
-TEST(InProcessFaultsTest, FailLeavesOtherRunsAlone) {
+TEST(InboxesFaultsTest, FailLeavesOtherRunsAlone) {
   Group group(2);
   auto other = group.Receive(kOtherRun, 0);
   group.transport().Fail(kKey.run, FaultWith("a failure"));
@@ -81,7 +81,7 @@ TEST(InProcessFaultsTest, FailLeavesOtherRunsAlone) {
   ExpectNotes(other.get(), kOtherRun, 0);
 }
 
-TEST(InProcessFaultsTest, ASecondFaultOfARunChangesNothing) {
+TEST(InboxesFaultsTest, ASecondFaultOfARunChangesNothing) {
   Group group(2);
   group.transport().Fail(kKey.run, FaultWith("first"));
   group.transport().Fail(kKey.run, FaultWith("second"));
@@ -89,17 +89,17 @@ TEST(InProcessFaultsTest, ASecondFaultOfARunChangesNothing) {
   EXPECT_EQ(group.failed_runs(), std::vector<int64_t>{kKey.run});
 }
 
-TEST(InProcessFaultsTest, OnFailIsCalledBeforeAnyReceiver) {
+TEST(InboxesFaultsTest, OnFailIsCalledBeforeAnyReceiver) {
   Group group(2);
   std::promise<size_t> known;
-  group.transport().Receive(kRecv, ExchangeOf(kKey), 0, [&](const InProcess::Arrival&) {
+  group.transport().Receive(kRecv, ExchangeOf(kKey), 0, [&](const Inboxes::Arrival&) {
     known.set_value(group.failed_runs().size());
   });
   group.transport().Fail(kKey.run, FaultWith("a failure"));
   EXPECT_EQ(known.get_future().get(), 1U);
 }
 
-TEST(InProcessFaultsTest, WhoComesLateToAFailedRunGetsItsFault) {
+TEST(InboxesFaultsTest, WhoComesLateToAFailedRunGetsItsFault) {
   Group group(2);
   group.transport().Fail(kKey.run, FaultWith("a failure"));
   const std::optional<Fault> late_sender = group.Send(kKey, 0, 1);
@@ -111,7 +111,7 @@ TEST(InProcessFaultsTest, WhoComesLateToAFailedRunGetsItsFault) {
   EXPECT_EQ(SeenBy(group.Receive(kSameRun, 1).get()), "a failure");
 }
 
-TEST(InProcessFaultsTest, AFailedRunGivesItsBlocksBack) {
+TEST(InboxesFaultsTest, AFailedRunGivesItsBlocksBack) {
   Group group(2);
   for (int64_t run = 0; run < 50; ++run) {
     group.SendAll({.run = run}, 0);
@@ -120,7 +120,7 @@ TEST(InProcessFaultsTest, AFailedRunGivesItsBlocksBack) {
   EXPECT_LE(group.num_blocks(), 2);
 }
 
-TEST(InProcessFaultsTest, CloseEndsAllThatWait) {
+TEST(InboxesFaultsTest, CloseEndsAllThatWait) {
   Group group(2);
   auto first = group.Receive(kKey, 0);
   auto second = group.Receive(kOtherRun, 1);
@@ -129,14 +129,14 @@ TEST(InProcessFaultsTest, CloseEndsAllThatWait) {
   EXPECT_EQ(SeenBy(second.get()), "closed");
 }
 
-TEST(InProcessFaultsTest, NothingWorksAfterClose) {
+TEST(InboxesFaultsTest, NothingWorksAfterClose) {
   Group group(2);
   group.transport().Close(FaultWith("closed"));
   EXPECT_TRUE(group.Send(kKey, 0, 1).has_value());
   EXPECT_EQ(SeenBy(group.Receive(kKey, 0).get()), "closed");
 }
 
-TEST(InProcessFaultsTest, CloseIsNoFailureOfARun) {
+TEST(InboxesFaultsTest, CloseIsNoFailureOfARun) {
   Group group(2);
   auto arrival = group.Receive(kKey, 0);
   group.transport().Close(FaultWith("closed"));
@@ -144,8 +144,8 @@ TEST(InProcessFaultsTest, CloseIsNoFailureOfARun) {
   EXPECT_TRUE(group.failed_runs().empty());
 }
 
-TEST(InProcessFaultsTest, ATransportMayDieWhileATimerRuns) {
-  std::future<InProcess::Arrival> arrival;
+TEST(InboxesFaultsTest, ATransportMayDieWhileATimerRuns) {
+  std::future<Inboxes::Arrival> arrival;
   {
     Group group(2, kLater);
     arrival = group.Receive(kKey, 0);
@@ -163,7 +163,7 @@ void ExchangeWithAFailure(Group& group, int32_t ep_size, int32_t rank, int64_t r
   EXPECT_EQ(SeenBy(group.Receive(key, rank).get()), "a failure");
 }
 
-TEST(InProcessFaultsTest, RunsAfterAFailedOneWork) {
+TEST(InboxesFaultsTest, RunsAfterAFailedOneWork) {
   constexpr int32_t kEpSize = 4;
   Group group(kEpSize);
   OnEveryRank(kEpSize, [&](int32_t rank) {
