@@ -11,7 +11,6 @@
 #ifndef JAX_SM_FREE_CC_WIRE_FORMAT_H_
 #define JAX_SM_FREE_CC_WIRE_FORMAT_H_
 
-#include <algorithm>
 #include <bit>
 #include <cstdint>
 
@@ -44,9 +43,10 @@ struct Float8Block128 {
   // magnitudes compare like the magnitudes.
   static constexpr Scale ScaleOf(uint32_t largest) {
     if (largest >= kInfinityBits) return std::bit_cast<float>(kNanBits);
-    constexpr auto kLeast = std::bit_cast<uint32_t>(1e-4F);
+    constexpr float kLeast = 1e-4F;
     constexpr float kLargestValue = 448.0F;
-    return std::bit_cast<float>(std::max(largest, kLeast)) / kLargestValue;
+    const auto magnitude = std::bit_cast<float>(largest);
+    return (magnitude > kLeast ? magnitude : kLeast) / kLargestValue;
   }
 
   // A value on the wire is column / factor, and becomes value * factor. The factor of a group with
