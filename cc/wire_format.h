@@ -11,7 +11,6 @@
 #ifndef JAX_SM_FREE_CC_WIRE_FORMAT_H_
 #define JAX_SM_FREE_CC_WIRE_FORMAT_H_
 
-#include <algorithm>
 #include <bit>
 #include <cstdint>
 
@@ -47,8 +46,8 @@ struct Float8Block128 {
     if (largest >= kInfinityBits) return std::bit_cast<float>(kNanBits);
     constexpr float kMinAmax = 1e-4F;
     constexpr float kMaxValue = 448.0F;
-    constexpr auto kLeast = std::bit_cast<uint32_t>(kMinAmax);
-    return std::bit_cast<float>(std::max(largest, kLeast)) / kMaxValue;
+    const auto magnitude = std::bit_cast<float>(largest);
+    return (magnitude > kMinAmax ? magnitude : kMinAmax) / kMaxValue;
   }
 
   // A value on the wire is column / factor, and becomes value * factor. The factor of a group with
