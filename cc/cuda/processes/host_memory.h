@@ -18,7 +18,8 @@ namespace jax_sm_free::cuda {
 // this host. Of each, the first process creates it.
 class HostMemory {
  public:
-  // Collective over all processes, which have met.
+  // Collective over all processes, which have met. A process keeps what this returns until all have
+  // shared.
   static Result<HostMemory> Share(const Rendezvous& rendezvous);
 
   // The links into the GPUs of the group.
@@ -26,7 +27,8 @@ class HostMemory {
   // The news that ranks of this host can not go on.
   std::shared_ptr<GroupEnd> group_end() const;
 
-  // Called when all processes have shared: nothing is then left behind, however they end.
+  // Called when all processes have shared. From then on, nothing is left of the memory when they
+  // have ended, however they end.
   void ForgetNames() const;
 
  private:

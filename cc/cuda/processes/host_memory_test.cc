@@ -1,7 +1,7 @@
 #include "cc/cuda/processes/host_memory.h"
 
-#include <optional>
 #include <string>
+#include <utility>
 #include <variant>
 
 #include "cc/cuda/processes/testing.h"
@@ -13,13 +13,18 @@ namespace {
 using testing::MakeGpuId;
 using testing::RunProcesses;
 
+HostMemory MeetAndShare(Rendezvous& rendezvous) {
+  EXPECT_EQ(FaultOf(rendezvous.Meet("")), nullptr);
+  Result<HostMemory> shared = HostMemory::Share(rendezvous);
+  EXPECT_EQ(FaultOf(shared), nullptr);
+  return std::get<HostMemory>(std::move(shared));
+}
+
 TEST(HostMemory, AGroupSharesItsLinks) {
   RunProcesses(2, [](const Processes& processes) {
     Rendezvous rendezvous(processes, MakeGpuId(processes.index));
-    ASSERT_EQ(FaultOf(rendezvous.Meet("")), nullptr);
-    const auto shared = HostMemory::Share(rendezvous);
-    ASSERT_EQ(FaultOf(shared), nullptr);
-    const auto crossbar = std::get<HostMemory>(shared).crossbar();
+    const HostMemory memory = MeetAndShare(rendezvous);
+    const auto crossbar = memory.crossbar();
     const Crossbar::Ticket ticket = processes.index == 0 ? crossbar->TryTake(1) : 0;
     processes.exchange("");
     if (processes.index == 1) {
@@ -39,10 +44,8 @@ TEST(HostMemory, GroupsShareFaultsAndNotClosings) {
     Processes processes = all;
     processes.of_rank = {all.index};  // Each process is a group.
     Rendezvous rendezvous(processes, MakeGpuId(processes.index));
-    ASSERT_EQ(FaultOf(rendezvous.Meet("")), nullptr);
-    const auto shared = HostMemory::Share(rendezvous);
-    ASSERT_EQ(FaultOf(shared), nullptr);
-    const auto end = std::get<HostMemory>(shared).group_end();
+    const HostMemory memory = MeetAndShare(rendezvous);
+    const auto end = memory.group_end();
     if (processes.index == 0) end->TellClosed();
     processes.exchange("");
     EXPECT_EQ(end->HasCome(), processes.index == 0);
@@ -56,10 +59,8 @@ TEST(HostMemory, GroupsShareFaultsAndNotClosings) {
 TEST(HostMemory, HostsShareNothing) {
   RunProcesses(2, [](const Processes& processes) {
     Rendezvous rendezvous(processes, MakeGpuId(processes.index), std::to_string(processes.index));
-    ASSERT_EQ(FaultOf(rendezvous.Meet("")), nullptr);
-    const auto shared = HostMemory::Share(rendezvous);
-    ASSERT_EQ(FaultOf(shared), nullptr);
-    const auto end = std::get<HostMemory>(shared).group_end();
+    const HostMemory memory = MeetAndShare(rendezvous);
+    const auto end = memory.group_end();
     if (processes.index == 0) end->TellFault("a fault");
     processes.exchange("");
     EXPECT_EQ(end->HasCome(), processes.index == 0);
@@ -69,14 +70,12 @@ TEST(HostMemory, HostsShareNothing) {
 TEST(HostMemory, NoNameIsLeft) {
   RunProcesses(2, [](const Processes& processes) {
     Rendezvous rendezvous(processes, MakeGpuId(processes.index));
-    ASSERT_EQ(FaultOf(rendezvous.Meet("")), nullptr);
-    const auto shared = HostMemory::Share(rendezvous);
-    ASSERT_EQ(FaultOf(shared), nullptr);
+    const HostMemory memory = MeetAndShare(rendezvous);
     const std::string name = rendezvous.MemoryNameOf(0);
     EXPECT_EQ(FaultOf(SharedMemory::Open(name + "g", 64)), nullptr);
     EXPECT_EQ(FaultOf(SharedMemory::Open(name + "m", 64)), nullptr);
     processes.exchange("");
-    std::get<HostMemory>(shared).ForgetNames();
+    memory.ForgetNames();
     processes.exchange("");
     EXPECT_NE(FaultOf(SharedMemory::Open(name + "g", 64)), nullptr);
     EXPECT_NE(FaultOf(SharedMemory::Open(name + "m", 64)), nullptr);

@@ -24,7 +24,8 @@ struct Processes {
   std::function<void(const std::string&)> warn;
 };
 
-// What each process knows of the others. Its functions, but Meet, may be called after Meet.
+// What this process knows of the others. Meet must be called first, because the other functions
+// return what it has heard.
 class Rendezvous {
  public:
   // `processes` outlives this object. `gpu` is this process's. `host` is a text that the processes
