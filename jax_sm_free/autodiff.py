@@ -30,7 +30,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
 from jax_sm_free import primitives
-from jax_sm_free.primitives import RowType, Target
+from jax_sm_free.primitives import BufferRef, RowType
 
 # The name of all that a dispatch has received. With a policy such as
 # jax.checkpoint_policies.save_only_these_names(smf.DISPATCHED), `jax.checkpoint` saves it, and the
@@ -99,7 +99,7 @@ no_gradient.defvjp(_no_gradient_fwd, lambda _, cts: cts)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def dispatch_send(
-    target: Target,
+    ref: BufferRef,
     row_type: RowType,
     values: Array,
     scales: Array,
@@ -108,52 +108,52 @@ def dispatch_send(
     position: Array,
 ) -> Array:
     del row_type
-    return primitives.dispatch_send(target, values, scales, topk_idx, topk_weights, position)
+    return primitives.dispatch_send(ref, values, scales, topk_idx, topk_weights, position)
 
 
-def _dispatch_send_fwd(target: Target, row_type: RowType, *operands: Array) -> Any:
+def _dispatch_send_fwd(ref: BufferRef, row_type: RowType, *operands: Array) -> Any:
     del row_type
     topk_idx = operands[2]
-    return primitives.dispatch_send(target, *operands), _keep(topk_idx)
+    return primitives.dispatch_send(ref, *operands), _keep(topk_idx)
 
 
-def _dispatch_send_bwd(target: Target, row_type: RowType, kept: Any, token: Array) -> Any:
+def _dispatch_send_bwd(ref: BufferRef, row_type: RowType, kept: Any, token: Array) -> Any:
     topk_idx = _give_back(kept, token)
-    hidden, dtype = _gradient_rows(target, row_type)
-    x_grad, weight_grads = primitives.dispatch_backward_recv(target, hidden, dtype, token, topk_idx)
+    hidden, dtype = _gradient_rows(ref, row_type)
+    x_grad, weight_grads = primitives.dispatch_backward_recv(ref, hidden, dtype, token, topk_idx)
     return None if row_type.has_scales else x_grad, None, None, weight_grads, None
 
 
 dispatch_send.defvjp(_dispatch_send_fwd, _dispatch_send_bwd)
 
 
-def _gradient_rows(target: Target, row_type: RowType) -> tuple[int, Any]:
+def _gradient_rows(ref: BufferRef, row_type: RowType) -> tuple[int, Any]:
     """Columns and dtype of the rows that travel back. Quantised rows have 0 columns."""
-    return (0 if row_type.has_scales else row_type.columns), target.config.dtype
+    return (0 if row_type.has_scales else row_type.columns), ref.config.dtype
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def dispatch_recv(
-    target: Target, row_type: RowType, token: Array, own_values: Array, own_scales: Array
+    ref: BufferRef, row_type: RowType, token: Array, own_values: Array, own_scales: Array
 ) -> tuple[Array, ...]:
-    return primitives.dispatch_recv(target, row_type, token, own_values, own_scales)
+    return primitives.dispatch_recv(ref, row_type, token, own_values, own_scales)
 
 
-def _dispatch_recv_fwd(target: Target, row_type: RowType, *operands: Array) -> Any:
-    results = _name(primitives.dispatch_recv(target, row_type, *operands))
+def _dispatch_recv_fwd(ref: BufferRef, row_type: RowType, *operands: Array) -> Any:
+    results = _name(primitives.dispatch_recv(ref, row_type, *operands))
     return results, results[-2:]
 
 
-def _dispatch_recv_bwd(target: Target, row_type: RowType, layout: Any, cts: Any) -> Any:
+def _dispatch_recv_bwd(ref: BufferRef, row_type: RowType, layout: Any, cts: Any) -> Any:
     rows, num_rows_from = layout
     # A row's weight belongs to one (token row, k): hand its gradient back there.
     if cts[4].size:
         weight_grads = cts[4].at[rows].get(mode="fill", fill_value=0, wrap_negative_indices=False)
     else:
         weight_grads = 0 * rows.astype(jnp.float32)
-    hidden, dtype = _gradient_rows(target, row_type)
+    hidden, dtype = _gradient_rows(ref, row_type)
     x_grad = cts[0][:, :hidden].astype(dtype)
-    token = primitives.dispatch_backward_send(target, x_grad, weight_grads, rows, num_rows_from)
+    token = primitives.dispatch_backward_send(ref, x_grad, weight_grads, rows, num_rows_from)
     return token, None, None
 
 
@@ -162,20 +162,20 @@ dispatch_recv.defvjp(_dispatch_recv_fwd, _dispatch_recv_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def dispatch_recv_tokens(
-    target: Target, row_type: RowType, token: Array, own_values: Array, own_scales: Array
+    ref: BufferRef, row_type: RowType, token: Array, own_values: Array, own_scales: Array
 ) -> tuple[Array, ...]:
-    return primitives.dispatch_recv_tokens(target, row_type, token, own_values, own_scales)
+    return primitives.dispatch_recv_tokens(ref, row_type, token, own_values, own_scales)
 
 
-def _dispatch_recv_tokens_fwd(target: Target, row_type: RowType, *operands: Array) -> Any:
-    results = _name(primitives.dispatch_recv_tokens(target, row_type, *operands))
+def _dispatch_recv_tokens_fwd(ref: BufferRef, row_type: RowType, *operands: Array) -> Any:
+    results = _name(primitives.dispatch_recv_tokens(ref, row_type, *operands))
     return results, results[-2:]
 
 
-def _dispatch_recv_tokens_bwd(target: Target, row_type: RowType, layout: Any, cts: Any) -> Any:
-    hidden, dtype = _gradient_rows(target, row_type)
+def _dispatch_recv_tokens_bwd(ref: BufferRef, row_type: RowType, layout: Any, cts: Any) -> Any:
+    hidden, dtype = _gradient_rows(ref, row_type)
     x_grad = cts[0][:, :hidden].astype(dtype)
-    return primitives.dispatch_backward_send(target, x_grad, cts[3], *layout), None, None
+    return primitives.dispatch_backward_send(ref, x_grad, cts[3], *layout), None, None
 
 
 dispatch_recv_tokens.defvjp(_dispatch_recv_tokens_fwd, _dispatch_recv_tokens_bwd)
@@ -183,11 +183,11 @@ dispatch_recv_tokens.defvjp(_dispatch_recv_tokens_fwd, _dispatch_recv_tokens_bwd
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def combine_send(
-    target: Target, y: Array, weights: Array | None, rows: Array, num_rows_from: Array
+    ref: BufferRef, y: Array, weights: Array | None, rows: Array, num_rows_from: Array
 ) -> Array:
     """Without weights it is a plain sum, for whose gradient neither y nor weights are kept."""
     present = no_weights(y) if weights is None else weights
-    return primitives.combine_send(target, y, present, rows, num_rows_from)
+    return primitives.combine_send(ref, y, present, rows, num_rows_from)
 
 
 def no_weights(y: Array) -> Array:
@@ -196,20 +196,20 @@ def no_weights(y: Array) -> Array:
 
 
 def _combine_send_fwd(
-    target: Target, y: Array, weights: Array | None, rows: Array, num_rows_from: Array
+    ref: BufferRef, y: Array, weights: Array | None, rows: Array, num_rows_from: Array
 ) -> Any:
-    token = combine_send(target, y, weights, rows, num_rows_from)
+    token = combine_send(ref, y, weights, rows, num_rows_from)
     kept = _Shape(y.shape, y.dtype) if weights is None else _keep(y)
     return token, (kept, weights if weights is None else _keep(weights), rows, num_rows_from)
 
 
-def _combine_send_bwd(target: Target, residuals: Any, token: Array) -> Any:
+def _combine_send_bwd(ref: BufferRef, residuals: Any, token: Array) -> Any:
     kept, weights, rows, num_rows_from = residuals
     num_rows = kept.shape[0]
     y = _give_back(kept, token)
     present = no_weights(y) if weights is None else _give_back(weights, token)
     y_grad, weight_grads = primitives.combine_backward_recv(
-        target, num_rows, token, y, present, rows, num_rows_from
+        ref, num_rows, token, y, present, rows, num_rows_from
     )
     return y_grad, None if weights is None else weight_grads, None, None
 
@@ -218,17 +218,17 @@ combine_send.defvjp(_combine_send_fwd, _combine_send_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def combine_recv(target: Target, token: Array, topk_idx: Array, *own_rows: Array) -> Array:
-    return primitives.combine_recv(target, token, topk_idx, *own_rows)
+def combine_recv(ref: BufferRef, token: Array, topk_idx: Array, *own_rows: Array) -> Array:
+    return primitives.combine_recv(ref, token, topk_idx, *own_rows)
 
 
-def _combine_recv_fwd(target: Target, token: Array, topk_idx: Array, *own_rows: Array) -> Any:
-    return primitives.combine_recv(target, token, topk_idx, *own_rows), _keep(topk_idx)
+def _combine_recv_fwd(ref: BufferRef, token: Array, topk_idx: Array, *own_rows: Array) -> Any:
+    return primitives.combine_recv(ref, token, topk_idx, *own_rows), _keep(topk_idx)
 
 
-def _combine_recv_bwd(target: Target, kept: Any, out_grad: Array) -> Any:
+def _combine_recv_bwd(ref: BufferRef, kept: Any, out_grad: Array) -> Any:
     topk_idx = _give_back(kept, out_grad)
-    token = primitives.combine_backward_send(target, out_grad, topk_idx)
+    token = primitives.combine_backward_send(ref, out_grad, topk_idx)
     return token, None, None, None, None, None
 
 

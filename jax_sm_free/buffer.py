@@ -14,7 +14,7 @@ from jax_sm_free import capacity, checks, receiving, sending, transports
 from jax_sm_free.config import Config
 from jax_sm_free.lifetime import Lifetime
 from jax_sm_free.pending import Sent
-from jax_sm_free.primitives import Target
+from jax_sm_free.primitives import BufferRef
 from jax_sm_free.results import Layout, Received, ReceivedTokens
 from jax_sm_free.whole_ops import Output, Rows, WholeOps, check_output
 
@@ -177,7 +177,7 @@ class Buffer(WholeOps, Lifetime):
         opened = chosen.open(mesh, axes, config, name)
         self.program_name = opened.program_name
         Lifetime.__init__(self, opened)
-        self._target = Target(config, self.program_name, chosen.names_calls)
+        self._ref = BufferRef(config, self.program_name, chosen.names_calls)
         if opened.native is not None:
             named_buffers[self.program_name] = self
 
@@ -205,7 +205,7 @@ class Buffer(WholeOps, Lifetime):
           The sent value, for one `dispatch_recv`.
         """
         self._check_usable("dispatch_send")
-        return sending.dispatch(self._target, self.mesh, self.axes, x, topk_idx, topk_weights)
+        return sending.dispatch(self._ref, self.mesh, self.axes, x, topk_idx, topk_weights)
 
     @overload
     def dispatch_recv(self, sent: Sent, output: Literal["experts"] = "experts") -> Received: ...
@@ -231,7 +231,7 @@ class Buffer(WholeOps, Lifetime):
         checks.check_sent(op, sent, "dispatch")
         check_output(op, output)
         receive = receiving.by_expert if output == "experts" else receiving.by_token
-        return receive(self._target, sent)
+        return receive(self._ref, sent)
 
     def combine_send(self, y: Array, layout: Layout, weights: Array | None = None) -> Sent:
         """Sums each token's rows here and sends the sum back to the token's rank. Collective.
@@ -251,7 +251,7 @@ class Buffer(WholeOps, Lifetime):
           The sent value, for one `combine_recv`.
         """
         self._check_usable("combine_send")
-        return sending.combine(self._target, y, layout, weights)
+        return sending.combine(self._ref, y, layout, weights)
 
     def combine_recv(self, sent: Sent) -> Array:
         """Waits for the sums of a `combine_send` and adds them up. Collective.
@@ -266,7 +266,7 @@ class Buffer(WholeOps, Lifetime):
         op = "combine_recv"
         self._check_usable(op)
         checks.check_sent(op, sent, "combine")
-        return receiving.sums(self._target, sent)
+        return receiving.sums(self._ref, sent)
 
     @property
     def sent_specs(self) -> PartitionSpec:

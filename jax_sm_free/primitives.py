@@ -38,7 +38,7 @@ TOKEN_SIZE = 8
 
 
 @dataclasses.dataclass(frozen=True)
-class Target:
+class BufferRef:
     """The buffer that a call is for: its sizes, and the name by which the handler finds it."""
 
     config: Config
@@ -121,13 +121,13 @@ OP_NAMES = (
 _PRIMITIVES = {(name, spans): _define(name, spans) for name in OP_NAMES for spans in (False, True)}
 
 
-def _bind(name: str, target: Target, operands: Any, *results: tuple[Any, Any]) -> tuple[Array, ...]:
+def _bind(name: str, ref: BufferRef, operands: Any, *results: tuple[Any, Any]) -> tuple[Array, ...]:
     hashable = tuple((tuple(shape), jnp.dtype(dtype)) for shape, dtype in results)
-    primitive = _PRIMITIVES[name, target.spans_processes]
-    num_slots = target.config.num_slots
+    primitive = _PRIMITIVES[name, ref.spans_processes]
+    num_slots = ref.config.num_slots
     return tuple(
         primitive.bind(
-            *operands, buffer=target.buffer, results=hashable, num_slots=num_slots, mapped=()
+            *operands, buffer=ref.buffer, results=hashable, num_slots=num_slots, mapped=()
         )
     )
 
@@ -136,7 +136,7 @@ _TOKEN = ((TOKEN_SIZE,), jnp.float32)
 
 
 def dispatch_send(
-    target: Target,
+    ref: BufferRef,
     values: Array,  # [T, columns]
     scales: Array,  # [T, scale_columns], 0 columns if there are none
     topk_idx: Array,  # i32 [T, top_k]
@@ -144,21 +144,21 @@ def dispatch_send(
     position: Array,  # i32 [], this device's place in the mesh
 ) -> Array:
     operands = (values, scales, topk_idx, topk_weights, position)
-    return _bind("dispatch_send", target, operands, _TOKEN)[0]
+    return _bind("dispatch_send", ref, operands, _TOKEN)[0]
 
 
 def dispatch_recv(
-    target: Target,
+    ref: BufferRef,
     rows: RowType,
     token: Array,
     own_values: Array,  # [T, columns], the rows that were sent; T is 0 where the wire quantises
     own_scales: Array,  # [T, scale_columns]
 ) -> tuple[Array, ...]:
     """values, scales, group_sizes, counts, weights, dropped, layout rows, layout num_rows_from."""
-    c = target.config
+    c = ref.config
     return _bind(
         "dispatch_recv",
-        target,
+        ref,
         (token, own_values, own_scales),
         ((c.recv_capacity, rows.columns), rows.dtype),
         ((c.recv_capacity, rows.scale_columns), rows.scale_dtype),
@@ -172,17 +172,17 @@ def dispatch_recv(
 
 
 def dispatch_recv_tokens(
-    target: Target,
+    ref: BufferRef,
     rows: RowType,
     token: Array,
     own_values: Array,  # as for dispatch_recv
     own_scales: Array,
 ) -> tuple[Array, ...]:
     """values, scales, topk_idx, topk_weights, counts, num_tokens, layout rows, num_rows_from."""
-    c = target.config
+    c = ref.config
     return _bind(
         "dispatch_recv_tokens",
-        target,
+        ref,
         (token, own_values, own_scales),
         ((c.max_recv_tokens, rows.columns), rows.dtype),
         ((c.max_recv_tokens, rows.scale_columns), rows.scale_dtype),
@@ -196,37 +196,37 @@ def dispatch_recv_tokens(
 
 
 def dispatch_backward_send(
-    target: Target,
+    ref: BufferRef,
     x_grad: Array,  # [N, hidden]; hidden is 0 where only the weights have a gradient
     weight_grads: Array,  # f32 [R, top_k]
     rows: Array,  # i32 [R, fanout]
     num_rows_from: Array,  # i32 [ep_size]
 ) -> Array:
     operands = (x_grad, weight_grads, rows, num_rows_from)
-    return _bind("dispatch_backward_send", target, operands, _TOKEN)[0]
+    return _bind("dispatch_backward_send", ref, operands, _TOKEN)[0]
 
 
 def dispatch_backward_recv(
-    target: Target, hidden: int, dtype: Any, token: Array, topk_idx: Array
+    ref: BufferRef, hidden: int, dtype: Any, token: Array, topk_idx: Array
 ) -> tuple[Array, ...]:
     """x_grad [T, hidden], weight_grads f32 [T, top_k]."""
     shape = (topk_idx.shape[0], hidden)
     results = ((shape, dtype), (topk_idx.shape, jnp.float32))
-    return _bind("dispatch_backward_recv", target, (token, topk_idx), *results)
+    return _bind("dispatch_backward_recv", ref, (token, topk_idx), *results)
 
 
 def combine_send(
-    target: Target,
+    ref: BufferRef,
     y: Array,  # [N, hidden]
     weights: Array,  # f32 [N], or [0] for a plain sum
     rows: Array,  # i32 [R, fanout]
     num_rows_from: Array,  # i32 [ep_size]
 ) -> Array:
-    return _bind("combine_send", target, (y, weights, rows, num_rows_from), _TOKEN)[0]
+    return _bind("combine_send", ref, (y, weights, rows, num_rows_from), _TOKEN)[0]
 
 
 def combine_recv(
-    target: Target,
+    ref: BufferRef,
     token: Array,
     topk_idx: Array,  # i32 [T, top_k]
     y: Array,  # this and the rest as for combine_send
@@ -235,18 +235,18 @@ def combine_recv(
     num_rows_from: Array,
 ) -> Array:
     """The sum, [T, hidden]."""
-    c = target.config
+    c = ref.config
     operands = (token, topk_idx, y, weights, rows, num_rows_from)
     result = ((topk_idx.shape[0], c.hidden), c.dtype)
-    return _bind("combine_recv", target, operands, result)[0]
+    return _bind("combine_recv", ref, operands, result)[0]
 
 
-def combine_backward_send(target: Target, out_grad: Array, topk_idx: Array) -> Array:
-    return _bind("combine_backward_send", target, (out_grad, topk_idx), _TOKEN)[0]
+def combine_backward_send(ref: BufferRef, out_grad: Array, topk_idx: Array) -> Array:
+    return _bind("combine_backward_send", ref, (out_grad, topk_idx), _TOKEN)[0]
 
 
 def combine_backward_recv(
-    target: Target,
+    ref: BufferRef,
     num_rows: int,
     token: Array,
     y: Array,  # [num_rows, hidden], or [0, hidden] for a plain sum
@@ -255,7 +255,7 @@ def combine_backward_recv(
     num_rows_from: Array,  # i32 [ep_size]
 ) -> tuple[Array, ...]:
     """y_grad [num_rows, hidden], weight_grads f32 of the shape of weights."""
-    c = target.config
+    c = ref.config
     operands = (token, y, weights, rows, num_rows_from)
     results = (((num_rows, c.hidden), c.dtype), (weights.shape, jnp.float32))
-    return _bind("combine_backward_recv", target, operands, *results)
+    return _bind("combine_backward_recv", ref, operands, *results)

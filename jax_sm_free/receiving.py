@@ -8,13 +8,13 @@ from jax import Array
 
 from jax_sm_free import autodiff
 from jax_sm_free.pending import Sent
-from jax_sm_free.primitives import RowType, Target
+from jax_sm_free.primitives import BufferRef, RowType
 from jax_sm_free.results import Layout, Received, ReceivedTokens
 
 
-def by_expert(target: Target, sent: Sent) -> Received:
+def by_expert(ref: BufferRef, sent: Sent) -> Received:
     values, scales, group_sizes, counts, weights, dropped, rows, num_rows_from = (
-        autodiff.dispatch_recv(target, sent.row_type, sent.token, *_own_rows(sent))
+        autodiff.dispatch_recv(ref, sent.row_type, sent.token, *_own_rows(sent))
     )
     return Received(
         x=(values, scales) if sent.row_type.has_scales else values,
@@ -23,13 +23,13 @@ def by_expert(target: Target, sent: Sent) -> Received:
         weights=weights,
         dropped=_plain(dropped),
         layout=_layout(sent.topk_idx, rows, num_rows_from, "experts"),
-        expert_capacity=target.config.expert_capacity,
+        expert_capacity=ref.config.expert_capacity,
     )
 
 
-def by_token(target: Target, sent: Sent) -> ReceivedTokens:
+def by_token(ref: BufferRef, sent: Sent) -> ReceivedTokens:
     values, scales, topk_idx, topk_weights, counts, num_tokens, rows, num_rows_from = (
-        autodiff.dispatch_recv_tokens(target, sent.row_type, sent.token, *_own_rows(sent))
+        autodiff.dispatch_recv_tokens(ref, sent.row_type, sent.token, *_own_rows(sent))
     )
     return ReceivedTokens(
         x=(values, scales) if sent.row_type.has_scales else values,
@@ -41,12 +41,12 @@ def by_token(target: Target, sent: Sent) -> ReceivedTokens:
     )
 
 
-def sums(target: Target, sent: Sent) -> Array:
+def sums(ref: BufferRef, sent: Sent) -> Array:
     # A Sent has no empty arrays, because JAX 0.11.2 crashes where a shard_map takes one.
     y, rows, num_rows_from, *weights = sent.own_rows
     weights = weights or [autodiff.no_weights(y)]
     own_rows = (y, *weights, rows, num_rows_from)
-    return autodiff.combine_recv(target, sent.token, sent.topk_idx, *own_rows)
+    return autodiff.combine_recv(ref, sent.token, sent.topk_idx, *own_rows)
 
 
 def no_scales(values: Array, row_type: RowType) -> Array:

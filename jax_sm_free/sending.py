@@ -10,13 +10,13 @@ from jax.sharding import Mesh
 
 from jax_sm_free import autodiff, checks, receiving
 from jax_sm_free.pending import Sent
-from jax_sm_free.primitives import RowType, Target
+from jax_sm_free.primitives import BufferRef, RowType
 from jax_sm_free.results import Layout
 from jax_sm_free.varying import vary_alike
 
 
 def dispatch(
-    target: Target,
+    ref: BufferRef,
     mesh: Mesh,
     axes: tuple[str, ...],
     x: Any,
@@ -24,7 +24,7 @@ def dispatch(
     topk_weights: Array,
 ) -> Sent:
     """Sends the rows of x. The operands are those of `Buffer.dispatch_send`."""
-    op, config = "dispatch_send", target.config
+    op, config = "dispatch_send", ref.config
     row_type = checks.check_rows(op, config, x)
     values, *parts = x if isinstance(x, (tuple, list)) else (x,)
     checks.check_topk(op, config, values.shape[0], topk_idx, topk_weights)
@@ -37,17 +37,15 @@ def dispatch(
     if parts:
         values, *parts = autodiff.no_gradient(values, *parts)
     scales = parts[0] if parts else receiving.no_scales(values, row_type)
-    token = autodiff.dispatch_send(
-        target, row_type, values, scales, topk_idx, topk_weights, position
-    )
+    token = autodiff.dispatch_send(ref, row_type, values, scales, topk_idx, topk_weights, position)
     # A row that the wire quantises is quantised for this rank, too, and so travels through it.
     own_rows = () if config.wire.quantises else _without_gradient(values, *parts)
     return Sent(token, topk_idx, own_rows, "dispatch", row_type)
 
 
-def combine(target: Target, y: Array, layout: Layout, weights: Array | None) -> Sent:
+def combine(ref: BufferRef, y: Array, layout: Layout, weights: Array | None) -> Sent:
     """Sends the sums of the rows of y. The operands are those of `Buffer.combine_send`."""
-    config = target.config
+    config = ref.config
     checks.check_combine(config, y, layout, weights)
     y, rows, num_rows_from, topk_idx, *present = vary_alike(
         y,
@@ -57,7 +55,7 @@ def combine(target: Target, y: Array, layout: Layout, weights: Array | None) -> 
         *(() if weights is None else (weights,)),
     )
     weights = present[0] if present else None
-    token = autodiff.combine_send(target, y, weights, rows, num_rows_from)
+    token = autodiff.combine_send(ref, y, weights, rows, num_rows_from)
     own_rows = _without_gradient(y, rows, num_rows_from, *present)
     return Sent(token, topk_idx, own_rows, "combine", RowType(config.hidden, config.dtype))
 

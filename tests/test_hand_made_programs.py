@@ -92,7 +92,7 @@ def buffer() -> smf.Buffer:
 
 def run(buffer: smf.Buffer, op: str, operands: Any, results: Any, name: str = "") -> str:
     """The error of one call, with operands of ones and zeros."""
-    name = name or buffer._target.buffer
+    name = name or buffer._ref.buffer
 
     def call() -> Any:
         types = [jax.ShapeDtypeStruct(shape, dtype) for _, shape, dtype in results]
