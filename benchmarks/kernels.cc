@@ -26,6 +26,7 @@
 #include <utility>
 #include <vector>
 
+#include "benchmarks/kernel_times.h"
 #include "cc/config.h"
 #include "cc/cuda/host/device_buffer.h"
 #include "cc/cuda/ops.h"
@@ -41,20 +42,6 @@ constexpr int32_t kNumExperts = 256;
 constexpr int32_t kTopK = 8;
 constexpr int64_t kRowBytes = kHidden * 2;
 constexpr int kRounds = 12;
-
-void MustSucceed(cudaError_t error) {
-  if (error == cudaSuccess) return;
-  std::fprintf(stderr, "%s\n", cudaGetErrorString(error));
-  std::exit(1);
-}
-
-template <typename T>
-T* Take(int64_t count) {
-  void* memory = nullptr;
-  MustSucceed(cudaMalloc(&memory, count * sizeof(T)));
-  MustSucceed(cudaMemset(memory, 0, count * sizeof(T)));
-  return static_cast<T*>(memory);
-}
 
 Config MakeConfig(int32_t ep_size, int32_t num_tokens) {
   Config config{.ep_size = ep_size,
@@ -143,70 +130,6 @@ std::vector<Rank> MakeRanks(const Config& config) {
   }
   return ranks;
 }
-
-class Table {
- public:
-  Table() {
-    MustSucceed(cudaEventCreate(&begin_));
-    MustSucceed(cudaEventCreate(&end_));
-  }
-
-  void Time(const std::string& phase, const std::function<void()>& launch) {
-    Begin();
-    launch();
-    End(phase);
-  }
-
-  // Of launches that follow.
-  void Begin() {
-    MustSucceed(cudaDeviceSynchronize());
-    MustSucceed(cudaMemcpyAsync(filler_ + kFillerBytes, filler_, kFillerBytes,
-                                cudaMemcpyDeviceToDevice, nullptr));
-    MustSucceed(cudaEventRecord(begin_, nullptr));
-  }
-
-  void End(const std::string& phase) {
-    MustSucceed(cudaEventRecord(end_, nullptr));
-    MustSucceed(cudaDeviceSynchronize());
-    float milliseconds = 0;
-    MustSucceed(cudaEventElapsedTime(&milliseconds, begin_, end_));
-    auto row = std::find_if(rows_.begin(), rows_.end(),
-                            [&](const auto& other) { return other.first == phase; });
-    if (row == rows_.end()) row = rows_.insert(rows_.end(), {phase, {}});
-    row->second.push_back(milliseconds * 1000);
-  }
-
-  double Median(const std::string& phase) const {
-    for (auto [name, times] : rows_) {
-      if (name != phase) continue;
-      std::nth_element(times.begin(), times.begin() + times.size() / 2, times.end());
-      return times[times.size() / 2];
-    }
-    return 0;
-  }
-
-  // `bytes`: what each phase moves, on the average over the ranks; 0 for what is not bytes.
-  void Print(const std::vector<std::pair<std::string, double>>& bytes, double bytes_per_us) const {
-    std::printf("%-14s %8s %8s %8s %6s\n", "", "us", "MB", "floor", "ratio");
-    for (const auto& [phase, moved] : bytes) {
-      const double us = Median(phase);
-      std::printf("%-14s %8.1f", phase.c_str(), us);
-      if (moved > 0) {
-        const double floor = moved / bytes_per_us;
-        std::printf(" %8.1f %8.1f %6.2f", moved / 1e6, floor, us / floor);
-      }
-      std::printf("\n");
-    }
-  }
-
- private:
-  static constexpr int64_t kFillerBytes = int64_t{1} << 29;
-
-  std::byte* const filler_ = Take<std::byte>(2 * kFillerBytes);
-  cudaEvent_t begin_ = nullptr;
-  cudaEvent_t end_ = nullptr;
-  std::vector<std::pair<std::string, std::vector<double>>> rows_;
-};
 
 // The movers copy meanwhile, which the next phases are not to see.
 void AwaitCopies() { std::this_thread::sleep_for(std::chrono::milliseconds(20)); }

@@ -17,8 +17,6 @@
 namespace jax_sm_free {
 namespace {
 
-inline constexpr char kBuffer[] = "buffer";
-
 // The run and the device of a call.
 struct Running {
   int64_t run;
@@ -29,14 +27,11 @@ ffi::Error ToError(const std::optional<Fault>& fault) {
   return fault ? ffi::Error::Internal(fault->Describe()) : ffi::Error::Success();
 }
 
-// Finds the buffer with the name that the program has for it, and the rank of a call.
+// Finds the buffer and the rank of a call.
 ffi::Error Locate(Op op, std::string_view name, const Running& running, HostCall& call) {
-  std::shared_ptr<HostBuffer> buffer;
-  if (auto error = FindBuffer(op, name, buffer); error.failure()) return error;
-  HostRank* rank = buffer->RankOf(running.device);
-  if (rank == nullptr) return IsOutside(op, buffer->id(), running.device);
-  call = {.op = op, .buffer = std::move(buffer), .rank = rank, .run = running.run};
-  return ffi::Error::Success();
+  call.op = op;
+  call.run = running.run;
+  return FindRank(op, name, running.device, call.buffer, call.rank);
 }
 
 class CpuSend {
@@ -68,11 +63,11 @@ class CpuSend {
 // XLA keeps operands and results until the future is ready, but does not keep their shapes.
 class CpuRecv {
  public:
-  using Buffer = ffi::Attr<std::string_view, kBuffer>;
+  using Buffer = BufferName;
   using Context = Running;
   using Result = ffi::Future;
 
-  ffi::Error Find(Op op, Buffer buffer, const Running& running) {
+  ffi::Error Find(Op op, BufferName buffer, const Running& running) {
     if (auto error = Locate(op, *buffer, running, call_); error.failure()) return error;
     call_.done = [promise = promise_](const std::optional<Fault>& fault) mutable {
       fault ? promise.SetError(ToError(fault)) : promise.SetAvailable();

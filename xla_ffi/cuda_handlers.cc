@@ -17,8 +17,6 @@
 namespace jax_sm_free::cuda {
 namespace {
 
-inline constexpr char kBuffer[] = "buffer";
-
 // The device of a call, and the stream to enqueue on.
 struct Enqueuing {
   int32_t device;
@@ -27,15 +25,15 @@ struct Enqueuing {
 
 class CudaCall {
  public:
-  using Buffer = ffi::Attr<std::string_view, kBuffer>;
+  using Buffer = BufferName;
   using Context = Enqueuing;
   using Result = ffi::Error;
 
   // Fails with an earlier fault of the buffer, if there is one.
-  ffi::Error Find(Op op, Buffer name, const Enqueuing& enqueuing) {
-    if (auto error = FindBuffer(op, *name, buffer_); error.failure()) return error;
-    rank_ = buffer_->RankOf(enqueuing.device);
-    if (rank_ == nullptr) return IsOutside(op, buffer_->id(), enqueuing.device);
+  ffi::Error Find(Op op, BufferName name, const Enqueuing& enqueuing) {
+    if (auto error = FindRank(op, *name, enqueuing.device, buffer_, rank_); error.failure()) {
+      return error;
+    }
     if (const std::optional<std::string> fault = buffer_->SeenFault()) {
       buffer_->Stop();
       return ffi::Error::Internal(*fault);

@@ -28,26 +28,31 @@ using F32 = ffi::Buffer<ffi::F32>;
 template <typename T>
 using Out = ffi::Result<T>;
 
-// Finds the buffer with the name that a program has for it. Fails if it is not a `T`.
-template <typename T>
-ffi::Error FindBuffer(Op op, std::string_view name, std::shared_ptr<T>& buffer) {
+// The name that a program has for its buffer, in calls that keep no state.
+inline constexpr char kBufferAttribute[] = "buffer";
+using BufferName = ffi::Attr<std::string_view, kBufferAttribute>;
+
+// Finds the buffer with the name that a program has for it, and the rank of a device. Fails if the
+// buffer is not a `B`, and if the device is outside its mesh.
+template <typename B, typename Rank>
+ffi::Error FindRank(Op op, std::string_view name, int32_t device, std::shared_ptr<B>& buffer,
+                    Rank*& rank) {
+  const auto refuse = [op](const std::string& expected, const std::string& seen) {
+    return ffi::Error(
+        ffi::ErrorCode::kFailedPrecondition,
+        std::string("jax_sm_free: ") + OpName(op) + ": expected " + expected + ", seen " + seen);
+  };
   Result<std::shared_ptr<Buffer>> found = Registry::Get().FindFor(name);
   if (Fault* fault = std::get_if<Fault>(&found)) {
     fault->op = OpName(op);
     return {ffi::ErrorCode::kFailedPrecondition, fault->Describe()};
   }
-  buffer = std::dynamic_pointer_cast<T>(std::get<0>(std::move(found)));
-  if (buffer != nullptr) return ffi::Error::Success();
-  return {ffi::ErrorCode::kFailedPrecondition, std::string("jax_sm_free: ") + OpName(op) +
-                                                   ": expected a buffer of this platform, seen " +
-                                                   std::string(name)};
-}
-
-// The error of a call on a device outside the mesh of its buffer.
-inline ffi::Error IsOutside(Op op, int64_t buffer_id, int32_t device) {
-  return {ffi::ErrorCode::kFailedPrecondition,
-          std::string("jax_sm_free: ") + OpName(op) + ": expected a device of the mesh of buffer " +
-              std::to_string(buffer_id) + ", seen device " + std::to_string(device)};
+  buffer = std::dynamic_pointer_cast<B>(std::get<0>(std::move(found)));
+  if (buffer == nullptr) return refuse("a buffer of this platform", std::string(name));
+  rank = buffer->RankOf(device);
+  if (rank != nullptr) return ffi::Error::Success();
+  return refuse("a device of the mesh of buffer " + std::to_string(buffer->id()),
+                "device " + std::to_string(device));
 }
 
 // Bytes of all elements with the same first index.

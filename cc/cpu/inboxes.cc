@@ -12,10 +12,7 @@
 namespace jax_sm_free {
 namespace {
 
-using Nanoseconds = std::chrono::nanoseconds;
 using Seconds = std::chrono::duration<double>;
-
-constexpr size_t kMaxFailedRuns = 1024;
 
 Fault Of(Op op, const Exchange& exchange, int32_t rank, Fault fault) {
   fault.op = OpName(op);
@@ -35,14 +32,7 @@ Inboxes::Inboxes(int32_t ep_size, std::vector<int32_t> num_here, double timeout_
       all_groups_(static_cast<int32_t>(num_here_.size()), ep_size, timeout_s),
       rounds_(num_here_.size()),
       losses_(num_here_.size() * ep_size),
-      waited_ns_(losses_.size() * ep_size) {}
-
-std::optional<Fault> Inboxes::FaultOfRun(int64_t run) const {
-  if (closed_) return closed_;
-  const auto found = failed_runs_.find(run);
-  if (found == failed_runs_.end()) return std::nullopt;
-  return found->second;
-}
+      waits_(losses_.size(), ep_size) {}
 
 Inboxes::Round& Inboxes::FindRound(const ExchangeKey& key, int32_t group) {
   const auto [entry, is_new] = rounds_[group].try_emplace(key);
@@ -67,21 +57,13 @@ Inboxes::Inbox* Inboxes::FindReceiver(const ExchangeKey& key, int32_t member) {
 }
 
 // Counts the wait of a receiver for a message that has come now, or never will.
-void Inboxes::CountWait(const Inbox& inbox, int32_t member, int32_t source,
-                        Watchdog::Clock::time_point until) {
-  waited_ns_[member * ep_size_ + source] += Nanoseconds(until - inbox.messages_since).count();
-}
-
-void Inboxes::CountEndedWait(const Inbox& inbox, int32_t member, Watchdog::Clock::time_point end) {
-  for (int32_t source = 0; source < ep_size_; ++source) {
-    if (!inbox.arrived[source]) CountWait(inbox, member, source, end);
-  }
+void Inboxes::CountWait(const Inbox& inbox, int32_t member, int32_t source) {
+  waits_.Add(member, source, Watchdog::Clock::now() - inbox.messages_since);
 }
 
 std::vector<int64_t> Inboxes::WaitedNanoseconds(int32_t member) const {
   const std::lock_guard lock(mutex_);
-  const auto first = waited_ns_.begin() + int64_t{member} * ep_size_;
-  return {first, first + ep_size_};
+  return waits_.Of(member);
 }
 
 std::vector<Message> Inboxes::TakeMessages(const ExchangeKey& key, int32_t member) {
@@ -92,17 +74,12 @@ std::vector<Message> Inboxes::TakeMessages(const ExchangeKey& key, int32_t membe
   return messages;
 }
 
-std::optional<Fault> Inboxes::Begin(Op /*op*/, const Exchange& /*exchange*/, int32_t /*member*/,
-                                    std::shared_ptr<const CallSite> /*site*/) {
-  return std::nullopt;  // ranks of one process always give an exchange the same name
-}
-
 std::optional<Fault> Inboxes::Send(const ExchangeKey& key, int32_t src, int32_t dst,
                                    Message message) {
   std::vector<Delivery> deliveries;
   {
     const std::lock_guard lock(mutex_);
-    if (std::optional<Fault> fault = FaultOfRun(key.run)) return fault;
+    if (std::optional<Fault> fault = run_faults_.Of(key.run)) return fault;
     if (auto fault = Put(key, src, dst, std::move(message))) return fault;
     TakeIfFull(key, dst, deliveries);
   }
@@ -119,7 +96,7 @@ std::optional<Fault> Inboxes::Put(const ExchangeKey& key, int32_t src, int32_t d
   inbox.messages[source] = std::move(message);
   inbox.arrived[source] = true;
   ++inbox.num_arrived;
-  if (inbox.receiver) CountWait(inbox, dst, source, Watchdog::Clock::now());
+  if (inbox.receiver) CountWait(inbox, dst, source);
   return std::nullopt;
 }
 
@@ -142,7 +119,7 @@ std::optional<Fault> Inboxes::SendAll(const ExchangeKey& key, int32_t member, co
   {
     // Once for all messages: every rank of the process wants this lock.
     const std::lock_guard lock(mutex_);
-    if (std::optional<Fault> fault = FaultOfRun(key.run)) return fault;
+    if (std::optional<Fault> fault = run_faults_.Of(key.run)) return fault;
     const int32_t first = member - RankOf(member);
     for (int32_t dst = 0; dst < ep_size_; ++dst) {
       if (auto fault = Put(key, member, first + dst, std::move(messages[dst]))) return fault;
@@ -163,7 +140,7 @@ void Inboxes::AddFinished(const ExchangeKey& key, int32_t group, int32_t num) {
   std::vector<Delivery> deliveries;
   {
     const std::lock_guard lock(mutex_);
-    if (!FaultOfRun(key.run)) CountFinished(key, group, num, deliveries);
+    if (!run_faults_.Of(key.run)) CountFinished(key, group, num, deliveries);
   }
   Deliver(std::move(deliveries));
 }
@@ -215,7 +192,7 @@ void Inboxes::Receive(Op op, const Exchange& exchange, int32_t dst, Receiver rec
   const ExchangeKey& key = exchange.key;
   {
     const std::lock_guard lock(mutex_);
-    if (std::optional<Fault> fault = FaultOfRun(key.run)) {
+    if (std::optional<Fault> fault = run_faults_.Of(key.run)) {
       arrival = *fault;
     } else {
       Round& round = FindRound(key, GroupOf(dst));
@@ -326,7 +303,6 @@ void Inboxes::OnTimer(const ExchangeKey& key, int32_t member, double waited) {
 std::vector<Inboxes::Delivery> Inboxes::TakeReceivers(
     const std::function<bool(int64_t run)>& of_run, const Fault& fault) {
   std::vector<Delivery> deliveries;
-  const Watchdog::Clock::time_point now = Watchdog::Clock::now();
   for (int32_t group = 0; group < static_cast<int32_t>(rounds_.size()); ++group) {
     Rounds& rounds = rounds_[group];
     for (auto it = rounds.begin(); it != rounds.end();) {
@@ -337,7 +313,9 @@ std::vector<Inboxes::Delivery> Inboxes::TakeReceivers(
       for (int32_t rank = 0; rank < ep_size_; ++rank) {
         Inbox& inbox = it->second.inboxes[rank];
         if (!inbox.receiver) continue;
-        CountEndedWait(inbox, group * ep_size_ + rank, now);
+        for (int32_t source = 0; source < ep_size_; ++source) {
+          if (!inbox.arrived[source]) CountWait(inbox, group * ep_size_ + rank, source);
+        }
         Watchdog::Get().Cancel(inbox.timer);
         deliveries.emplace_back(std::move(inbox.receiver), fault);
       }
@@ -351,9 +329,7 @@ void Inboxes::Fail(int64_t run, const Fault& fault) {
   std::vector<Delivery> deliveries;
   {
     const std::lock_guard lock(mutex_);
-    if (closed_ || !failed_runs_.emplace(run, fault).second) return;
-    // Runs are numbered upwards. A rank that is as late as this gets a timeout of its own.
-    if (failed_runs_.size() > kMaxFailedRuns) failed_runs_.erase(failed_runs_.begin());
+    if (!run_faults_.Add(run, fault)) return;
     deliveries = TakeReceivers([run](int64_t r) { return r == run; }, fault);
     on_fail_(run, fault);
   }
@@ -364,7 +340,7 @@ void Inboxes::Close(const Fault& fault) {
   std::vector<Delivery> deliveries;
   {
     const std::lock_guard lock(mutex_);
-    closed_ = fault;
+    run_faults_.AddForAll(fault);
     deliveries = TakeReceivers([](int64_t) { return true; }, fault);
   }
   Deliver(std::move(deliveries));

@@ -6,7 +6,6 @@
 #include <cstdint>
 #include <functional>
 #include <limits>
-#include <map>
 #include <memory>
 #include <mutex>
 #include <optional>
@@ -18,7 +17,9 @@
 #include "cc/cpu/all_groups.h"
 #include "cc/cpu/exchange.h"
 #include "cc/cpu/message.h"
+#include "cc/cpu/run_faults.h"
 #include "cc/cpu/transport.h"
+#include "cc/cpu/wait_counts.h"
 #include "cc/cpu/watchdog.h"
 #include "cc/fault.h"
 
@@ -37,8 +38,11 @@ class Inboxes : public Transport, public std::enable_shared_from_this<Inboxes> {
   // owner of this object puts in their messages.
   Inboxes(int32_t ep_size, std::vector<int32_t> num_here, double timeout_s, OnFail on_fail);
 
-  std::optional<Fault> Begin(Op op, const Exchange& exchange, int32_t member,
-                             std::shared_ptr<const CallSite> site) override;
+  // Ranks of one process always give an exchange the same name.
+  std::optional<Fault> Begin(Op /*op*/, const Exchange& /*exchange*/, int32_t /*member*/,
+                             std::shared_ptr<const CallSite> /*site*/) override {
+    return std::nullopt;
+  }
   std::optional<Fault> Send(const ExchangeKey& key, int32_t src, int32_t dst,
                             Message message) override;
   void Finish(const ExchangeKey& key, int32_t member) override;
@@ -84,7 +88,6 @@ class Inboxes : public Transport, public std::enable_shared_from_this<Inboxes> {
   int32_t GroupOf(int32_t member) const { return member / ep_size_; }
   int32_t RankOf(int32_t member) const { return member % ep_size_; }
 
-  std::optional<Fault> FaultOfRun(int64_t run) const;
   std::optional<Fault> Put(const ExchangeKey& key, int32_t src, int32_t dst, Message message);
   void TakeIfFull(const ExchangeKey& key, int32_t member, std::vector<Delivery>& deliveries);
   void CountFinished(const ExchangeKey& key, int32_t group, int32_t num,
@@ -92,9 +95,7 @@ class Inboxes : public Transport, public std::enable_shared_from_this<Inboxes> {
   Round& FindRound(const ExchangeKey& key, int32_t group);
   Inbox* FindReceiver(const ExchangeKey& key, int32_t member);
   bool IsFull(const Inbox& inbox) const { return inbox.num_arrived == ep_size_; }
-  void CountWait(const Inbox& inbox, int32_t member, int32_t source,
-                 Watchdog::Clock::time_point until);
-  void CountEndedWait(const Inbox& inbox, int32_t member, Watchdog::Clock::time_point end);
+  void CountWait(const Inbox& inbox, int32_t member, int32_t source);
   std::vector<Message> TakeMessages(const ExchangeKey& key, int32_t member);
   void TakeFullInboxes(const ExchangeKey& key, int32_t group, std::vector<Delivery>& deliveries);
   bool MustWaitForGroups(Round& round, const ExchangeKey& key, int32_t member);
@@ -114,10 +115,9 @@ class Inboxes : public Transport, public std::enable_shared_from_this<Inboxes> {
   mutable std::mutex mutex_;
   AllGroups all_groups_;
   std::vector<Rounds> rounds_;  // by group
-  std::map<int64_t, Fault> failed_runs_;
-  std::vector<Loss> losses_;        // by member
-  std::vector<int64_t> waited_ns_;  // by member and source
-  std::optional<Fault> closed_;
+  RunFaults run_faults_;
+  std::vector<Loss> losses_;  // by member
+  WaitCounts waits_;
 };
 
 }  // namespace jax_sm_free
