@@ -156,8 +156,8 @@ Wire::Callbacks SharedWire::Callbacks() {
       .wants =
           [this](int32_t /*peer*/, Wire::Header header) {
             Label label;
-            if (header.size() < sizeof(label))
-              return true;  // such a message gets no place, so its sender is lost
+            // A message without a label gets no place, and its sender is lost.
+            if (header.size() < sizeof(label)) return true;
             std::memcpy(&label, header.data(), sizeof(label));
             const std::lock_guard lock(mutex_);
             return OpenEnd(label.number) != nullptr;

@@ -97,8 +97,8 @@ TEST(WireBytesTest, Float8HasOneByteAColumnAndAScaleForEach128) {
 TEST(Float8Block128Test, EveryFiniteCodeArrivesAsItIsWhereTheScaleIsOne) {
   std::vector<float> row;
   for (int code = 0; code < 256; ++code) {
-    if ((code & 0x7F) != Float8E4M3::kNan)
-      row.push_back(Float8E4M3::Load(static_cast<uint8_t>(code)));
+    if ((code & 0x7F) == Float8E4M3::kNan) continue;
+    row.push_back(Float8E4M3::Load(static_cast<uint8_t>(code)));
   }
   // Each group gets a 448, which is the largest value.
   std::rotate(row.begin(), row.begin() + 64, row.end());
