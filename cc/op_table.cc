@@ -50,7 +50,7 @@ constexpr Operand kDispatchRecvTokens[] = {
     {"topk_weights", {kMaxRecvTokens, kTopK}},
     {"counts", {kLocalExperts}},
     {"num_tokens", {}},
-    {"layout.rows", {kMaxRecvTokens, kFanout}},
+    {"layout.rows", {kMaxRecvTokens, kOne}},
     kNumRowsFrom,
 };
 constexpr Operand kCombineSend[] = {kY, kWeights, kLayoutRows, kNumRowsFrom, kToken};
@@ -102,6 +102,7 @@ class Sizes {
     at(kLocalExperts) = config.num_local_experts();
     at(kRecvCapacity) = config.recv_capacity;
     at(kMaxRecvTokens) = config.max_recv_tokens();
+    at(kOne) = 1;
     at(kTokenWords) = kTokenSize;
   }
 
@@ -235,13 +236,13 @@ class Check {
   // Rows of a dispatch. An array without rows may have any type.
   bool CheckMoved(size_t i) {
     const Content content = table_.arrays[i].content;
-    if (content == kTyped) return true;
+    if (content == kTyped || given_[i].dims[0] == 0) return true;
     const bool quantizes = config_.wire_format != WireFormat::kPlain;
-    const bool is_wide_as_first = given_[i].row_bytes == given_[FirstLike(i)].row_bytes;
-    if (!is_wide_as_first && given_[FirstLike(i)].dims[0] > 0) {
-      return Refuse(std::string(table_.arrays[i].name) + " of the dtype of " +
-                        table_.arrays[FirstLike(i)].name,
-                    "another");
+    const size_t first = FirstLike(i);
+    if (given_[first].dims[0] > 0 && given_[i].row_bytes != given_[first].row_bytes) {
+      return Refuse(
+          std::string(table_.arrays[i].name) + " of the dtype of " + table_.arrays[first].name,
+          "another");
     }
     if (content == kScales) {
       if (quantizes && given_[i].row_bytes > 0) {

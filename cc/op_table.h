@@ -28,6 +28,7 @@ enum class Dim : int8_t {
   kLocalExperts,   // num_local_experts
   kRecvCapacity,   // recv_capacity
   kMaxRecvTokens,  // ep_size * max_tokens
+  kOne,            // 1
   kTokenWords,     // kTokenSize
   // Sizes that each call chooses.
   kTokens,        // at most max_tokens

@@ -38,6 +38,8 @@ int64_t SizeOf(Dim dim) {
       return kConfig.recv_capacity;
     case Dim::kMaxRecvTokens:
       return kConfig.max_recv_tokens();
+    case Dim::kOne:
+      return 1;
     case Dim::kTokenWords:
       return kTokenSize;
     case Dim::kTokens:

@@ -1,7 +1,7 @@
 """Bounds of the sizes of a buffer, and the checks that raise when a size is out of bounds.
 
 This module is the only place in Python that holds a bound. `Config` names the check of each of its
-fields. cc/cuda/device_buffer.cc repeats the bounds of GPUs as a last guard.
+fields. cc/cuda/host/device_buffer.cc repeats the bounds of GPUs as a last guard.
 """
 
 from __future__ import annotations

@@ -30,11 +30,13 @@ def describe(
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     sizes = config.sizes() | {"dtype": config.dtype.name}
     del sizes["timeout_s"]  # A program does not depend on it.
+    # Saved programs have this text in them. It calls a wire format what it was called at first.
+    wire = {0: "float8_wire=False", 1: "float8_wire=True"}[int(sizes["wire_format"])]
     facts = [
         *([] if name is None else [f"name {name}"]),
         f"axes {' '.join(axes)} of mesh ({shape})",
         f"transport {transport}",
-        *(f"{key}={value}" for key, value in sizes.items()),
+        *(wire if key == "wire_format" else f"{key}={value}" for key, value in sizes.items()),
     ]
     return ", ".join(facts)
 

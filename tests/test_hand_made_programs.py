@@ -145,6 +145,7 @@ def test_array_of_another_size(buffer: smf.Buffer, op: str, side: int, index: in
     [
         ("dispatch_send", 0, 2),  # topk_idx
         ("dispatch_recv", 1, 6),  # layout.rows
+        ("dispatch_recv_tokens", 1, 6),
         ("combine_send", 0, 2),
         ("combine_recv", 0, 1),
         ("combine_backward_send", 0, 1),

@@ -11,7 +11,8 @@ import warnings
 import jax
 import pytest
 import support
-from support import make_config, make_inputs
+from sample_inputs import make_inputs
+from support import make_config
 
 import jax_sm_free as smf
 from jax_sm_free import reference
