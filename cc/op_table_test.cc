@@ -219,6 +219,12 @@ TEST_P(OpTableTest, RefusesAFanoutOfTwo) {
   EXPECT_EQ(call.Error(), "layout.rows of 1 or 5 columns, seen 2");
 }
 
+TEST(DispatchRecvTokensTest, ALayoutByTokensHasOneColumn) {
+  Call call(kDispatchRecvTokensTable);
+  ASSERT_TRUE(call.SetAll(Dim::kOne, kConfig.top_k));
+  EXPECT_EQ(call.Error(), "layout.rows of shape [14, 1], seen [14, 5]");
+}
+
 TEST_P(OpTableTest, RefusesSumsOfAnotherDtype) {
   const size_t first = First(kSummed);
   for (size_t i = first; i < table.arrays.size(); ++i) {

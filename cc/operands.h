@@ -50,8 +50,8 @@ struct Matrix {
 // How the rows of a dispatch travel.
 struct RowFormat {
   WireFormat wire = WireFormat::kPlain;
-  Matrix matrix =
-      {};  // the rows' element type and columns, where the wire quantises rows; else unused
+  // The element type and the columns of the rows. Plain rows do not use it.
+  Matrix matrix = {};
 
   constexpr bool is_plain() const { return wire == WireFormat::kPlain; }
 

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 import support
 
@@ -72,3 +73,20 @@ def test_equal_buffers_are_found_by_their_order(tmp_path: pathlib.Path) -> None:
     # This process never had a buffer of that number, but the only equal buffer does the same.
     assert run("load", "executable", tmp_path, "x") == saved
     assert "it is closed" in run("load", "executable", tmp_path, "x-")
+
+
+@pytest.mark.cpu_only
+@pytest.mark.parametrize("wire_dtype", [None, jnp.float8_e4m3fn])
+def test_the_name_of_a_buffer_does_not_change_from_version_to_version(wire_dtype) -> None:
+    """Programs that earlier versions saved have it in them."""
+    config = support.make_config(2, wire_dtype=wire_dtype, dtype=jnp.float32)
+    with support.open_buffer(config) as buffer:
+        text, _, number = buffer.program_name.rpartition(" #")
+    assert number.isdigit()
+    assert text == (
+        "axes ep of mesh (ep=2), transport in_process, ep_size=2, "
+        f"num_experts={config.num_experts}, top_k={config.top_k}, max_tokens={config.max_tokens}, "
+        f"recv_capacity={config.recv_capacity}, num_slots=2, expert_alignment=1, "
+        f"row_bytes={4 * config.hidden}, expert_capacity=0, "
+        f"float8_wire={wire_dtype is not None}, dtype=float32"
+    )

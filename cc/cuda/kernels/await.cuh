@@ -42,9 +42,8 @@ __device__ bool Await(const RankView& view, Op op, int32_t source, const HasCome
 
 // Messages of some sources, up to one of their parts.
 struct Messages {
-  int32_t first;  // the first source, as a distance down the ring from this rank; and the number of
-                  // sources
-  int32_t count;
+  int32_t first;  // the first source, as a distance down the ring from this rank
+  int32_t count;  // the number of sources
   int part;
 
   // Rank r sends to r + 1 first, so the message of r - 1 comes first, then that of r - 2, and so

@@ -99,8 +99,8 @@ __device__ inline uint64_t Elapsed(uint64_t start, uint64_t now) {
 // The result of a wait of one thread.
 struct Waited {
   bool has_come;  // whether the condition became true
-  uint64_t
-      nanoseconds;  // the duration up to the last check that failed; 0 if the first check succeeded
+  // The duration up to the last check that failed. It is 0 if the first check succeeded.
+  uint64_t nanoseconds;
 };
 
 // Waits until is_true() holds. Gives up after the timeout, or soon after the host has said stop;

@@ -32,8 +32,8 @@ __device__ inline std::byte* PackOutRow(const RankView& view, const OutRows* out
   int32_t place = number;
   if (out.placing.num_common > 0) {
     const CommonBefore common = CommonBefore::Of(view.common_before[token]);
-    if (common.is_one && dst != (view.rank + 1) % ep_size)
-      return nullptr;  // a common row is packed once
+    // A common row is packed once.
+    if (common.is_one && dst != (view.rank + 1) % ep_size) return nullptr;
     place = PlaceOf(out.placing, number, common);
   }
   return out.rows + place * out.row_stride;
@@ -43,8 +43,8 @@ __device__ inline std::byte* PackOutRow(const RankView& view, const OutRows* out
 __device__ inline void PostAllParts(const RankView& view, const Steps& steps, int first_part) {
   const int32_t ep_size = view.config.ep_size;
   const auto lane = static_cast<int32_t>(threadIdx.x % kWarpSize);
-  const int32_t dst = lane < ep_size ? (view.rank + 1 + lane) % ep_size
-                                     : -1;  // each rank starts with another destination
+  // Each rank starts with another destination.
+  const int32_t dst = lane < ep_size ? (view.rank + 1 + lane) % ep_size : -1;
   for (int part = first_part; part < kNumParts; ++part) {
     steps.Await(part);
     PostParts(view, dst, part);

@@ -272,9 +272,8 @@ __global__ void __launch_bounds__(kTileEntries)
   for (int32_t i = threadIdx.x; i < tile.num_tokens() * config.ep_size; i += blockDim.x) {
     view.row_of[tile.first_token() * config.ep_size + i] = -1;
   }
-  const Entry entry =
-      tile.Read(args.topk.idx, view.rank,
-                IsDispatch(args));  // has a barrier, behind which the zeros are visible
+  // Read has a barrier. Behind it, all threads see the zeros.
+  const Entry entry = tile.Read(args.topk.idx, view.rank, IsDispatch(args));
   const int32_t dst_key = entry.dst < 0 ? -1 : config.num_experts + entry.dst;
   const Rank expert_rank = RankInWarp(entry.expert);
   const Rank dst_rank = RankInWarp(dst_key);
