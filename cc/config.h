@@ -6,6 +6,7 @@
 
 #include <cstdint>
 
+#include "cc/dtype.h"
 #include "cc/wire_format.h"
 
 namespace jax_sm_free {
@@ -26,9 +27,16 @@ struct Config {
   double timeout_s = 100.0;      // how long a recv waits for messages
   // How the rows of a dispatch travel.
   WireFormat wire_format = WireFormat::kPlain;
+  // The nodes of the group, and the distance from a rank to the rank of the next node with the same
+  // place in its node: cc/tiers.h.
+  int32_t num_nodes = 1;
+  int32_t node_stride = 1;
+  DType dtype = DType::kFloat32;  // of rows that are summed
 
   constexpr int32_t num_local_experts() const { return num_experts / ep_size; }
   constexpr int64_t max_recv_tokens() const { return int64_t{ep_size} * max_tokens; }
+  constexpr int32_t node_size() const { return ep_size / num_nodes; }
+  constexpr bool has_two_tiers() const { return num_nodes > 1; }
 };
 
 }  // namespace jax_sm_free

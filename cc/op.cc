@@ -20,6 +20,14 @@ const char* OpName(Op op) {
       return "dispatch_backward_send";
     case Op::kDispatchBackwardRecv:
       return "dispatch_backward_recv";
+    case Op::kDispatchForward:
+      return "dispatch_forward";
+    case Op::kCombineForward:
+      return "combine_forward";
+    case Op::kCombineBackwardForward:
+      return "combine_backward_forward";
+    case Op::kDispatchBackwardForward:
+      return "dispatch_backward_forward";
   }
   return "unknown";
 }

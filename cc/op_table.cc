@@ -18,6 +18,7 @@ constexpr Operand kLayoutRows{"layout.rows", {kMaxRecvTokens, kFanout}};
 constexpr Operand kNumRowsFrom{"layout.num_rows_from", {kRanks}};
 constexpr Operand kY{"y", {kExpertRows, kColumns}, kSummed};
 constexpr Operand kWeights{"weights", {kWeighted}};
+constexpr Operand kNodeTopk{"layout.node_topk", {kMaxRailTokens, kTopK}};
 
 constexpr Operand kDispatchSend[] = {
     {"values", {kTokens, kValueColumns}, kValues},
@@ -90,6 +91,8 @@ constexpr Operand kDispatchBackwardRecv[] = {
     {"x_grad", {kTokens, kColumns}, kSummed},
     {"weight_grads", {kTokens, kTopK}},
 };
+constexpr Operand kDispatchForward[] = {kToken, kToken, kNodeTopk};
+constexpr Operand kForward[] = {kToken, kNodeTopk, kToken};
 
 // The sizes of the dimensions of a call: those that the buffer fixes, and those of the arrays seen
 // so far.
@@ -102,6 +105,7 @@ class Sizes {
     at(kLocalExperts) = config.num_local_experts();
     at(kRecvCapacity) = config.recv_capacity;
     at(kMaxRecvTokens) = config.max_recv_tokens();
+    at(kMaxRailTokens) = int64_t{config.num_nodes} * config.max_tokens;
     at(kOne) = 1;
     at(kTokenWords) = kTokenSize;
   }
@@ -141,7 +145,7 @@ class Check {
       : table_(table), config_(config), given_(given), sizes_(config) {}
 
   std::optional<std::string> Run() {
-    if (CheckShapes() && CheckSizes() && CheckContents()) return std::nullopt;
+    if (CheckTiers() && CheckShapes() && CheckSizes() && CheckContents()) return std::nullopt;
     return std::string("jax_sm_free: ") + OpName(table_.op) + ": expected " + expected_ +
            ", seen " + seen_;
   }
@@ -151,6 +155,11 @@ class Check {
     expected_ = std::move(expected);
     seen_ = std::move(seen);
     return false;
+  }
+
+  bool CheckTiers() {
+    if (!IsForward(table_.op) || config_.has_two_tiers()) return true;
+    return Refuse("a buffer of several nodes", "one of a single node");
   }
 
   bool CheckShapes() {
@@ -275,6 +284,10 @@ constexpr OpTable kCombineBackwardSendTable{Op::kCombineBackwardSend, kCombineBa
 constexpr OpTable kCombineBackwardRecvTable{Op::kCombineBackwardRecv, kCombineBackwardRecv};
 constexpr OpTable kDispatchBackwardSendTable{Op::kDispatchBackwardSend, kDispatchBackwardSend};
 constexpr OpTable kDispatchBackwardRecvTable{Op::kDispatchBackwardRecv, kDispatchBackwardRecv};
+constexpr OpTable kDispatchForwardTable{Op::kDispatchForward, kDispatchForward};
+constexpr OpTable kCombineForwardTable{Op::kCombineForward, kForward};
+constexpr OpTable kCombineBackwardForwardTable{Op::kCombineBackwardForward, kForward};
+constexpr OpTable kDispatchBackwardForwardTable{Op::kDispatchBackwardForward, kForward};
 
 std::optional<std::string> CheckOperands(const OpTable& table, const Config& config,
                                          std::span<const Given> given) {

@@ -28,6 +28,7 @@ enum class Dim : int8_t {
   kLocalExperts,   // num_local_experts
   kRecvCapacity,   // recv_capacity
   kMaxRecvTokens,  // ep_size * max_tokens
+  kMaxRailTokens,  // num_nodes * max_tokens
   kOne,            // 1
   kTokenWords,     // kTokenSize
   // Sizes that each call chooses.
@@ -78,6 +79,10 @@ extern const OpTable kCombineBackwardSendTable;
 extern const OpTable kCombineBackwardRecvTable;
 extern const OpTable kDispatchBackwardSendTable;
 extern const OpTable kDispatchBackwardRecvTable;
+extern const OpTable kDispatchForwardTable;
+extern const OpTable kCombineForwardTable;
+extern const OpTable kCombineBackwardForwardTable;
+extern const OpTable kDispatchBackwardForwardTable;
 
 // What is checked of an array of a call.
 struct Given {

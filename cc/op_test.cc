@@ -8,9 +8,10 @@ namespace jax_sm_free {
 namespace {
 
 TEST(OpTest, ANameIsThatOfItsKindAndEnd) {
-  for (int32_t i = 0; i <= static_cast<int32_t>(Op::kDispatchBackwardRecv); ++i) {
+  for (int32_t i = 0; i <= static_cast<int32_t>(Op::kDispatchBackwardForward); ++i) {
     const Op op = static_cast<Op>(i);
-    EXPECT_EQ(OpName(op), KindName(KindOf(op)) + std::string(i % 2 == 0 ? "_send" : "_recv"));
+    const char* end = IsForward(op) ? "_forward" : i % 2 == 0 ? "_send" : "_recv";
+    EXPECT_EQ(OpName(op), std::string(KindName(KindOf(op))) + end);
   }
 }
 

@@ -7,16 +7,10 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "cc/dtype.h"
 #include "cc/wire_format.h"
 
 namespace jax_sm_free {
-
-// Element types of rows that are summed. VisitDType (cc/cpu/numeric.h) turns one into a type for
-// code on the host, and VisitElement (cc/cuda/kernels/elements.cuh) into a type for kernels.
-enum class DType : int32_t { kFloat32, kBFloat16, kFloat16 };
-inline constexpr DType kDTypes[] = {DType::kFloat32, DType::kBFloat16, DType::kFloat16};
-
-constexpr int64_t ElementBytes(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
 
 // The two parts of rows: values, and their scales if they have any. On the wire, the scales of a
 // row lie behind its values. scales_bytes is 0 for rows without scales.
@@ -110,6 +104,20 @@ struct SumsIn {
   Matrix matrix;
   ExpertRows rows;
   const float* weight_grads = nullptr;  // [ep_size * max_tokens, top_k]; null for combine_send
+};
+
+// dispatch_forward.
+struct ForwardOut {
+  float* token = nullptr;
+  // i32 [num_nodes * max_tokens, top_k]: the routing of the rail messages that this rank has
+  // received. Row m * max_tokens + i belongs to row i of the message from node m: node experts
+  // (cc/tiers.h), and -1 for none. Rows that no message has are -1.
+  int32_t* node_topk = nullptr;
+};
+
+// The forward of an exchange that follows a dispatch.
+struct ForwardIn {
+  const int32_t* node_topk = nullptr;  // of the dispatch
 };
 
 // The rows that this rank gave to the send of a dispatch.

@@ -97,6 +97,7 @@ struct Cpu {
   using Call = HostCall;
   using Send = CpuSend;
   using Recv = CpuRecv;
+  using Forward = CpuRecv;  // it waits for messages, too
 };
 
 }  // namespace

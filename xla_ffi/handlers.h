@@ -1,8 +1,9 @@
 // The handlers of all ops, written once for all platforms. A handler decodes the operands, checks
 // them, calls the op layer, and converts its result.
 //
-// A platform has a type `Call`, which its op layer takes, and two types `Send` and `Recv`, which
-// run a call of a send and of a recv. Each of the two has:
+// A platform has a type `Call`, which its op layer takes, and three types `Send`, `Recv` and
+// `Forward`, which run a call of a send, of a recv and of a forward. A platform without two tiers
+// has no `Forward`. Each of the three has:
 //
 //   Buffer: how a call names its buffer: a decoded attribute, or a state
 //   Context: the device, the run and the stream of a call, as far as the platform has them
@@ -135,6 +136,25 @@ auto RunDispatchBackwardRecv(const Call& call, F32 token, S32 topk_idx, Out<ffi:
   return ReceiveSums(call, token.typed_data(), std::nullopt, sums);
 }
 
+template <typename Call>
+auto RunDispatchForward(const Call& call, F32 token, Out<F32> token_out, Out<S32> node_topk) {
+  return DispatchForward(call, token.typed_data(),
+                         ForwardOut{token_out->typed_data(), node_topk->typed_data()});
+}
+
+// combine_forward, dispatch_backward_forward.
+template <typename Call>
+auto RunForwardSums(const Call& call, F32 token, S32 node_topk, Out<F32> token_out) {
+  return ForwardSums(call, token.typed_data(), ForwardIn{node_topk.typed_data()},
+                     token_out->typed_data());
+}
+
+template <typename Call>
+auto RunCombineBackwardForward(const Call& call, F32 token, S32 node_topk, Out<F32> token_out) {
+  return CombineBackwardForward(call, token.typed_data(), ForwardIn{node_topk.typed_data()},
+                                token_out->typed_data());
+}
+
 // The FFI handler of an op: it checks a call against `table` and then calls `run`. `Site` is the
 // Send or Recv of the platform.
 template <typename Site, const OpTable& table, auto run>
@@ -169,7 +189,7 @@ std::vector<HandlerEntry> HandlersOf(XLA_FFI_Handler* instantiate = nullptr) {
   using Call = typename Platform::Call;
   using Send = typename Platform::Send;
   using Recv = typename Platform::Recv;
-  return {
+  std::vector<HandlerEntry> entries = {
       {"smf_dispatch_send", instantiate,
        Handler<Send, kDispatchSendTable, &RunDispatchSend<Call>>::Entry},
       {"smf_dispatch_recv", nullptr,
@@ -188,6 +208,20 @@ std::vector<HandlerEntry> HandlersOf(XLA_FFI_Handler* instantiate = nullptr) {
       {"smf_dispatch_backward_recv", nullptr,
        Handler<Recv, kDispatchBackwardRecvTable, &RunDispatchBackwardRecv<Call>>::Entry},
   };
+  if constexpr (requires { typename Platform::Forward; }) {
+    using Forward = typename Platform::Forward;
+    entries.insert(
+        entries.end(),
+        {{"smf_dispatch_forward", nullptr,
+          Handler<Forward, kDispatchForwardTable, &RunDispatchForward<Call>>::Entry},
+         {"smf_combine_forward", nullptr,
+          Handler<Forward, kCombineForwardTable, &RunForwardSums<Call>>::Entry},
+         {"smf_combine_backward_forward", nullptr,
+          Handler<Forward, kCombineBackwardForwardTable, &RunCombineBackwardForward<Call>>::Entry},
+         {"smf_dispatch_backward_forward", nullptr,
+          Handler<Forward, kDispatchBackwardForwardTable, &RunForwardSums<Call>>::Entry}});
+  }
+  return entries;
 }
 
 }  // namespace jax_sm_free

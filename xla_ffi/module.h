@@ -16,6 +16,7 @@
 #include "cc/layout.h"
 #include "cc/rank_stats.h"
 #include "cc/runtime.h"
+#include "cc/tiers.h"
 #include "cc/wire_format.h"
 #include "nanobind/nanobind.h"
 #include "nanobind/stl/optional.h"
@@ -84,6 +85,11 @@ inline Config ToConfig(const nb::dict& sizes) {
   int32_t wire_format = 0;
   take("wire_format", wire_format);
   config.wire_format = static_cast<WireFormat>(wire_format);
+  take("num_nodes", config.num_nodes);
+  take("node_stride", config.node_stride);
+  int32_t dtype = 0;
+  take("dtype", dtype);
+  config.dtype = static_cast<DType>(dtype);
   return config;
 }
 
@@ -117,6 +123,8 @@ inline nb::dict StatsOf(int64_t id, int32_t device) {
 inline void DefineCommon(nb::module_& module) {
   module.def("max_message_bytes",
              [](const nb::dict& sizes) { return MaxMessageBytes(ToConfig(sizes)); });
+  module.def("max_rail_message_bytes",
+             [](const nb::dict& sizes) { return MaxMessageBytes(RailConfig(ToConfig(sizes))); });
   module.def(
       "close_buffer", [](int64_t id) { return Registry::Get().Close(id); },
       nb::call_guard<nb::gil_scoped_release>());
