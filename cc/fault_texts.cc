@@ -102,6 +102,11 @@ Fault TokenUsedBefore(int64_t sequence) {
                "exchange " + std::to_string(sequence) + ", received before");
 }
 
+Fault NotForwarded(int64_t sequence) {
+  return Texts("the token of a forward",
+               "that of the send of exchange " + std::to_string(sequence) + ", not forwarded yet");
+}
+
 Fault IndexOutOfRange(int32_t num_experts, int64_t index, int64_t token, int64_t k) {
   return Texts(
       "topk_idx in [-1, " + std::to_string(num_experts) + ")",
@@ -121,6 +126,10 @@ Fault LayoutRowsDiffer(int64_t num_rows, int64_t seen) {
 Fault LayoutCountDiffers(int32_t source, int64_t max_tokens, int64_t seen) {
   return Texts("layout.num_rows_from in [0, " + std::to_string(max_tokens) + "]",
                std::to_string(seen), source);
+}
+
+Fault NodeTopkDiffers(int64_t num_node_experts, int64_t seen) {
+  return Texts("node_topk in [-1, " + std::to_string(num_node_experts) + ")", std::to_string(seen));
 }
 
 Fault MessageDiffers(int32_t source, int64_t num_rows, int64_t row_bytes, int64_t seen_rows,

@@ -40,6 +40,8 @@ Fault NotOneToken(float magic);
 Fault TokenOfAnother(int64_t buffer, int64_t rank, int64_t seen_buffer, int64_t seen_rank);
 Fault TokenOfAnotherKind(Kind expected, Kind seen);
 Fault TokenUsedBefore(int64_t sequence);
+// The fault of a recv of two tiers without a forward before it.
+Fault NotForwarded(int64_t sequence);
 
 Fault IndexOutOfRange(int32_t num_experts, int64_t index, int64_t token, int64_t k);
 Fault PositionDiffers(int64_t position, int64_t seen);
@@ -47,6 +49,7 @@ Fault PositionDiffers(int64_t position, int64_t seen);
 // The fault of a layout that no dispatch of this buffer has returned.
 Fault LayoutRowsDiffer(int64_t num_rows, int64_t seen);
 Fault LayoutCountDiffers(int32_t source, int64_t max_tokens, int64_t seen);
+Fault NodeTopkDiffers(int64_t num_node_experts, int64_t seen);
 
 // The fault of a message from a rank that is not in the same exchange.
 Fault MessageDiffers(int32_t source, int64_t num_rows, int64_t row_bytes, int64_t seen_rows,

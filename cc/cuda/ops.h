@@ -13,7 +13,7 @@
 #include <optional>
 
 #include "cc/config.h"
-#include "cc/cuda/device_state.h"
+#include "cc/cuda/rank_view.h"
 #include "cc/op.h"
 #include "cc/operands.h"
 

@@ -51,6 +51,8 @@ Fault Explain(const FaultRecord& record, const RankView& view, double waited_s) 
       return NotOneToken(std::bit_cast<float>(static_cast<int32_t>(record.seen)));
     case FaultCode::kTokenUsed:
       return TokenUsedBefore(record.seen);
+    case FaultCode::kNotForwarded:
+      return NotForwarded(record.seen);
     case FaultCode::kTokenOrigin:
       return TokenOfAnother(view.buffer_id, view.rank, record.detail, record.seen);
     case FaultCode::kTokenKind:
@@ -64,6 +66,8 @@ Fault Explain(const FaultRecord& record, const RankView& view, double waited_s) 
       return LayoutRowsDiffer(record.expected, record.seen);
     case FaultCode::kLayoutCount:
       return LayoutCountDiffers(record.peer, config.max_tokens, record.seen);
+    case FaultCode::kNodeTopk:
+      return NodeTopkDiffers(record.expected, record.seen);
     case FaultCode::kMessageKind:
       return other(std::string("a ") + KindName(static_cast<Kind>(record.expected)) + " message",
                    std::string("a ") + KindName(static_cast<Kind>(record.seen)) + " message");

@@ -10,10 +10,10 @@ namespace jax_sm_free::cuda {
 namespace {
 
 RankView View() {
-  RankView view{};
-  view.config = {.ep_size = 4, .num_experts = 8, .top_k = 2, .max_tokens = 16, .timeout_s = 1.5};
+  const Config config = {
+      .ep_size = 4, .num_experts = 8, .top_k = 2, .max_tokens = 16, .timeout_s = 1.5};
+  RankView view = ViewOf(config, 2);
   view.buffer_id = 7;
-  view.rank = 2;
   return view;
 }
 

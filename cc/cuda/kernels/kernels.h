@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <optional>
 
-#include "cc/cuda/device_state.h"
+#include "cc/cuda/rank_view.h"
 #include "cc/op.h"
 #include "cc/operands.h"
 
@@ -51,11 +51,20 @@ void LaunchPack(const RankView& view, const PackArgs& args, cudaStream_t stream)
 
 // Takes the exchange that the token names, and waits for the notices of its messages. If
 // `for_messages` is set, it also waits for the messages. One block.
+enum class Awaited : int32_t {
+  kSources,  // recv of rows: a message of each rank
+  kLanes,    // recv of sums: the messages of MessageTable::of_lane
+  // In two tiers.
+  kRail,    // forward of rows: rail messages
+  kOthers,  // forward of sums: what the own node has for each of the other nodes
+};
 struct WaitArgs {
   Op op = Op::kDispatchRecv;
+  Awaited awaited = Awaited::kSources;
   const float* token = nullptr;  // [kTokenSize]
-  int64_t row_bytes = 0;
-  const int32_t* expected_rows = nullptr;  // [ep_size]: rows that each source must have sent
+  float* token_out = nullptr;    // [kTokenSize]: of a forward
+  int64_t row_bytes = 0;         // 0: as many as the send of this rank has sent
+  const int32_t* expected_rows = nullptr;  // rows that each message must have, in order
   std::optional<int64_t> own_tokens = {};  // the number of tokens that this rank gave to the send
   bool for_messages = true;
   bool is_first = true;  // whether no other kernel of the call was launched before
