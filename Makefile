@@ -35,7 +35,7 @@ BAZEL_TEST := bazel test $(BAZEL_FLAGS) --test_tag_filters=-python --build_tests
 # Without it, JAX complains that the CUDA compiler of the set-up finds no CUDA libraries.
 export JAX_PLATFORMS ?= cpu
 
-.PHONY: help debian setup build demo bench bench-processes bench-gpu bench-gpu-processes bench-kernels \
+.PHONY: help debian setup build demo bench bench-processes bench-tiers bench-gpu bench-gpu-processes bench-kernels \
   test test-integrations test-gpu kernel-programs sanitize-gpu test-cc test-python test-sanitizers test-wheel \
   lint lint-py lint-cc docs wheel clean
 .DELETE_ON_ERROR:
@@ -51,6 +51,7 @@ help:
 	@echo "make test-integrations  levanter, MaxText, flax, Equinox and Hugging Face's layers (downloads much)"
 	@echo "make bench            benchmarks on this machine's CPU"
 	@echo "make bench-processes  benchmarks of two processes on this machine's CPU (as root)"
+	@echo "make bench-tiers      two tiers beside one, on this machine's CPU (as root)"
 	@echo "make bench-gpu        benchmarks on this machine's GPUs (with CUDA=1)"
 	@echo "make bench-kernels    what SMs do of an exchange, on one GPU (with CUDA=1)"
 	@echo "make bench-gpu-processes  the same in one process and in one for each GPU, side by side"
@@ -109,6 +110,9 @@ bench: build
 
 bench-processes: build
 	$(VENV_PYTHON) -m benchmarks.processes
+
+bench-tiers: build
+	$(VENV_PYTHON) -m benchmarks.tiers --cable
 
 bench-gpu: build
 	JAX_PLATFORMS=cuda $(VENV_PYTHON) -m benchmarks.gpu

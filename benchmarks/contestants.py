@@ -19,6 +19,7 @@ from benchmarks.ragged import Ragged
 
 AXIS = "ep"
 SPLIT = P(AXIS)  # over the ranks, by the first axis
+NODE_AXIS = "node"
 EXPERT_HIDDEN = 64
 
 
@@ -58,7 +59,18 @@ def make_mesh(ep_size: int) -> Mesh:
     return Mesh(np.array(jax.devices()[:ep_size]), (AXIS,))
 
 
-def make_ours(case: Case, load: Load, mesh: Mesh, in_batches: bool = False) -> Ours:
+def make_mesh_of_nodes(devices: np.ndarray) -> Mesh:
+    """Of [nodes, ranks of a node] devices."""
+    return Mesh(devices, (NODE_AXIS, "gpu"))
+
+
+def make_ours(
+    case: Case,
+    load: Load,
+    mesh: Mesh,
+    in_batches: bool = False,
+    node_axis: str | None = None,
+) -> Ours:
     """With `in_batches`, the groups of all experts have the rows of the fullest."""
     if in_batches:
         capacity = {"expert_capacity": load.expert_capacity}
@@ -67,7 +79,8 @@ def make_ours(case: Case, load: Load, mesh: Mesh, in_batches: bool = False) -> O
     return Ours(
         smf.Buffer(
             mesh,
-            AXIS,
+            mesh.axis_names,
+            node_axis=node_axis,
             hidden=case.hidden,
             num_experts=case.num_experts,
             top_k=case.top_k,
@@ -90,7 +103,7 @@ def make_ragged(case: Case, load: Load, num_updates: int) -> Ragged:
 
 def put(inputs: Inputs, case: Case, mesh: Mesh) -> tuple[Array, Array, Array]:
     """The inputs on their devices, rows in the case's dtype."""
-    sharding = NamedSharding(mesh, P(AXIS))
+    sharding = NamedSharding(mesh, P(mesh.axis_names))
     x, *rest = inputs
     return tuple(
         jax.device_put(part, sharding) for part in (np.asarray(x, jnp.dtype(case.dtype)), *rest)
@@ -101,10 +114,13 @@ def on_ranks(
     fn: Callable[..., Any],
     mesh: Mesh,
     options: dict[str, Any] | None = None,
-    in_specs: Any = SPLIT,
+    in_specs: Any = None,
 ) -> Callable[..., Any]:
     """`fn` per rank, jitted; arrays are split by their first axis but for what `in_specs` says."""
-    mapped = jax.shard_map(fn, mesh=mesh, in_specs=in_specs, out_specs=SPLIT, check_vma=False)
+    split = P(mesh.axis_names)
+    mapped = jax.shard_map(
+        fn, mesh=mesh, in_specs=in_specs or split, out_specs=split, check_vma=False
+    )
     return jax.jit(mapped, compiler_options=options)
 
 

@@ -41,7 +41,30 @@ def time_all(case: Case, plan: Rounds, num_gemms: int) -> dict[str, list[float]]
     timing.warm_heap(_WARM_RESULTS * len(mesh.local_devices) * load.recv_capacity * case.row_bytes)
     ours = contestants.make_ours(case, load, mesh)
     args = contestants.put(inputs, case, mesh)
-    runners = _make_runners(case, mesh, ours, args, num_gemms)
+    times = _time_rounds(_make_runners(case, mesh, ours, args, num_gemms), plan)
+    ours.buffer.close()
+    return times
+
+
+def time_tiers(case: Case, plan: Rounds, num_hosts: int, has_tiers: bool) -> dict[str, list[float]]:
+    """Seconds of each "dispatch" and "combine"; with two tiers, a node is a host.
+
+    Processes take the hosts in turn. With and without tiers a rank is the same device.
+    """
+    by_host = np.array(jax.devices()).reshape(jax.process_count() // num_hosts, num_hosts, -1)
+    mesh = contestants.make_mesh_of_nodes(by_host.transpose(1, 0, 2).reshape(num_hosts, -1))
+    inputs = make_inputs(case)
+    load = measure_load(case, inputs.topk_idx)
+    node_axis = contestants.NODE_AXIS if has_tiers else None
+    ours = contestants.make_ours(case, load, mesh, node_axis=node_axis)
+    args = contestants.put(inputs, case, mesh)
+    times = _time_rounds(_make_runners(case, mesh, ours, args, 0), plan)
+    ours.buffer.close()
+    return times
+
+
+def _time_rounds(runners: dict[str, Callable[[], Any]], plan: Rounds) -> dict[str, list[float]]:
+    """Seconds of each run, in rounds that begin when this process is told to."""
     times: dict[str, list[float]] = {name: [] for name in runners}
     for run in runners.values():
         run()
@@ -54,7 +77,6 @@ def time_all(case: Case, plan: Rounds, num_gemms: int) -> dict[str, list[float]]
                 run()
                 times[name].append(perf_counter() - begin)
     rank.pause(READY.format(plan.rounds))
-    ours.buffer.close()
     return times
 
 

@@ -13,6 +13,8 @@ struct Fault {
   std::string op = {};  // the operation that saw it, as Python names it
   int rank = -1;        // the rank that saw it; -1 if no rank did
   int peer = -1;        // the rank that caused it; -1 if that is not known
+  int node = -1;        // of `rank`, in a group of two tiers; else -1
+  int peer_node = -1;   // of `peer`, likewise
   std::string expected;
   std::string seen;
   std::string exchange;  // "exchange 12 (slot 1)"; empty if there was no exchange yet

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <utility>
 
+#include "cc/tiers.h"
 #include "cc/token.h"
 
 namespace jax_sm_free {
@@ -37,23 +38,30 @@ std::string DescribeSeconds(double seconds) {
   return text;
 }
 
+Fault MissingMessages(const std::vector<int32_t>& missing, int32_t num_ranks, double timeout_s,
+                      double waited_s) {
+  std::string names;
+  for (const int32_t rank : missing) names += (names.empty() ? "" : ", ") + std::to_string(rank);
+  const auto num_arrived = num_ranks - static_cast<int32_t>(missing.size());
+  return Texts(
+      "messages from " + std::to_string(num_ranks) + " ranks within " + DescribeSeconds(timeout_s),
+      std::to_string(num_arrived) + " after " + DescribeSeconds(waited_s) + ", none from rank " +
+          names,
+      missing.front());
+}
+
 Fault MissingMessages(const std::vector<bool>& arrived, double timeout_s, double waited_s) {
-  std::string missing;
-  int32_t first = -1;
-  int num_arrived = 0;
+  std::vector<int32_t> missing;
   for (size_t source = 0; source < arrived.size(); ++source) {
-    if (arrived[source]) {
-      ++num_arrived;
-      continue;
-    }
-    if (first < 0) first = static_cast<int32_t>(source);
-    missing += (missing.empty() ? "" : ", ") + std::to_string(source);
+    if (!arrived[source]) missing.push_back(static_cast<int32_t>(source));
   }
-  return Texts("messages from " + std::to_string(arrived.size()) + " ranks within " +
-                   DescribeSeconds(timeout_s),
-               std::to_string(num_arrived) + " after " + DescribeSeconds(waited_s) +
-                   ", none from rank " + missing,
-               first);
+  return MissingMessages(missing, static_cast<int32_t>(arrived.size()), timeout_s, waited_s);
+}
+
+void NameNodes(const Config& config, Fault& fault) {
+  if (!config.has_two_tiers()) return;
+  if (fault.rank >= 0) fault.node = NodeOf(config, fault.rank);
+  if (fault.peer >= 0) fault.peer_node = NodeOf(config, fault.peer);
 }
 
 void TellFault(const Fault& fault) { (void)std::fprintf(stderr, "%s\n", fault.Describe().c_str()); }
@@ -102,9 +110,14 @@ Fault TokenUsedBefore(int64_t sequence) {
                "exchange " + std::to_string(sequence) + ", received before");
 }
 
+Fault ForwardedBefore(int64_t sequence) {
+  return Texts("one forward of each exchange",
+               "a second one of exchange " + std::to_string(sequence));
+}
+
 Fault NotForwarded(int64_t sequence) {
-  return Texts("the token of a forward",
-               "that of the send of exchange " + std::to_string(sequence) + ", not forwarded yet");
+  return Texts("the token of a forward, because the buffer has several nodes",
+               "exchange " + std::to_string(sequence) + ", which was sent and not forwarded");
 }
 
 Fault IndexOutOfRange(int32_t num_experts, int64_t index, int64_t token, int64_t k) {
@@ -126,10 +139,6 @@ Fault LayoutRowsDiffer(int64_t num_rows, int64_t seen) {
 Fault LayoutCountDiffers(int32_t source, int64_t max_tokens, int64_t seen) {
   return Texts("layout.num_rows_from in [0, " + std::to_string(max_tokens) + "]",
                std::to_string(seen), source);
-}
-
-Fault NodeTopkDiffers(int64_t num_node_experts, int64_t seen) {
-  return Texts("node_topk in [-1, " + std::to_string(num_node_experts) + ")", std::to_string(seen));
 }
 
 Fault MessageDiffers(int32_t source, int64_t num_rows, int64_t row_bytes, int64_t seen_rows,

@@ -9,6 +9,7 @@
 #include <string>
 #include <vector>
 
+#include "cc/config.h"
 #include "cc/fault.h"
 #include "cc/layout.h"
 
@@ -20,8 +21,14 @@ std::string DescribeExchange(Kind kind, int64_t sequence, int32_t slot);
 // "1.5 s"
 std::string DescribeSeconds(double seconds);
 
+// `missing` has the ranks, at least one, of `num_ranks` that have sent nothing.
+Fault MissingMessages(const std::vector<int32_t>& missing, int32_t num_ranks, double timeout_s,
+                      double waited_s);
 // `arrived` is by source rank. At least one is false.
 Fault MissingMessages(const std::vector<bool>& arrived, double timeout_s, double waited_s);
+
+// Adds the nodes of the rank and of the peer, in a group of two tiers.
+void NameNodes(const Config& config, Fault& fault);
 
 // Writes a fault to stderr. It may be seen nowhere else: a fault that has ended some ranks leaves
 // others waiting for them.
@@ -40,7 +47,8 @@ Fault NotOneToken(float magic);
 Fault TokenOfAnother(int64_t buffer, int64_t rank, int64_t seen_buffer, int64_t seen_rank);
 Fault TokenOfAnotherKind(Kind expected, Kind seen);
 Fault TokenUsedBefore(int64_t sequence);
-// The fault of a recv of two tiers without a forward before it.
+// The faults of a token that was forwarded twice, or received without a forward, in two tiers.
+Fault ForwardedBefore(int64_t sequence);
 Fault NotForwarded(int64_t sequence);
 
 Fault IndexOutOfRange(int32_t num_experts, int64_t index, int64_t token, int64_t k);
@@ -49,7 +57,6 @@ Fault PositionDiffers(int64_t position, int64_t seen);
 // The fault of a layout that no dispatch of this buffer has returned.
 Fault LayoutRowsDiffer(int64_t num_rows, int64_t seen);
 Fault LayoutCountDiffers(int32_t source, int64_t max_tokens, int64_t seen);
-Fault NodeTopkDiffers(int64_t num_node_experts, int64_t seen);
 
 // The fault of a message from a rank that is not in the same exchange.
 Fault MessageDiffers(int32_t source, int64_t num_rows, int64_t row_bytes, int64_t seen_rows,

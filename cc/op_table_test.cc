@@ -14,12 +14,14 @@ namespace {
 using enum Content;
 
 // All sizes differ, so that no array fits in the place of another.
-constexpr Config kConfig{.ep_size = 2,
-                         .num_experts = 6,
+constexpr Config kConfig{.ep_size = 4,
+                         .num_experts = 12,
                          .top_k = 5,
                          .max_tokens = 7,
                          .recv_capacity = 40,
-                         .row_bytes = 32};
+                         .row_bytes = 32,
+                         .num_nodes = 2,
+                         .node_stride = 2};
 constexpr int64_t kNumTokens = 6;
 constexpr int64_t kNumColumns = 16;  // of two bytes: as wide as rows may be
 
@@ -38,6 +40,8 @@ int64_t SizeOf(Dim dim) {
       return kConfig.recv_capacity;
     case Dim::kMaxRecvTokens:
       return kConfig.max_recv_tokens();
+    case Dim::kMaxRailTokens:
+      return int64_t{kConfig.num_nodes} * kConfig.max_tokens;
     case Dim::kOne:
       return 1;
     case Dim::kTokenWords:
@@ -204,7 +208,7 @@ TEST_P(OpTableTest, RefusesRowsThatAreNeitherOfExpertsNorOfTokens) {
   Call call(table);
   if (!call.SetAll(Dim::kExpertRows, 39)) return;  // no array of expert rows
   call.SetAll(Dim::kWeighted, 39);
-  EXPECT_EQ(call.Error(), NamesWith(table, Dim::kExpertRows)[0] + " of 40 or 14 rows, seen 39");
+  EXPECT_EQ(call.Error(), NamesWith(table, Dim::kExpertRows)[0] + " of 40 or 28 rows, seen 39");
 }
 
 TEST_P(OpTableTest, RefusesWeightsOfAnotherLength) {
@@ -222,7 +226,7 @@ TEST_P(OpTableTest, RefusesAFanoutOfTwo) {
 TEST(DispatchRecvTokensTest, ALayoutByTokensHasOneColumn) {
   Call call(kDispatchRecvTokensTable);
   ASSERT_TRUE(call.SetAll(Dim::kOne, kConfig.top_k));
-  EXPECT_EQ(call.Error(), "layout.rows of shape [14, 1], seen [14, 5]");
+  EXPECT_EQ(call.Error(), "layout.rows of shape [28, 1], seen [28, 5]");
 }
 
 TEST_P(OpTableTest, RefusesSumsOfAnotherDtype) {
@@ -266,7 +270,9 @@ INSTANTIATE_TEST_SUITE_P(All, OpTableTest,
                                          &kDispatchRecvTokensTable, &kCombineSendTable,
                                          &kCombineRecvTable, &kCombineBackwardSendTable,
                                          &kCombineBackwardRecvTable, &kDispatchBackwardSendTable,
-                                         &kDispatchBackwardRecvTable),
+                                         &kDispatchBackwardRecvTable, &kDispatchForwardTable,
+                                         &kCombineForwardTable, &kCombineBackwardForwardTable,
+                                         &kDispatchBackwardForwardTable),
                          NameOfTable);
 
 // The rows that a dispatch moves.
@@ -334,6 +340,14 @@ INSTANTIATE_TEST_SUITE_P(All, MovedRowsTest,
                          testing::Values(&kDispatchSendTable, &kDispatchRecvTable,
                                          &kDispatchRecvTokensTable),
                          NameOfTable);
+
+TEST(OpTableTest, AForwardNeedsSeveralNodes) {
+  Config one_node = kConfig;
+  one_node.num_nodes = 1;
+  EXPECT_EQ(Call(kDispatchForwardTable).Error(one_node),
+            "a buffer of several nodes, seen one of a single node");
+  EXPECT_EQ(Call(kCombineForwardTable).Error(), "");
+}
 
 }  // namespace
 }  // namespace jax_sm_free

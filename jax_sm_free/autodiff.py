@@ -1,18 +1,25 @@
 """The mirrored VJPs: the gradient of a send is a receive, and of a receive a send.
 
+The gradient of a forward, which lies between the two, is a forward.
+
 The token carries the cotangent, so that the backward pass is split like the forward pass. The
 gradient of compute that `overlap` placed between a send and its recv is computed between the
 mirrored send and recv.
 
-    forward                      backward
-    dispatch_send  ->  token     dispatch_backward_recv  <-  token
-    dispatch_recv  <-  token     dispatch_backward_send  ->  token
-    combine_send   ->  token     combine_backward_recv   <-  token
-    combine_recv   <-  token     combine_backward_send   ->  token
+    forward pass                          backward pass
+    dispatch_send         ->  token       dispatch_backward_recv         <-  token
+    dispatch_forward  token -> token      dispatch_backward_forward  token <- token
+    dispatch_recv         <-  token       dispatch_backward_send         ->  token
+    combine_send          ->  token       combine_backward_recv          <-  token
+    combine_forward   token -> token      combine_backward_forward   token <- token
+    combine_recv          <-  token       combine_backward_send          ->  token
 
 No residual of a send comes out of the send itself, so that dead code elimination drops a send and
 its recv together or not at all. A recv of the forward pass also takes the rows that its send had,
 because this rank's own rows need not travel. All of the gradient goes through the token.
+
+One residual comes out of a dispatch_forward: node_topk. Each backward pass that needs it also needs
+the rows of the layout, which come out of the recv, so that these two stay or go together as well.
 
 The results of a dispatch get a name for the policies of `jax.checkpoint` inside of the rules for
 gradients. So the backward pass keeps the arrays that a policy saves by that name.
@@ -127,6 +134,24 @@ def _dispatch_send_bwd(ref: BufferRef, row_type: RowType, kept: Any, token: Arra
 dispatch_send.defvjp(_dispatch_send_fwd, _dispatch_send_bwd)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def dispatch_forward(ref: BufferRef, token: Array) -> tuple[Array, ...]:
+    return primitives.dispatch_forward(ref, token)
+
+
+def _dispatch_forward_fwd(ref: BufferRef, token: Array) -> Any:
+    token, node_topk = primitives.dispatch_forward(ref, token)
+    node_topk = checkpoint_name(node_topk, DISPATCHED)
+    return (token, node_topk), node_topk
+
+
+def _dispatch_forward_bwd(ref: BufferRef, node_topk: Array, cts: Any) -> Any:
+    return (primitives.dispatch_backward_forward(ref, cts[0], node_topk),)
+
+
+dispatch_forward.defvjp(_dispatch_forward_fwd, _dispatch_forward_bwd)
+
+
 def _gradient_rows(ref: BufferRef, row_type: RowType) -> tuple[int, Any]:
     """Columns and dtype of the rows that travel back. Quantised rows have 0 columns."""
     return (0 if row_type.has_scales else row_type.columns), ref.config.dtype
@@ -215,6 +240,22 @@ def _combine_send_bwd(ref: BufferRef, residuals: Any, token: Array) -> Any:
 
 
 combine_send.defvjp(_combine_send_fwd, _combine_send_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def combine_forward(ref: BufferRef, token: Array, node_topk: Array) -> Array:
+    return primitives.combine_forward(ref, token, node_topk)
+
+
+def _combine_forward_fwd(ref: BufferRef, token: Array, node_topk: Array) -> Any:
+    return primitives.combine_forward(ref, token, node_topk), node_topk
+
+
+def _combine_forward_bwd(ref: BufferRef, node_topk: Array, token: Array) -> Any:
+    return primitives.combine_backward_forward(ref, token, node_topk), None
+
+
+combine_forward.defvjp(_combine_forward_fwd, _combine_forward_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

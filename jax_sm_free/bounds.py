@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 MAX_TOP_K = 32
 MAX_NUM_SLOTS = 64
 MAX_TIMEOUT_S = 1e6
-DTYPES = ("bfloat16", "float16", "float32")
+# The dtypes of rows, each with its number in C++ (cc/operands.h).
+DTYPES = {"bfloat16": 1, "float16": 2, "float32": 0}
 
 # A kernel serves each rank of the group by one lane of a warp.
 MAX_GPU_RANKS = 32

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import weakref
 from types import NoneType
-from typing import Any, Literal, Self, overload
+from typing import Any, Literal, Self, TypeVar, overload
 
 import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
-from jax_sm_free import capacity, checks, receiving, sending, transports
+from jax_sm_free import capacity, checks, forwarding, pending, receiving, sending, transports
 from jax_sm_free.config import Config
 from jax_sm_free.lifetime import Lifetime
-from jax_sm_free.pending import Sent
+from jax_sm_free.pending import Hook, Sent
 from jax_sm_free.primitives import BufferRef
 from jax_sm_free.results import Layout, Received, ReceivedTokens
 from jax_sm_free.whole_ops import Output, Rows, WholeOps, check_output
+
+_T = TypeVar("_T")
 
 # The buffers that the program still refers to, by the names that compiled programs have for them.
 named_buffers: weakref.WeakValueDictionary[str, Buffer] = weakref.WeakValueDictionary()
@@ -37,6 +39,7 @@ class Buffer(WholeOps, Lifetime):
     Attributes:
       config: the sizes (`Config`).
       mesh, axes: where the ranks are. A rank is the position along `axes`, the first axis slowest.
+      node_axis: the one of `axes` along which the nodes are, or None.
       transport: the name of what moves the bytes.
       name: a text that tells this buffer from equal ones, or None.
       program_name: the name by which compiled programs find the buffer (docs/saving.md).
@@ -47,6 +50,7 @@ class Buffer(WholeOps, Lifetime):
         mesh: Mesh,
         axis: str | tuple[str, ...],
         *,
+        node_axis: str | None = None,
         hidden: int,
         num_experts: int,
         top_k: int,
@@ -71,6 +75,11 @@ class Buffer(WholeOps, Lifetime):
         Args:
           mesh: the devices.
           axis: the mesh axis whose ranks share the experts, or several, slowest first.
+          node_axis: the one of these axes that goes from node to node. Ranks that differ only along
+            it are a *rail*. A token then crosses once to each other node that has one of its
+            experts, within the rail, and is sent on within that node. A combine sums within each
+            node first. None, or an axis of one node, stands for one tier: each rank sends to each
+            other rank.
           hidden: columns of a row.
           num_experts: experts of the whole group. Rank r owns the r-th block of num_experts /
             ep_size experts.
@@ -123,10 +132,11 @@ class Buffer(WholeOps, Lifetime):
             dtype=dtype,
             wire_dtype=wire_dtype,
             timeout_s=timeout_s,
+            **checks.nodes_of(mesh, axes, node_axis),
         )
         if recv_capacity is None and expert_capacity is None and capacity_factor is None:
             capacity.warn_of_default(config)
-        self._open(mesh, axes, config, transport, name)
+        self._open(mesh, axes, node_axis, config, transport, name)
 
     @classmethod
     def from_config(
@@ -135,6 +145,7 @@ class Buffer(WholeOps, Lifetime):
         axis: str | tuple[str, ...],
         config: Config,
         *,
+        node_axis: str | None = None,
         transport: str = "auto",
         name: str | None = None,
     ) -> Self:
@@ -146,25 +157,28 @@ class Buffer(WholeOps, Lifetime):
         Args:
           mesh: as for `Buffer`.
           axis: as for `Buffer`.
-          config: the sizes. Its `ep_size` is the number of devices along `axis`.
+          config: the sizes. Its `ep_size` is the number of devices along `axis`, and its
+            `num_nodes` and `node_stride` are those of `node_axis`.
+          node_axis: as for `Buffer`.
           transport: as for `Buffer`.
           name: as for `Buffer`.
 
         Raises:
           TypeError: if `config` is no `Config`.
-          ValueError: if `config` is for another number of ranks.
+          ValueError: if `config` is for another number of ranks, or for other nodes.
           TypeError, ValueError, and others: as `Buffer` does.
         """
         axes = checks.check_mesh(mesh, axis)
-        checks.check_config("from_config", config, checks.group_size(mesh, axes))
+        checks.check_config("from_config", config, mesh, axes, node_axis)
         buffer = cls.__new__(cls)
-        buffer._open(mesh, axes, config, transport, name)
+        buffer._open(mesh, axes, node_axis, config, transport, name)
         return buffer
 
     def _open(
         self,
         mesh: Mesh,
         axes: tuple[str, ...],
+        node_axis: str | None,
         config: Config,
         transport: str,
         name: str | None,
@@ -172,6 +186,7 @@ class Buffer(WholeOps, Lifetime):
         if not isinstance(name, (str, NoneType)):
             raise TypeError(f"expected name to be a string or None, got {name!r}")
         self.mesh, self.axes, self.config, self.name = mesh, axes, config, name
+        self.node_axis = node_axis
         chosen = transports.choose(mesh, transport)
         self.transport = chosen.name
         opened = chosen.open(mesh, axes, config, name)
@@ -202,10 +217,35 @@ class Buffer(WholeOps, Lifetime):
           topk_weights: f32 [T, top_k].
 
         Returns:
-          The sent value, for one `dispatch_recv`.
+          The sent value, for one `dispatch_recv`, and for one `dispatch_forward` before it.
         """
         self._check_usable("dispatch_send")
         return sending.dispatch(self._ref, self.mesh, self.axes, x, topk_idx, topk_weights)
+
+    @overload
+    def dispatch_forward(self, pending: Sent) -> Sent: ...
+    @overload
+    def dispatch_forward(self, pending: Hook[_T]) -> Hook[_T]: ...
+
+    def dispatch_forward(self, pending: Any) -> Any:
+        """Sends on within this node what has come for it from other nodes. Collective.
+
+        Calling it is optional. It lets compute be placed on both sides of it: `overlap` before it
+        computes while rows travel between nodes, and `overlap` behind it while they travel within a
+        node. Where nobody calls it, `dispatch_recv` does first what it does. The backward pass has
+        a forward in the same place. Without a `node_axis` there is nothing to send on.
+
+        Args:
+          pending: what `dispatch_send` returned, or the receive hook of a `dispatch`, through
+            `overlap` or not.
+
+        Returns:
+          The sent value, or the hook, to use from here on.
+
+        Raises:
+          ValueError: at trace time, if it has been forwarded already.
+        """
+        return self._forward("dispatch_forward", pending, "dispatch")
 
     @overload
     def dispatch_recv(self, sent: Sent, output: Literal["experts"] = "experts") -> Received: ...
@@ -218,7 +258,7 @@ class Buffer(WholeOps, Lifetime):
         """Waits for the rows of a `dispatch_send` and unpacks them. Collective.
 
         Args:
-          sent: what `dispatch_send` returned, through `overlap` or not.
+          sent: what `dispatch_send` or `dispatch_forward` returned, through `overlap` or not.
           output: "experts" for rows grouped by expert, at most `recv_capacity` of them. "tokens"
             for one row per (token, rank). These are at most ep_size * max_tokens, and none of them
             is dropped.
@@ -228,8 +268,8 @@ class Buffer(WholeOps, Lifetime):
         """
         op = "dispatch_recv"
         self._check_usable(op)
-        checks.check_sent(op, sent, "dispatch")
         check_output(op, output)
+        sent = forwarding.forwarded(self._ref, op, sent, "dispatch")
         receive = receiving.by_expert if output == "experts" else receiving.by_token
         return receive(self._ref, sent)
 
@@ -248,25 +288,56 @@ class Buffer(WholeOps, Lifetime):
           weights: f32 [rows of y]; None for a plain sum.
 
         Returns:
-          The sent value, for one `combine_recv`.
+          The sent value, for one `combine_recv`, and for one `combine_forward` before it.
         """
         self._check_usable("combine_send")
         return sending.combine(self._ref, y, layout, weights)
+
+    @overload
+    def combine_forward(self, pending: Sent) -> Sent: ...
+    @overload
+    def combine_forward(self, pending: Hook[_T]) -> Hook[_T]: ...
+
+    def combine_forward(self, pending: Any) -> Any:
+        """Adds up the sums of the ranks of this node, and sends them to other nodes. Collective.
+
+        It does so for all tokens of ranks of its rail. The sum over a node's ranks is in rank
+        order, in float32, cast once to the buffer's dtype. Calling it is optional, as with
+        `dispatch_forward`. `overlap` before it computes while rows travel within a node, and
+        `overlap` behind it while they travel between nodes.
+
+        Args:
+          pending: what `combine_send` returned, or the receive hook of a `combine`, through
+            `overlap` or not.
+
+        Returns:
+          The sent value, or the hook, to use from here on.
+
+        Raises:
+          ValueError: at trace time, if it has been forwarded already.
+        """
+        return self._forward("combine_forward", pending, "combine")
 
     def combine_recv(self, sent: Sent) -> Array:
         """Waits for the sums of a `combine_send` and adds them up. Collective.
 
         Args:
-          sent: what `combine_send` returned, through `overlap` or not.
+          sent: what `combine_send` or `combine_forward` returned, through `overlap` or not.
 
         Returns:
           [T, hidden] of the buffer's dtype: for each token the sum over the ranks of its experts,
-          in rank order, in float32, cast once. A token that named no expert gets zeros.
+          in rank order, in float32, cast once. With a `node_axis` it is the sum over nodes, in node
+          order, of the sums over each node's ranks, in rank order. Each of these sums, also that of
+          this rank's own node, is in float32 and cast once. A token that named no expert gets
+          zeros.
         """
         op = "combine_recv"
         self._check_usable(op)
-        checks.check_sent(op, sent, "combine")
-        return receiving.sums(self._ref, sent)
+        return receiving.sums(self._ref, forwarding.forwarded(self._ref, op, sent, "combine"))
+
+    def _forward(self, op: str, waiting: Any, kind: str) -> Any:
+        self._check_usable(op)
+        return pending.forward(waiting, lambda s: forwarding.forward(self._ref, op, s, kind))
 
     @property
     def sent_specs(self) -> PartitionSpec:

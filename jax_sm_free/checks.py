@@ -133,6 +133,14 @@ def check_layout(op: str, config: Config, layout: Any) -> None:
     check_array(op, "layout.rows", layout.rows, jnp.int32, (config.max_recv_tokens, fanout))
     check_array(op, "layout.topk_idx", layout.topk_idx, jnp.int32, ("T", config.top_k))
     check_array(op, "layout.num_rows_from", layout.num_rows_from, jnp.int32, (config.ep_size,))
+    if config.num_nodes > 1:
+        shape = config.max_node_tokens, config.top_k
+        check_array(op, "layout.node_topk", layout.node_topk, jnp.int32, shape)
+    elif layout.node_topk is not None:
+        raise ValueError(
+            f"{op}: expected the layout of a buffer without a node_axis, got one with node_topk "
+            f"{describe(layout.node_topk)}"
+        )
 
 
 def check_combine(config: Config, y: Any, layout: Any, weights: Any) -> None:
@@ -152,6 +160,13 @@ def check_sent(op: str, sent: Any, kind: str) -> None:
         raise TypeError(f"{op}: expected what {kind}_send returned, got that of {sent.kind}_send")
 
 
+def check_not_forwarded(op: str, is_forwarded: bool) -> None:
+    if is_forwarded:
+        raise ValueError(
+            f"{op}: expected a sent value that has not been forwarded, got one that {op} returned"
+        )
+
+
 def check_mesh(mesh: Any, axis: Any) -> tuple[str, ...]:
     """Returns the expert axes as a tuple. Raises unless they are different axes of the mesh."""
     if not isinstance(mesh, Mesh):
@@ -166,14 +181,43 @@ def check_mesh(mesh: Any, axis: Any) -> tuple[str, ...]:
     return axes
 
 
-def check_config(op: str, config: Any, ep_size: int) -> None:
-    """Raises unless `config` is a Config for groups of `ep_size` ranks."""
+def nodes_of(mesh: Mesh, axes: tuple[str, ...], node_axis: Any) -> dict[str, int]:
+    """The sizes of `Config` that follow from `node_axis`. Raises unless it is None or an axis."""
+    if node_axis is None:
+        return {"num_nodes": 1, "node_stride": group_size(mesh, axes)}
+    if not isinstance(node_axis, str):
+        raise TypeError(f"expected node_axis to be the name of an axis or None, got {node_axis!r}")
+    if node_axis not in axes:
+        raise ValueError(
+            f"expected node_axis to be one of the buffer's axes {list(axes)}, got {node_axis!r}"
+        )
+    behind = axes[axes.index(node_axis) + 1 :]
+    num_nodes = mesh.shape[node_axis]
+    stride = group_size(mesh, behind if num_nodes > 1 else axes)
+    return {"num_nodes": num_nodes, "node_stride": stride}
+
+
+def check_config(
+    op: str, config: Any, mesh: Mesh, axes: tuple[str, ...], node_axis: Any = None
+) -> None:
+    """Raises unless `config` is a Config for the groups of ranks along `axes`, and their nodes."""
     if not isinstance(config, Config):
         raise TypeError(f"{op}: expected a Config, got {type(config).__name__}")
+    ep_size = group_size(mesh, axes)
     if config.ep_size != ep_size:
         raise ValueError(
             f"{op}: expected a Config with ep_size={ep_size}, the number of devices along the axis "
             f"of the mesh, got ep_size={config.ep_size}"
+        )
+    want = nodes_of(mesh, axes, node_axis)
+    if any(getattr(config, name) != size for name, size in want.items()):
+        expected, got = (
+            f"num_nodes={num_nodes} and node_stride={stride}"
+            for num_nodes, stride in (want.values(), (config.num_nodes, config.node_stride))
+        )
+        raise ValueError(
+            f"{op}: expected a Config with {expected}, because node_axis is {node_axis!r}, got "
+            f"{got}"
         )
 
 

@@ -14,6 +14,7 @@ import numpy as np
 
 from jax_sm_free import capacity
 from jax_sm_free.bounds import (
+    DTYPES,
     MAX_NUM_SLOTS,
     MAX_TOP_K,
     check_dtype,
@@ -60,6 +61,12 @@ class Config:
       dtype: bfloat16, float16 or float32; the dtype of rows that are summed.
       timeout_s: seconds that a receive waits for its peers before it reports a fault.
       wire_dtype: None, or float8_e4m3fn for rows that dispatch quantises, as described below.
+      num_nodes: nodes that share the ranks evenly. One node makes one tier: each rank sends to each
+        other rank. Several nodes make two tiers: between nodes a rank sends to the ranks of its
+        rail only, and ranks of the same node send on what is for each other.
+      node_stride: ranks r and r + node_stride have the same place on neighbouring nodes. Rank r is
+        on node r // node_stride % num_nodes. None stands for ep_size // num_nodes, which puts
+        neighbouring ranks on the same node. With one node it is always `ep_size`.
 
     `capacity_factor` is an argument, and no attribute. It sets `recv_capacity` to capacity_factor *
     `balanced_load` rows, rounded up to whole rows and to `expert_alignment`, and never above
@@ -100,6 +107,9 @@ class Config:
     dtype: Any = field(default=jnp.bfloat16, metadata=checked_by(check_dtype))
     timeout_s: float = field(default=100.0, metadata=checked_by(check_seconds))
     wire_dtype: Any = field(default=None, metadata=checked_by(check_wire_dtype))
+    num_nodes: int = field(default=1, metadata=int_in(1))
+    # An int as soon as `__post_init__` has replaced None.
+    node_stride: Any = field(default=None, metadata=int_or_none(1))
     capacity_factor: dataclasses.InitVar[Any] = None
 
     def __post_init__(self, capacity_factor: Any) -> None:
@@ -110,6 +120,7 @@ class Config:
                 f"num_experts ({self.num_experts}) must be divisible by ep_size ({self.ep_size}); "
                 f"padded_num_experts gives {round_up(self.num_experts, self.ep_size)}"
             )
+        self._set("node_stride", self._resolved_stride())
         self._set("recv_capacity", self._resolved_capacity(capacity_factor))
         # Each expert counts as often as tokens name it.
         named = self.max_recv_tokens * self.top_k
@@ -121,6 +132,21 @@ class Config:
 
     def _set(self, name: str, value: Any) -> None:
         object.__setattr__(self, name, value)  # The class is frozen.
+
+    def _resolved_stride(self) -> int:
+        """The number that `node_stride` stands for. Raises unless all nodes are of one size."""
+        if self.ep_size % self.num_nodes:
+            raise ValueError(
+                f"ep_size ({self.ep_size}) must be divisible by num_nodes ({self.num_nodes})"
+            )
+        if self.num_nodes == 1 or self.node_stride is None:
+            return self.node_size
+        if self.node_size % self.node_stride:
+            raise ValueError(
+                f"ep_size ({self.ep_size}) must be divisible by num_nodes * node_stride "
+                f"({self.num_nodes} * {self.node_stride})"
+            )
+        return int(self.node_stride)
 
     def _resolved_capacity(self, capacity_factor: Any) -> int:
         """The rows that `recv_capacity` stands for."""
@@ -162,6 +188,11 @@ class Config:
         return self.num_experts // self.ep_size
 
     @property
+    def node_size(self) -> int:
+        """Ranks on each node."""
+        return self.ep_size // self.num_nodes
+
+    @property
     def balanced_load(self) -> int:
         """Expert rows of a rank if all ranks have `max_tokens` and the router spreads evenly."""
         return self.max_tokens * self.top_k
@@ -182,6 +213,11 @@ class Config:
     def max_recv_tokens(self) -> int:
         """The most token rows that a rank receives: one for every token of the group."""
         return self.ep_size * self.max_tokens
+
+    @property
+    def max_node_tokens(self) -> int:
+        """Token rows of the messages to a rank from all nodes, one message of each node."""
+        return self.num_nodes * self.max_tokens
 
     @property
     def wire(self) -> WireFormat:
@@ -205,10 +241,22 @@ class Config:
     @property
     def message_bytes(self) -> int:
         """Bytes of the largest message from one rank to another (cc/layout.h has the table)."""
+        return self._bytes_of_message(self.num_local_experts)
+
+    @property
+    def rail_message_bytes(self) -> int:
+        """Bytes of the largest message that crosses from one node to another.
+
+        It is a message as any other, but for all experts of a node.
+        """
+        return self._bytes_of_message(self.node_size * self.num_local_experts)
+
+    def _bytes_of_message(self, num_experts: int) -> int:
+        """Bytes of a message of `max_tokens` rows for a place that has `num_experts` experts."""
         entries = self.max_tokens * self.top_k
         parts = (
             _HEADER_BYTES,
-            4 * self.num_local_experts,  # rows per expert
+            4 * num_experts,  # rows per expert
             4 * entries,  # local expert of each (token row, k)
             4 * entries,  # position within the (source, expert) run
             4 * entries,  # weight
@@ -234,4 +282,7 @@ class Config:
         return sizes | {
             "expert_capacity": self.expert_capacity or 0,
             "wire_format": self.wire.number,
+            "dtype": DTYPES[self.dtype.name],
+            "num_nodes": self.num_nodes,
+            "node_stride": self.node_stride,
         }

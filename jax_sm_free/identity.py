@@ -30,7 +30,10 @@ def describe(
     shape = ", ".join(f"{axis}={size}" for axis, size in mesh.shape.items())
     sizes = config.sizes() | {"dtype": config.dtype.name}
     del sizes["timeout_s"]  # A program does not depend on it.
-    # Saved programs have this text in them. It calls a wire format what it was called at first.
+    # Saved programs have this text in them. It calls a wire format what it was called at first, and
+    # says nothing of nodes where there is one.
+    if config.num_nodes == 1:
+        del sizes["num_nodes"], sizes["node_stride"]
     wire = {0: "float8_wire=False", 1: "float8_wire=True"}[int(sizes["wire_format"])]
     facts = [
         *([] if name is None else [f"name {name}"]),

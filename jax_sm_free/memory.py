@@ -13,7 +13,8 @@ class MemoryEstimate:
     """Bytes per rank; `total` is their sum.
 
     Attributes:
-      messages: messages to this rank of `num_slots` exchanges in flight, all of the largest size.
+      messages: messages to this rank of `num_slots` exchanges in flight, all of the largest size:
+        one from each rank, and with several nodes another one from each other node.
         The rows are counted in `dtype`, whatever the `wire_dtype`, because combine sends rows in
         `dtype`. Messages live outside XLA's memory. On CPU a buffer takes only the memory of rows
         that are really sent. And each of the four kinds of exchange (dispatch, combine and the
@@ -58,24 +59,36 @@ def estimate_memory(config: Config) -> MemoryEstimate:
         + 4 * (2 * config.num_local_experts + 1)  # group_sizes, counts, dropped
         + 4 * (config.max_recv_tokens * config.top_k + config.ep_size)  # layout
     )
+    from_nodes = (config.num_nodes - 1) * config.rail_message_bytes
     return MemoryEstimate(
-        messages=config.num_slots * config.ep_size * config.message_bytes,
-        stage=get_rdma_size_hint(config),
+        messages=config.num_slots * (config.ep_size * config.message_bytes + from_nodes),
+        stage=config.num_slots * ((config.ep_size - 1) * config.message_bytes + from_nodes),
         recv=recv,
     )
 
 
 def get_rdma_size_hint(config: Config) -> int:
-    """Bytes of one rank's messages to other ranks, which may cross a NIC. Not collective.
+    """Bytes of one rank's messages that may cross a NIC. Not collective.
+
+    With one node these are the messages to all other ranks, because each of them may be on another
+    host: num_slots * (ep_size - 1) * message_bytes.
+
+    With several nodes only the messages within a rail cross: one to each other node, and one from
+    each other node. That is num_slots * 2 * (num_nodes - 1) * rail_message_bytes. A rail message
+    has `max_tokens` rows at most, because a token crosses once to a node, however many of its
+    experts live there. The routing of the rows is 12 bytes for each expert that a token can name,
+    4 bytes for each row, and 4 bytes for each expert of a node.
 
     Args:
       config: as for `estimate_memory`.
 
     Returns:
-      num_slots * (ep_size - 1) times the bytes of the largest message.
+      Bytes.
 
     Raises:
       TypeError: if `config` is no `Config`.
     """
     _check_config("get_rdma_size_hint", config)
+    if config.num_nodes > 1:
+        return config.num_slots * 2 * (config.num_nodes - 1) * config.rail_message_bytes
     return config.num_slots * (config.ep_size - 1) * config.message_bytes

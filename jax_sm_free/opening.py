@@ -60,10 +60,12 @@ def buffer_for(
     _check_names(sizes)
     axes = checks.check_mesh(mesh, axis)
     name, transport = sizes.pop("name", None), sizes.pop("transport", "auto")
-    config = Config(ep_size=checks.group_size(mesh, axes), **sizes)
+    node_axis = sizes.pop("node_axis", None)
+    nodes = checks.nodes_of(mesh, axes, node_axis)
+    config = Config(ep_size=checks.group_size(mesh, axes), **nodes, **sizes)
     return _find(
-        (mesh, axes, config, name, transport),
-        lambda: Buffer(mesh, axes, **sizes, name=name, transport=transport),
+        (mesh, axes, node_axis, config, name, transport),
+        lambda: Buffer(mesh, axes, node_axis=node_axis, **sizes, name=name, transport=transport),
     )
 
 
@@ -121,7 +123,8 @@ def _reduce(buffer: Buffer) -> Any:
     mesh, devices = buffer.mesh, buffer.mesh.devices
     ids = tuple(device.id for device in devices.flat)
     where = devices.flat[0].platform, ids, devices.shape, mesh.axis_names, mesh.axis_types
-    return _find_or_open, (buffer.program_name, where, buffer.axes, buffer.config, buffer.name)
+    axes, config, name = buffer.axes, buffer.config, buffer.name
+    return _find_or_open, (buffer.program_name, where, axes, config, name, buffer.node_axis)
 
 
 def _find_or_open(
@@ -130,6 +133,7 @@ def _find_or_open(
     axes: tuple[str, ...],
     config: Config,
     name: str | None,
+    node_axis: str | None = None,  # which older pickles do not have
 ) -> Buffer:
     """The buffer that was pickled, if it is open here; else the buffer for its arguments."""
     mesh = _mesh_of(*where)
@@ -137,8 +141,8 @@ def _find_or_open(
     if buffer is not None and not buffer.is_closed and buffer.mesh == mesh:
         return buffer
     return _find(
-        (mesh, axes, config, name, "auto"),
-        lambda: Buffer.from_config(mesh, axes, config, name=name),
+        (mesh, axes, node_axis, config, name, "auto"),
+        lambda: Buffer.from_config(mesh, axes, config, node_axis=node_axis, name=name),
     )
 
 

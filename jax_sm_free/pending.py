@@ -26,7 +26,9 @@ _T = TypeVar("_T")
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sent:
-    """What a send returns: an exchange that is on its way. Hand it to its recv, once.
+    """What a send or a forward returns: an exchange that is on its way. Use it once.
+
+    Hand it to its recv, or first to its forward, and what the forward returns to the recv.
 
     Attributes:
       token: f32 [8], names the exchange.
@@ -34,6 +36,9 @@ class Sent:
       own_rows: the arrays from which the recv takes this rank's own rows. Of a dispatch they are
         (x,) or (values, scales), and () where the wire quantises. Of a combine they are (y, rows,
         num_rows_from), and the weights behind these if there are any.
+      node_topk: i32 [num_nodes * max_tokens, top_k], the `Layout.node_topk` of the dispatch. None
+        without a `node_axis`, and in a dispatch that has not been forwarded.
+      forwarded: whether it has gone through a forward (static).
       kind: "dispatch" or "combine" (static).
       row_type: of the rows that travel (static).
     """
@@ -43,6 +48,8 @@ class Sent:
     own_rows: tuple[Array, ...]
     kind: str = dataclasses.field(metadata={"static": True})
     row_type: RowType = dataclasses.field(metadata={"static": True})
+    node_topk: Array | None = None
+    forwarded: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 class Hook(Generic[_T]):
@@ -75,6 +82,11 @@ class Hook(Generic[_T]):
     def replace(self, sent: Any) -> Hook[_T]:
         """The same receive, of another sent value."""
         return Hook(self._recv, sent)
+
+
+def forward(pending: Any, fn: Callable[[Any], Any]) -> Any:
+    """fn(sent value), in a receive hook if `pending` is one."""
+    return pending.replace(fn(pending.take())) if isinstance(pending, Hook) else fn(pending)
 
 
 @overload

@@ -109,13 +109,17 @@ def _run_eagerly(primitive: core.Primitive, *operands: Any, **params: Any) -> An
 
 OP_NAMES = (
     "dispatch_send",
+    "dispatch_forward",
     "dispatch_recv",
     "dispatch_recv_tokens",
     "dispatch_backward_send",
+    "dispatch_backward_forward",
     "dispatch_backward_recv",
     "combine_send",
+    "combine_forward",
     "combine_recv",
     "combine_backward_send",
+    "combine_backward_forward",
     "combine_backward_recv",
 )
 _PRIMITIVES = {(name, spans): _define(name, spans) for name in OP_NAMES for spans in (False, True)}
@@ -145,6 +149,13 @@ def dispatch_send(
 ) -> Array:
     operands = (values, scales, topk_idx, topk_weights, position)
     return _bind("dispatch_send", ref, operands, _TOKEN)[0]
+
+
+def dispatch_forward(ref: BufferRef, token: Array) -> tuple[Array, ...]:
+    """The token, and node_topk i32 [num_nodes * max_tokens, top_k]."""
+    c = ref.config
+    node_topk = ((c.max_node_tokens, c.top_k), jnp.int32)
+    return _bind("dispatch_forward", ref, (token,), _TOKEN, node_topk)
 
 
 def dispatch_recv(
@@ -206,6 +217,10 @@ def dispatch_backward_send(
     return _bind("dispatch_backward_send", ref, operands, _TOKEN)[0]
 
 
+def dispatch_backward_forward(ref: BufferRef, token: Array, node_topk: Array) -> Array:
+    return _bind("dispatch_backward_forward", ref, (token, node_topk), _TOKEN)[0]
+
+
 def dispatch_backward_recv(
     ref: BufferRef, hidden: int, dtype: Any, token: Array, topk_idx: Array
 ) -> tuple[Array, ...]:
@@ -223,6 +238,14 @@ def combine_send(
     num_rows_from: Array,  # i32 [ep_size]
 ) -> Array:
     return _bind("combine_send", ref, (y, weights, rows, num_rows_from), _TOKEN)[0]
+
+
+def combine_forward(
+    ref: BufferRef,
+    token: Array,
+    node_topk: Array,  # as of dispatch_forward
+) -> Array:
+    return _bind("combine_forward", ref, (token, node_topk), _TOKEN)[0]
 
 
 def combine_recv(
@@ -243,6 +266,10 @@ def combine_recv(
 
 def combine_backward_send(ref: BufferRef, out_grad: Array, topk_idx: Array) -> Array:
     return _bind("combine_backward_send", ref, (out_grad, topk_idx), _TOKEN)[0]
+
+
+def combine_backward_forward(ref: BufferRef, token: Array, node_topk: Array) -> Array:
+    return _bind("combine_backward_forward", ref, (token, node_topk), _TOKEN)[0]
 
 
 def combine_backward_recv(

@@ -18,11 +18,11 @@ def by_expert(ref: BufferRef, sent: Sent) -> Received:
     )
     return Received(
         x=(values, scales) if sent.row_type.has_scales else values,
-        group_sizes=_plain(group_sizes),
-        counts=_plain(counts),
+        group_sizes=plain(group_sizes),
+        counts=plain(counts),
         weights=weights,
-        dropped=_plain(dropped),
-        layout=_layout(sent.topk_idx, rows, num_rows_from, "experts"),
+        dropped=plain(dropped),
+        layout=_layout(sent, rows, num_rows_from, "experts"),
         expert_capacity=ref.config.expert_capacity,
     )
 
@@ -33,11 +33,11 @@ def by_token(ref: BufferRef, sent: Sent) -> ReceivedTokens:
     )
     return ReceivedTokens(
         x=(values, scales) if sent.row_type.has_scales else values,
-        topk_idx=_plain(topk_idx),
+        topk_idx=plain(topk_idx),
         topk_weights=topk_weights,
-        counts=_plain(counts),
-        num_tokens=_plain(num_tokens),
-        layout=_layout(sent.topk_idx, rows, num_rows_from, "tokens"),
+        counts=plain(counts),
+        num_tokens=plain(num_tokens),
+        layout=_layout(sent, rows, num_rows_from, "tokens"),
     )
 
 
@@ -54,11 +54,11 @@ def no_scales(values: Array, row_type: RowType) -> Array:
     return jax.lax.stop_gradient(values[:, :0]).astype(row_type.scale_dtype)
 
 
-def _layout(topk_idx: Array, rows: Array, num_rows_from: Array, output: str) -> Layout:
-    return Layout(topk_idx, _plain(rows), _plain(num_rows_from), output)
+def _layout(sent: Sent, rows: Array, num_rows_from: Array, output: str) -> Layout:
+    return Layout(sent.topk_idx, plain(rows), plain(num_rows_from), output, sent.node_topk)
 
 
-def _plain(integers: Array) -> Array:
+def plain(integers: Array) -> Array:
     """The same integers, whose gradient JAX does not track.
 
     JAX tracks the gradient of all results of a rule for gradients, integers too. With a mesh axis

@@ -25,12 +25,18 @@ class Layout:
         or the row was dropped. fanout is top_k for output="experts" and 1 for output="tokens".
       num_rows_from: i32 [ep_size], token rows received from each rank.
       output: "experts" or "tokens", the form in which the rows were received (static).
+      node_topk: i32 [num_nodes * max_tokens, top_k]. What each other node sent to this rank, for
+        all ranks of this node: row m * max_tokens + i has the experts of the i-th row from node m.
+        An expert is numbered within the node: (position of its rank in the node) *
+        num_local_experts + its local expert. -1 stands for no expert of this node, and for no row.
+        None without a `node_axis`.
     """
 
     topk_idx: Array
     rows: Array
     num_rows_from: Array
     output: str = dataclasses.field(metadata={"static": True})
+    node_topk: Array | None = None
 
 
 @jax.tree_util.register_dataclass

@@ -47,17 +47,13 @@ def combine(ref: BufferRef, y: Array, layout: Layout, weights: Array | None) -> 
     """Sends the sums of the rows of y. The operands are those of `Buffer.combine_send`."""
     config = ref.config
     checks.check_combine(config, y, layout, weights)
-    y, rows, num_rows_from, topk_idx, *present = vary_alike(
-        y,
-        layout.rows,
-        layout.num_rows_from,
-        layout.topk_idx,
-        *(() if weights is None else (weights,)),
-    )
-    weights = present[0] if present else None
-    token = autodiff.combine_send(ref, y, weights, rows, num_rows_from)
-    own_rows = _without_gradient(y, rows, num_rows_from, *present)
-    return Sent(token, topk_idx, own_rows, "combine", RowType(config.hidden, config.dtype))
+    arrays, tree = jax.tree.flatten((y, layout, weights))
+    y, layout, weights = jax.tree.unflatten(tree, vary_alike(*arrays))
+    token = autodiff.combine_send(ref, y, weights, layout.rows, layout.num_rows_from)
+    present = () if weights is None else (weights,)
+    own_rows = _without_gradient(y, layout.rows, layout.num_rows_from, *present)
+    row_type = RowType(config.hidden, config.dtype)
+    return Sent(token, layout.topk_idx, own_rows, "combine", row_type, layout.node_topk)
 
 
 def _without_gradient(*arrays: Array) -> tuple[Array, ...]:

@@ -27,10 +27,16 @@ class WholeOps(abc.ABC):
     def dispatch_send(self, x: Rows, topk_idx: Array, topk_weights: Array) -> Any: ...
 
     @abc.abstractmethod
+    def dispatch_forward(self, pending: Any) -> Any: ...
+
+    @abc.abstractmethod
     def dispatch_recv(self, sent: Any, output: Output) -> Received | ReceivedTokens: ...
 
     @abc.abstractmethod
     def combine_send(self, y: Array, layout: Layout, weights: Array | None = None) -> Any: ...
+
+    @abc.abstractmethod
+    def combine_forward(self, pending: Any) -> Any: ...
 
     @abc.abstractmethod
     def combine_recv(self, sent: Any) -> Array: ...
@@ -99,14 +105,14 @@ class WholeOps(abc.ABC):
         output: Output = "experts",
         return_recv_hook: bool = False,
     ) -> Received | ReceivedTokens | Hook[Received] | Hook[ReceivedTokens]:
-        """`dispatch_send` and `dispatch_recv` in one call. Collective.
+        """`dispatch_send`, `dispatch_forward` and `dispatch_recv` in one call. Collective.
 
         Args:
           x: as for `dispatch_send`.
           topk_idx: as for `dispatch_send`.
           topk_weights: as for `dispatch_send`.
           output: as for `dispatch_recv`.
-          return_recv_hook: whether to leave the receive to the caller.
+          return_recv_hook: whether to leave the receive, and the forward, to the caller.
 
         Returns:
           `Received` for output="experts", `ReceivedTokens` for output="tokens". With
@@ -158,13 +164,13 @@ class WholeOps(abc.ABC):
         weights: Array | None = None,
         return_recv_hook: bool = False,
     ) -> Array | Hook[Array]:
-        """`combine_send` and `combine_recv` in one call. Collective.
+        """`combine_send`, `combine_forward` and `combine_recv` in one call. Collective.
 
         Args:
           y: as for `combine_send`.
           layout: as for `combine_send`.
           weights: as for `combine_send`.
-          return_recv_hook: whether to leave the receive to the caller.
+          return_recv_hook: whether to leave the receive, and the forward, to the caller.
 
         Returns:
           [T, hidden] of the buffer's dtype. With `return_recv_hook` a `Hook`, which returns that

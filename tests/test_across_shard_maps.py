@@ -162,6 +162,7 @@ def check_alike(
 @pytest.mark.parametrize("explicit", [False, True], ids=["auto", "explicit"])
 @pytest.mark.parametrize("check_vma", [True, False])
 @some_meshes
+@pytest.mark.skipif(support.MAX_RANKS < 2, reason="needs two groups")
 def test_a_layer_in_three_shard_maps(name: str, check_vma: bool, explicit: bool) -> None:
     mesh = make_mesh(name, explicit)
     with open_buffer(mesh) as buffer:

@@ -184,6 +184,7 @@ def test_stats_wait_for_no_program():
 # --------------------------------------------------------------------------------------- snapshots
 
 
+@pytest.mark.one_process  # each process would see the ranks of one group alone
 @pytest.mark.skipif(support.MAX_RANKS < 4, reason="needs four devices")
 def test_groups_count_apart():
     """In a mesh of two axes, the buffer's first; only the second group sends to other ranks."""

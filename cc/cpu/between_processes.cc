@@ -49,8 +49,7 @@ std::shared_ptr<BetweenProcesses> BetweenProcesses::Make(Members members, const 
     if (self == nullptr || !self->TellEnd(fault, Seen::kHere)) return;
     WorkerPool::Get().Run([self, fault] { self->inboxes_->Close(fault); });
   };
-  made->inboxes_ =
-      std::make_shared<Inboxes>(config.ep_size, made->num_here_, config.timeout_s, on_fail);
+  made->inboxes_ = std::make_shared<Inboxes>(config, made->num_here_, on_fail);
   return made;
 }
 
@@ -81,6 +80,7 @@ std::optional<Fault> BetweenProcesses::Begin(Op op, const Exchange& exchange, in
   fault->op = OpName(op);
   if (fault->rank < 0) fault->rank = rank;
   fault->exchange = exchange.Describe();
+  NameNodes(config_, *fault);
   End(*fault);
   return fault;
 }
@@ -119,14 +119,14 @@ void BetweenProcesses::Finish(const ExchangeKey& key, int32_t member) {
 }
 
 std::optional<Fault> BetweenProcesses::SendAll(const ExchangeKey& key, int32_t member,
-                                               const Pack& pack) {
-  const int32_t rank = RankOf(member);
-  for (int32_t i = 0; i < config_.ep_size; ++i) {
-    // Each rank starts behind its own rank, so that senders spread over the receivers.
-    const int32_t dst = (rank + 1 + i) % config_.ep_size;
-    if (auto fault = Send(key, member, member - rank + dst, pack(dst))) return fault;
+                                               std::span<const Parcel> parcels, const Pack& pack,
+                                               bool finishes) {
+  const int32_t first = member - RankOf(member);
+  for (const Parcel& parcel : parcels) {
+    auto fault = Send(key, first + parcel.number, first + parcel.dst, pack(parcel));
+    if (fault) return fault;
   }
-  Finish(key, member);
+  if (finishes) Finish(key, member);
   return std::nullopt;
 }
 
@@ -166,16 +166,19 @@ void BetweenProcesses::Close(const Fault& fault) {
 // --------------------------------------------------------- calls of the wire's thread
 
 BlockPool::Block BetweenProcesses::Allocate(const MessageNote& note, int64_t bytes) {
-  if (!IsMember(note.dst) || !IsHere(note.dst) || bytes > MaxMessageBytes(config_)) return nullptr;
+  if (!IsMember(note.dst) || !IsHere(note.dst)) return nullptr;
+  if (bytes > MaxMessageBytesOfTiers(config_)) return nullptr;
   return members_.pools[note.dst]->Take();
 }
 
 void BetweenProcesses::OnMessage(int32_t process, const MessageNote& note, BlockPool::Block block,
                                  int64_t bytes) {
-  std::optional<Message> message = Message::FromBlock(std::move(block), bytes, config_);
+  std::optional<Message> message =
+      Message::FromBlock(std::move(block), bytes, ConfigOf(config_, note.key.hop));
   std::optional<Fault> fault;
-  if (!IsMember(note.src) || members_.process_of[note.src] != process ||
-      GroupOf(note.src) != GroupOf(note.dst)) {
+  if (!IsMember(note.src) || GroupOf(note.src) != GroupOf(note.dst) ||
+      !Comes(config_, note.key.hop, RankOf(note.src), RankOf(note.dst)) ||
+      members_.process_of[CarrierOf(note)] != process) {
     fault = MalformedMessage(-1, "one from member " + std::to_string(note.src) + " to member " +
                                      std::to_string(note.dst) + " by process " +
                                      std::to_string(process));
@@ -187,25 +190,33 @@ void BetweenProcesses::OnMessage(int32_t process, const MessageNote& note, Block
   if (!fault) return;
   fault->op = "receive";
   if (fault->rank < 0) fault->rank = RankOf(note.dst);
+  NameNodes(config_, *fault);
   End(*fault);
+}
+
+int32_t BetweenProcesses::CarrierOf(const MessageNote& note) const {
+  const int32_t carrier =
+      jax_sm_free::CarrierOf(config_, note.key.hop, RankOf(note.src), RankOf(note.dst));
+  return note.dst - RankOf(note.dst) + carrier;
 }
 
 std::optional<Fault> BetweenProcesses::Accept(const MessageNote& note, Message message) {
   bool is_next = false;
+  const int32_t carrier = CarrierOf(note);
   {
     const std::lock_guard lock(mutex_);
     if (ended_) return std::nullopt;
     auto site = std::make_shared<const CallSite>(note.site);
-    InStep& in_step = in_step_[GroupOf(note.src)];
-    if (auto fault = in_step.Check(note.key, {std::move(site), RankOf(note.src), note.start})) {
+    InStep& in_step = in_step_[GroupOf(carrier)];
+    if (auto fault = in_step.Check(note.key, {std::move(site), RankOf(carrier), note.start})) {
       return fault;
     }
-    is_next = note.key.run >
-              std::exchange(latest_run_[note.src], std::max(latest_run_[note.src], note.key.run));
+    int64_t& latest = latest_run_[carrier];
+    is_next = note.key.run > std::exchange(latest, std::max(latest, note.key.run));
   }
   // A rank runs one program after the other, and its messages arrive in that order.
   if (is_next) {
-    inboxes_->Lose(note.src, "it has begun run " + std::to_string(note.key.run), note.key.run);
+    inboxes_->Lose(carrier, "it has begun run " + std::to_string(note.key.run), note.key.run);
   }
   return inboxes_->Send(note.key, note.src, note.dst, std::move(message));
 }

@@ -11,6 +11,7 @@
 #include <mutex>
 #include <optional>
 #include <set>
+#include <span>
 #include <string>
 #include <unordered_map>
 #include <vector>
@@ -59,7 +60,9 @@ class BetweenProcesses : public Transport, public std::enable_shared_from_this<B
   std::optional<Fault> Send(const ExchangeKey& key, int32_t src, int32_t dst,
                             Message message) override;
   void Finish(const ExchangeKey& key, int32_t member) override;
-  std::optional<Fault> SendAll(const ExchangeKey& key, int32_t member, const Pack& pack) override;
+  std::optional<Fault> SendAll(const ExchangeKey& key, int32_t member,
+                               std::span<const Parcel> parcels, const Pack& pack,
+                               bool finishes) override;
   void Receive(Op op, const Exchange& exchange, int32_t dst, Receiver receiver) override;
   std::vector<int64_t> WaitedNanoseconds(int32_t member) const override {
     return inboxes_->WaitedNanoseconds(member);
@@ -86,6 +89,8 @@ class BetweenProcesses : public Transport, public std::enable_shared_from_this<B
   }
   int32_t GroupOf(int32_t member) const { return member / config_.ep_size; }
   int32_t RankOf(int32_t member) const { return member % config_.ep_size; }
+  // The member that hands over a message.
+  int32_t CarrierOf(const MessageNote& note) const;
   std::optional<Fault> Accept(const MessageNote& note, Message message);
   void End(const Fault& fault, Seen seen = Seen::kHere);
   // Does all of End except for ending the waits in the inboxes. Returns whether this is the first

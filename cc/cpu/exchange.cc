@@ -10,7 +10,7 @@ namespace jax_sm_free {
 size_t ExchangeKeyHash::operator()(const ExchangeKey& key) const {
   constexpr uint64_t kOdd = 0x9E3779B97F4A7C15U;
   uint64_t hash = 0;
-  for (const int64_t part : {key.run, key.call_site, key.count}) {
+  for (const int64_t part : {key.run, key.call_site, key.count, static_cast<int64_t>(key.hop)}) {
     hash = (std::rotl(hash, 23) ^ static_cast<uint64_t>(part)) * kOdd;
   }
   return hash;
@@ -61,7 +61,7 @@ Result<Exchange> Ledger::Begin(Op op, int64_t run, int64_t call_site) {
   const Kind kind = KindOf(op);
   uint64_t& slots = state->SlotsOf(kind);
   const int32_t slot = std::countr_one(slots);
-  if (slot >= num_slots_) return Refuse(op, TooManySendsOfKind(num_slots_, kind));
+  if (slot >= config_.num_slots) return Refuse(op, TooManySendsOfKind(config_.num_slots, kind));
   slots |= uint64_t{1} << slot;
   const Exchange exchange{.sequence = next_sequence_++,
                           .slot = slot,
@@ -72,7 +72,7 @@ Result<Exchange> Ledger::Begin(Op op, int64_t run, int64_t call_site) {
   return exchange;
 }
 
-Result<Exchange> Ledger::Finish(Op op, const float* words) {
+Result<Ledger::Entry*> Ledger::Find(Op op, const float* words) {
   if (!IsToken(words)) return Refuse(op, NotOneToken(words[kMagicWord]));
   const Token token = ReadToken(words);
   if (token.rank != rank_ || token.buffer != TokenBuffer(buffer_id_)) {
@@ -81,13 +81,38 @@ Result<Exchange> Ledger::Finish(Op op, const float* words) {
   if (token.kind != static_cast<int64_t>(KindOf(op))) {
     return Refuse(op, TokenOfAnotherKind(KindOf(op), static_cast<Kind>(token.kind)));
   }
-  const std::lock_guard lock(mutex_);
   const auto found = entries_.find(token.sequence);
   if (found == entries_.end() || found->second.received) {
     return Refuse(op, TokenUsedBefore(token.sequence));
   }
-  found->second.received = true;
-  return found->second.exchange;
+  return &found->second;
+}
+
+Result<Exchange> Ledger::Forward(Op op, const float* words) {
+  const std::lock_guard lock(mutex_);
+  const Result<Entry*> found = Find(op, words);
+  if (const Fault* fault = FaultOf(found)) return *fault;
+  Entry& entry = *std::get<Entry*>(found);
+  if (std::exchange(entry.forwarded, true)) {
+    return Refuse(op, ForwardedBefore(entry.exchange.sequence));
+  }
+  Exchange exchange = entry.exchange;
+  exchange.key.hop = FirstHop(exchange.kind);
+  return exchange;
+}
+
+Result<Exchange> Ledger::Finish(Op op, const float* words) {
+  const std::lock_guard lock(mutex_);
+  const Result<Entry*> found = Find(op, words);
+  if (const Fault* fault = FaultOf(found)) return *fault;
+  Entry& entry = *std::get<Entry*>(found);
+  if (config_.has_two_tiers() && !entry.forwarded) {
+    return Refuse(op, NotForwarded(entry.exchange.sequence));
+  }
+  entry.received = true;
+  Exchange exchange = entry.exchange;
+  exchange.key.hop = LastHop(config_, exchange.kind);
+  return exchange;
 }
 
 void Ledger::Release(const Exchange& exchange) {

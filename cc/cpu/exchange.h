@@ -1,10 +1,12 @@
 // The exchanges of one rank: their names and their states.
 //
-// An exchange is one all-to-all round between the ranks of a group. On each rank it has these
-// states:
+// An exchange is one all-to-all between the ranks of a group. On each rank it has these states:
 //
 //             Begin (send)              Finish (recv)            Release (rows unpacked)
 //     free  ---------------->  sent  ----------------->  received  ---------------->  free
+//                              |  ^                          |
+//                 Forward      |  +- in two tiers, between   |
+//                 (forward)    +---> Begin and Finish        |
 //                                |                           |
 //                                +------- MarkFailed --------+------> its run's fault is returned
 //
@@ -12,7 +14,7 @@
 // order of calls. The name of an exchange must be the same on every rank. It is a key of three
 // parts: the run of the program, the call site of the send, and how often this run has passed this
 // call site. A recv finds its exchange by the token that the send returned, never by order of
-// arrival.
+// arrival. In two tiers, each of the two rounds of an exchange has a key of its own.
 //
 // XLA numbers runs. A number is the same for all ranks of a process, and means nothing to another
 // process. If the ranks are in several processes, the key has another number of the run: the first
@@ -38,6 +40,7 @@
 #include <unordered_map>
 #include <vector>
 
+#include "cc/cpu/hop.h"
 #include "cc/fault.h"
 #include "cc/layout.h"
 #include "cc/op.h"
@@ -52,6 +55,7 @@ struct ExchangeKey {
   int64_t run = 0;
   int64_t call_site = 0;
   int64_t count = 0;
+  Hop hop = Hop::kDirect;  // the round of the exchange
 
   bool operator==(const ExchangeKey&) const = default;
 };
@@ -74,14 +78,19 @@ struct Exchange {
 // The exchanges of one rank. Thread-safe.
 class Ledger {
  public:
-  Ledger(int64_t buffer_id, int32_t rank, int32_t num_slots, RunNames names = RunNames::kOfHost)
-      : buffer_id_(buffer_id), rank_(rank), num_slots_(num_slots), names_(names) {}
+  // `num_slots` and the tiers are those of `config`.
+  Ledger(int64_t buffer_id, int32_t rank, const Config& config, RunNames names = RunNames::kOfHost)
+      : buffer_id_(buffer_id), rank_(rank), config_(config), names_(names) {}
 
   // Opens an exchange in `run` at `call_site`. A fault if all slots are taken.
   Result<Exchange> Begin(Op op, int64_t run, int64_t call_site);
 
-  // Takes the exchange that the token `words` names, to receive it. A fault if `words` is not a
-  // token, or is a token of another rank or kind, or was used before.
+  // Takes the exchange that the token `words` names, to forward it. A fault if `words` is not a
+  // token, or is a token of another rank or kind, or was used before. The key is that of the round
+  // that the op takes. So it is of Finish.
+  Result<Exchange> Forward(Op op, const float* words);
+
+  // The same, to receive it. In two tiers it must have been forwarded.
   Result<Exchange> Finish(Op op, const float* words);
 
   // Frees the slot.
@@ -110,6 +119,7 @@ class Ledger {
 
   struct Entry {
     Exchange exchange;
+    bool forwarded = false;
     bool received = false;
   };
 
@@ -122,10 +132,12 @@ class Ledger {
   Run* FindRun(int64_t run);
   void Forget(std::map<int64_t, int64_t>::iterator age);
   Fault Refuse(Op op, Fault fault) const;
+  // The exchange of a token. Called with the mutex locked.
+  Result<Entry*> Find(Op op, const float* words);
 
   const int64_t buffer_id_;
   const int32_t rank_;
-  const int32_t num_slots_;
+  const Config config_;
   const RunNames names_;
   std::mutex mutex_;
   bool all_failed_ = false;

@@ -52,7 +52,7 @@ std::string SeenByRecv(Ledger& ledger, const Token& token, Op op = kRecv) {
 
 class LedgerTest : public ::testing::Test {
  protected:
-  Ledger ledger_{kBufferId, kRank, /*num_slots=*/2};
+  Ledger ledger_{kBufferId, kRank, {.num_slots = 2}};
 };
 
 TEST_F(LedgerTest, FinishFindsTheExchangeOfTheToken) {
@@ -83,7 +83,7 @@ TEST_F(LedgerTest, KeyCountsThePassesOfACallSiteInARun) {
 }
 
 TEST_F(LedgerTest, KeysDoNotDependOnTheOrderOfCallSites) {
-  Ledger other(kBufferId, kRank + 1, 2);
+  Ledger other(kBufferId, kRank + 1, {.num_slots = 2});
   const Exchange a = Begun(ledger_, 1, 10);
   const Exchange b = Begun(ledger_, 1, 20);
   EXPECT_EQ(Begun(other, 1, 20).key, b.key);
@@ -148,7 +148,7 @@ TEST_F(LedgerTest, ARunThatHoldsAnExchangeOfAnyKindOutlivesIdleOnes) {
                                    std::pair{Op::kCombineSend, Op::kCombineRecv},
                                    std::pair{Op::kDispatchBackwardSend, Op::kDispatchBackwardRecv},
                                    std::pair{Op::kCombineBackwardSend, Op::kCombineBackwardRecv}}) {
-    Ledger ledger(kBufferId, kRank, 2);
+    Ledger ledger(kBufferId, kRank, {.num_slots = 2});
     const Result<Exchange> held = ledger.Begin(send, -1, 0);
     const Token token = TokenOf(ledger, std::get<Exchange>(held));
     for (int run = 0; run < 3 * kMaxRuns; ++run) {
@@ -159,7 +159,7 @@ TEST_F(LedgerTest, ARunThatHoldsAnExchangeOfAnyKindOutlivesIdleOnes) {
 }
 
 TEST_F(LedgerTest, SixtyFourSlotsCanBeTaken) {
-  Ledger ledger(kBufferId, kRank, 64);
+  Ledger ledger(kBufferId, kRank, {.num_slots = 64});
   for (int slot = 0; slot < 64; ++slot) EXPECT_EQ(Begun(ledger, 1).slot, slot);
   EXPECT_NE(FaultOf(ledger.Begin(kSend, 1, 0)), nullptr);
 }
@@ -202,14 +202,37 @@ TEST_F(LedgerTest, ATokenOfAnotherKindIsAFault) {
   EXPECT_TRUE(Receive(ledger_, token));
 }
 
+// The key of the round that an op takes.
+ExchangeKey KeyOf(const Result<Exchange>& result) {
+  EXPECT_EQ(FaultOf(result), nullptr);
+  return FaultOf(result) == nullptr ? std::get<Exchange>(result).key : ExchangeKey{};
+}
+
+TEST(LedgerOfTwoTiersTest, AnExchangeIsForwardedOnceBeforeItIsReceived) {
+  Ledger ledger(kBufferId, kRank, {.ep_size = 8, .num_slots = 2, .num_nodes = 2, .node_stride = 4});
+  const Exchange sent = Begun(ledger, 1, 7);
+  const Token token = TokenOf(ledger, sent);
+  EXPECT_EQ(SeenByRecv(ledger, token), "exchange 1, which was sent and not forwarded");
+  EXPECT_EQ(KeyOf(ledger.Forward(Op::kDispatchForward, token.data())),
+            (ExchangeKey{.run = 1, .call_site = 7, .count = 0, .hop = Hop::kRail}));
+  const Result<Exchange> again = ledger.Forward(Op::kDispatchForward, token.data());
+  ASSERT_NE(FaultOf(again), nullptr);
+  EXPECT_EQ(FaultOf(again)->seen, "a second one of exchange 1");
+  EXPECT_EQ(KeyOf(ledger.Finish(kRecv, token.data())),
+            (ExchangeKey{.run = 1, .call_site = 7, .count = 0, .hop = Hop::kSpread}));
+  const Result<Exchange> late = ledger.Forward(Op::kDispatchForward, token.data());
+  ASSERT_NE(FaultOf(late), nullptr);
+  EXPECT_EQ(FaultOf(late)->seen, "exchange 1, received before");
+}
+
 TEST_F(LedgerTest, ATokenOfAnotherRankIsAFault) {
-  Ledger other(kBufferId, kRank + 1, 2);
+  Ledger other(kBufferId, kRank + 1, {.num_slots = 2});
   const Token token = TokenOf(other, Begun(other, 1));
   EXPECT_EQ(SeenByRecv(ledger_, token), "one of buffer 6, rank 4");
 }
 
 TEST_F(LedgerTest, ATokenOfAnotherBufferIsAFault) {
-  Ledger other(kBufferId + 1, kRank, 2);
+  Ledger other(kBufferId + 1, kRank, {.num_slots = 2});
   const Token token = TokenOf(other, Begun(other, 1));
   EXPECT_EQ(SeenByRecv(ledger_, token), "one of buffer 7, rank 3");
 }
@@ -232,7 +255,7 @@ TEST_F(LedgerTest, TokensConsistOfExactIntegers) {
 }
 
 TEST_F(LedgerTest, BufferIdsPastTwoToThe24Work) {
-  Ledger ledger((int64_t{3} << 24) + 5, kRank, 2);
+  Ledger ledger((int64_t{3} << 24) + 5, kRank, {.num_slots = 2});
   EXPECT_TRUE(Receive(ledger, TokenOf(ledger, Begun(ledger, 1))));
 }
 

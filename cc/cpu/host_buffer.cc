@@ -25,9 +25,8 @@ HostBuffer::HostBuffer(int64_t id, const Config& config,
                        const std::vector<std::optional<Place>>& places)
     : HostBuffer(id, config, places, RunNames::kOfHost) {
   const std::vector<int32_t> num_here(ranks_.size() / config.ep_size, config.ep_size);
-  SetTransport(
-      std::make_shared<Inboxes>(config.ep_size, num_here, config.timeout_s,
-                                [this](int64_t run, const Fault& fault) { OnFail(run, fault); }));
+  SetTransport(std::make_shared<Inboxes>(
+      config, num_here, [this](int64_t run, const Fault& fault) { OnFail(run, fault); }));
 }
 
 HostRank* HostBuffer::RankOf(int32_t device) const {
@@ -61,7 +60,7 @@ void HostBuffer::CloseTransport() {
 
 int64_t HostBuffer::MessageBytes(int32_t device) const {
   const HostRank* rank = RankOf(device);
-  return rank == nullptr ? 0 : rank->pool.num_blocks() * MaxMessageBytes(config());
+  return rank == nullptr ? 0 : rank->pool.num_blocks() * MaxMessageBytesOfTiers(config());
 }
 
 Result<RankStats> HostBuffer::Stats(int32_t device) {

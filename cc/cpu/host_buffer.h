@@ -16,6 +16,7 @@
 #include "cc/cpu/rank_counters.h"
 #include "cc/cpu/transport.h"
 #include "cc/runtime.h"
+#include "cc/tiers.h"
 
 namespace jax_sm_free {
 
@@ -25,8 +26,8 @@ struct HostRank {
       : rank(place.rank),
         member(place.group * config.ep_size + place.rank),
         position(place.position),
-        ledger(buffer_id, place.rank, config.num_slots, names),
-        pool(MaxMessageBytes(config)),
+        ledger(buffer_id, place.rank, config, names),
+        pool(MaxMessageBytesOfTiers(config)),
         counters(config.ep_size) {}
 
   const int32_t rank;

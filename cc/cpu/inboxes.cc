@@ -14,35 +14,35 @@ namespace {
 
 using Seconds = std::chrono::duration<double>;
 
-Fault Of(Op op, const Exchange& exchange, int32_t rank, Fault fault) {
-  fault.op = OpName(op);
-  fault.rank = rank;
-  fault.exchange = exchange.Describe();
-  return fault;
-}
-
 }  // namespace
 
-Inboxes::Inboxes(int32_t ep_size, std::vector<int32_t> num_here, double timeout_s, OnFail on_fail)
-    : ep_size_(ep_size),
+Inboxes::Inboxes(const Config& config, std::vector<int32_t> num_here, OnFail on_fail)
+    : config_(config),
       num_here_(std::move(num_here)),
-      sees_all_ranks_(num_here_.size() > 1 || num_here_.front() == ep_size),
-      timeout_s_(timeout_s),
+      sees_all_ranks_(num_here_.size() > 1 || num_here_.front() == config.ep_size),
       on_fail_(std::move(on_fail)),
-      all_groups_(static_cast<int32_t>(num_here_.size()), ep_size, timeout_s),
+      all_groups_(static_cast<int32_t>(num_here_.size()), config.ep_size, config.timeout_s),
       rounds_(num_here_.size()),
-      losses_(num_here_.size() * ep_size),
-      waits_(losses_.size(), ep_size) {}
+      losses_(num_here_.size() * config.ep_size),
+      waits_(losses_.size(), config.ep_size) {}
+
+Fault Inboxes::FaultOfWait(const Inbox& inbox, int32_t member, Fault fault) const {
+  fault.op = OpName(inbox.op);
+  fault.rank = RankOf(member);
+  fault.exchange = inbox.exchange.Describe();
+  NameNodes(config_, fault);
+  return fault;
+}
 
 Inboxes::Round& Inboxes::FindRound(const ExchangeKey& key, int32_t group) {
   const auto [entry, is_new] = rounds_[group].try_emplace(key);
   Round& round = entry->second;
   if (!is_new) return round;
   round.waits_for_groups = sees_all_ranks_;
-  round.inboxes.resize(ep_size_);
+  round.inboxes.resize(config_.ep_size);
   for (Inbox& inbox : round.inboxes) {
-    inbox.messages.resize(ep_size_);
-    inbox.arrived.resize(ep_size_);
+    inbox.messages.resize(config_.ep_size);
+    inbox.arrived.resize(config_.ep_size);
   }
   return round;
 }
@@ -57,8 +57,8 @@ Inboxes::Inbox* Inboxes::FindReceiver(const ExchangeKey& key, int32_t member) {
 }
 
 // Counts the wait of a receiver for a message that has come now, or never will.
-void Inboxes::CountWait(const Inbox& inbox, int32_t member, int32_t source) {
-  waits_.Add(member, source, Watchdog::Clock::now() - inbox.messages_since);
+void Inboxes::CountWait(const Inbox& inbox, int32_t member, int32_t carrier) {
+  waits_.Add(member, carrier, Watchdog::Clock::now() - inbox.messages_since);
 }
 
 std::vector<int64_t> Inboxes::WaitedNanoseconds(int32_t member) const {
@@ -91,12 +91,15 @@ std::optional<Fault> Inboxes::Send(const ExchangeKey& key, int32_t src, int32_t 
 std::optional<Fault> Inboxes::Put(const ExchangeKey& key, int32_t src, int32_t dst,
                                   Message message) {
   Inbox& inbox = FindRound(key, GroupOf(dst)).inboxes[RankOf(dst)];
-  const int32_t source = RankOf(src);
-  if (inbox.arrived[source]) return SentTwice(source);
-  inbox.messages[source] = std::move(message);
-  inbox.arrived[source] = true;
+  const int32_t number = RankOf(src);
+  const int32_t carrier = CarrierOf(config_, key.hop, number, RankOf(dst));
+  if (inbox.arrived[number]) return SentTwice(carrier);
+  inbox.messages[number] = std::move(message);
+  inbox.arrived[number] = true;
   ++inbox.num_arrived;
-  if (inbox.receiver) CountWait(inbox, dst, source);
+  if (!inbox.receiver) return std::nullopt;
+  const std::vector<int32_t> missing = MissingRanks(key, inbox, RankOf(dst));
+  if (!std::ranges::binary_search(missing, carrier)) CountWait(inbox, dst, carrier);
   return std::nullopt;
 }
 
@@ -104,29 +107,33 @@ std::optional<Fault> Inboxes::Put(const ExchangeKey& key, int32_t src, int32_t d
 void Inboxes::TakeIfFull(const ExchangeKey& key, int32_t member,
                          std::vector<Delivery>& deliveries) {
   Inbox* inbox = FindReceiver(key, member);
-  if (inbox == nullptr || !IsFull(*inbox)) return;
+  if (inbox == nullptr || !IsFull(key, *inbox)) return;
   Watchdog::Get().Cancel(inbox->timer);
   const int32_t group = GroupOf(member);
   if (MustWaitForGroups(rounds_[group][key], key, member)) return;
   TakeFullInboxes(key, group, deliveries);
 }
 
-std::optional<Fault> Inboxes::SendAll(const ExchangeKey& key, int32_t member, const Pack& pack) {
+std::optional<Fault> Inboxes::SendAll(const ExchangeKey& key, int32_t member,
+                                      std::span<const Parcel> parcels, const Pack& pack,
+                                      bool finishes) {
   std::vector<Message> messages;
-  messages.reserve(ep_size_);
-  for (int32_t dst = 0; dst < ep_size_; ++dst) messages.push_back(pack(dst));
+  messages.reserve(parcels.size());
+  for (const Parcel& parcel : parcels) messages.push_back(pack(parcel));
   std::vector<Delivery> deliveries;
   {
     // Once for all messages: every rank of the process wants this lock.
     const std::lock_guard lock(mutex_);
     if (std::optional<Fault> fault = run_faults_.Of(key.run)) return fault;
     const int32_t first = member - RankOf(member);
-    for (int32_t dst = 0; dst < ep_size_; ++dst) {
-      if (auto fault = Put(key, member, first + dst, std::move(messages[dst]))) return fault;
+    for (size_t i = 0; i < parcels.size(); ++i) {
+      const Parcel& parcel = parcels[i];
+      auto fault = Put(key, first + parcel.number, first + parcel.dst, std::move(messages[i]));
+      if (fault) return fault;
     }
     // First counts this rank: if all ranks are through, none has to wait for other groups.
-    CountFinished(key, GroupOf(member), 1, deliveries);
-    for (int32_t dst = 0; dst < ep_size_; ++dst) TakeIfFull(key, first + dst, deliveries);
+    if (finishes) CountFinished(key, GroupOf(member), 1, deliveries);
+    for (const Parcel& parcel : parcels) TakeIfFull(key, first + parcel.dst, deliveries);
   }
   Deliver(std::move(deliveries));
   return std::nullopt;
@@ -161,15 +168,15 @@ void Inboxes::TakeFullInboxes(const ExchangeKey& key, int32_t group,
   if (found == rounds_[group].end()) return;
   found->second.waits_for_groups = false;
   std::vector<int32_t> ready;
-  for (int32_t rank = 0; rank < ep_size_; ++rank) {
+  for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
     const Inbox& inbox = found->second.inboxes[rank];
-    if (inbox.receiver && IsFull(inbox)) ready.push_back(rank);
+    if (inbox.receiver && IsFull(key, inbox)) ready.push_back(rank);
   }
   for (const int32_t rank : ready) {  // the last rank may erase the round
     Inbox& inbox = rounds_[group][key].inboxes[rank];
     Watchdog::Get().Cancel(inbox.timer);
     Receiver receiver = std::exchange(inbox.receiver, nullptr);
-    deliveries.emplace_back(std::move(receiver), TakeMessages(key, group * ep_size_ + rank));
+    deliveries.emplace_back(std::move(receiver), TakeMessages(key, group * config_.ep_size + rank));
   }
 }
 
@@ -199,17 +206,14 @@ void Inboxes::Receive(Op op, const Exchange& exchange, int32_t dst, Receiver rec
       Inbox& inbox = round.inboxes[RankOf(dst)];
       inbox.op = op;
       inbox.exchange = exchange;
-      if (IsFull(inbox) && !MustWaitForGroups(round, key, dst)) {
+      if (IsFull(key, inbox) && !MustWaitForGroups(round, key, dst)) {
         arrival = TakeMessages(key, dst);
       } else {
         inbox.receiver = std::move(receiver);
         receiver = nullptr;
-        if (!IsFull(inbox)) inbox.messages_since = Watchdog::Clock::now();
-        const int32_t first = dst - RankOf(dst);
-        for (int32_t rank = 0; rank < ep_size_ && !loss; ++rank) {
-          loss = LossOf(inbox, dst, first + rank);
-        }
-        if (!loss && !IsFull(inbox)) ArmTimer(inbox, dst, 0.0);
+        if (!IsFull(key, inbox)) inbox.messages_since = Watchdog::Clock::now();
+        loss = LossOf(key, inbox, dst);
+        if (!loss && !IsFull(key, inbox)) ArmTimer(inbox, dst, 0.0);
       }
     }
   }
@@ -246,11 +250,28 @@ void Inboxes::OnGroupsTimer(const ExchangeKey& key, int32_t member) {
   Deliver(std::move(deliveries));
 }
 
-std::optional<Fault> Inboxes::LossOf(const Inbox& inbox, int32_t member, int32_t source) const {
-  const Loss& loss = losses_[source];
-  const int32_t rank = RankOf(source);
-  if (inbox.arrived[rank] || inbox.exchange.key.run >= loss.end) return std::nullopt;
-  return Of(inbox.op, inbox.exchange, RankOf(member), NothingComes(rank, loss.reason));
+std::vector<int32_t> Inboxes::MissingRanks(const ExchangeKey& key, const Inbox& inbox,
+                                           int32_t rank) const {
+  std::vector<bool> missing(config_.ep_size);
+  for (int32_t number = 0; number < config_.ep_size; ++number) {
+    if (inbox.arrived[number] || !Comes(config_, key.hop, number, rank)) continue;
+    missing[CarrierOf(config_, key.hop, number, rank)] = true;
+  }
+  std::vector<int32_t> ranks;
+  for (int32_t each = 0; each < config_.ep_size; ++each) {
+    if (missing[each]) ranks.push_back(each);
+  }
+  return ranks;
+}
+
+std::optional<Fault> Inboxes::LossOf(const ExchangeKey& key, const Inbox& inbox,
+                                     int32_t member) const {
+  const int32_t first = member - RankOf(member);
+  for (const int32_t rank : MissingRanks(key, inbox, RankOf(member))) {
+    const Loss& loss = losses_[first + rank];
+    if (key.run < loss.end) return FaultOfWait(inbox, member, NothingComes(rank, loss.reason));
+  }
+  return std::nullopt;
 }
 
 void Inboxes::Lose(int32_t member, const std::string& reason, int64_t end) {
@@ -262,10 +283,10 @@ void Inboxes::Lose(int32_t member, const std::string& reason, int64_t end) {
     const int32_t group = GroupOf(member);
     if (end == kForEver) all_groups_.Lose(group);
     for (const auto& [key, round] : rounds_[group]) {
-      for (int32_t rank = 0; rank < ep_size_; ++rank) {
+      for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
         const Inbox& inbox = round.inboxes[rank];
         if (!inbox.receiver) continue;
-        if (auto fault = LossOf(inbox, group * ep_size_ + rank, member)) {
+        if (auto fault = LossOf(key, inbox, group * config_.ep_size + rank)) {
           faults.emplace(key.run, *fault);
         }
       }
@@ -276,7 +297,7 @@ void Inboxes::Lose(int32_t member, const std::string& reason, int64_t end) {
 
 void Inboxes::ArmTimer(Inbox& inbox, int32_t member, double waited) {
   const double until =
-      waited < kSlowWaitSeconds ? std::min(kSlowWaitSeconds, timeout_s_) : timeout_s_;
+      waited < kSlowWaitSeconds ? std::min(kSlowWaitSeconds, config_.timeout_s) : config_.timeout_s;
   auto expire = [weak = weak_from_this(), key = inbox.exchange.key, member, until] {
     if (const std::shared_ptr<Inboxes> self = weak.lock()) self->OnTimer(key, member, until);
   };
@@ -288,10 +309,11 @@ void Inboxes::OnTimer(const ExchangeKey& key, int32_t member, double waited) {
   {
     const std::lock_guard lock(mutex_);
     Inbox* inbox = FindReceiver(key, member);
-    if (inbox == nullptr || IsFull(*inbox)) return;
-    fault = Of(inbox->op, inbox->exchange, RankOf(member),
-               MissingMessages(inbox->arrived, timeout_s_, waited));
-    if (waited < timeout_s_) {
+    if (inbox == nullptr || IsFull(key, *inbox)) return;
+    fault = FaultOfWait(*inbox, member,
+                        MissingMessages(MissingRanks(key, *inbox, RankOf(member)),
+                                        NumCarriers(config_, key.hop), config_.timeout_s, waited));
+    if (waited < config_.timeout_s) {
       TellSlowWait(fault);
       ArmTimer(*inbox, member, waited);
       return;
@@ -310,11 +332,12 @@ std::vector<Inboxes::Delivery> Inboxes::TakeReceivers(
         ++it;
         continue;
       }
-      for (int32_t rank = 0; rank < ep_size_; ++rank) {
+      for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
         Inbox& inbox = it->second.inboxes[rank];
         if (!inbox.receiver) continue;
-        for (int32_t source = 0; source < ep_size_; ++source) {
-          if (!inbox.arrived[source]) CountWait(inbox, group * ep_size_ + rank, source);
+        const ExchangeKey& key = it->first;
+        for (const int32_t carrier : MissingRanks(key, inbox, rank)) {
+          CountWait(inbox, group * config_.ep_size + rank, carrier);
         }
         Watchdog::Get().Cancel(inbox.timer);
         deliveries.emplace_back(std::move(inbox.receiver), fault);

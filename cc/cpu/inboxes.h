@@ -9,11 +9,13 @@
 #include <memory>
 #include <mutex>
 #include <optional>
+#include <span>
 #include <string>
 #include <unordered_map>
 #include <utility>
 #include <vector>
 
+#include "cc/config.h"
 #include "cc/cpu/all_groups.h"
 #include "cc/cpu/exchange.h"
 #include "cc/cpu/message.h"
@@ -36,7 +38,7 @@ class Inboxes : public Transport, public std::enable_shared_from_this<Inboxes> {
 
   // `num_here` is by group: how many of its ranks are in this process. If some are elsewhere, the
   // owner of this object puts in their messages.
-  Inboxes(int32_t ep_size, std::vector<int32_t> num_here, double timeout_s, OnFail on_fail);
+  Inboxes(const Config& config, std::vector<int32_t> num_here, OnFail on_fail);
 
   // Ranks of one process always give an exchange the same name.
   std::optional<Fault> Begin(Op /*op*/, const Exchange& /*exchange*/, int32_t /*member*/,
@@ -46,7 +48,9 @@ class Inboxes : public Transport, public std::enable_shared_from_this<Inboxes> {
   std::optional<Fault> Send(const ExchangeKey& key, int32_t src, int32_t dst,
                             Message message) override;
   void Finish(const ExchangeKey& key, int32_t member) override;
-  std::optional<Fault> SendAll(const ExchangeKey& key, int32_t member, const Pack& pack) override;
+  std::optional<Fault> SendAll(const ExchangeKey& key, int32_t member,
+                               std::span<const Parcel> parcels, const Pack& pack,
+                               bool finishes) override;
   void Receive(Op op, const Exchange& exchange, int32_t dst, Receiver receiver) override;
   std::vector<int64_t> WaitedNanoseconds(int32_t member) const override;
   void Fail(int64_t run, const Fault& fault) override;
@@ -62,7 +66,7 @@ class Inboxes : public Transport, public std::enable_shared_from_this<Inboxes> {
 
  private:
   struct Inbox {
-    std::vector<Message> messages;  // by source rank
+    std::vector<Message> messages;  // by number
     std::vector<bool> arrived;
     int32_t num_arrived = 0;
     Receiver receiver;
@@ -85,8 +89,8 @@ class Inboxes : public Transport, public std::enable_shared_from_this<Inboxes> {
   // A receiver to call, with its messages or fault, when the lock is released.
   using Delivery = std::pair<Receiver, Arrival>;
 
-  int32_t GroupOf(int32_t member) const { return member / ep_size_; }
-  int32_t RankOf(int32_t member) const { return member % ep_size_; }
+  int32_t GroupOf(int32_t member) const { return member / config_.ep_size; }
+  int32_t RankOf(int32_t member) const { return member % config_.ep_size; }
 
   std::optional<Fault> Put(const ExchangeKey& key, int32_t src, int32_t dst, Message message);
   void TakeIfFull(const ExchangeKey& key, int32_t member, std::vector<Delivery>& deliveries);
@@ -94,23 +98,28 @@ class Inboxes : public Transport, public std::enable_shared_from_this<Inboxes> {
                      std::vector<Delivery>& deliveries);
   Round& FindRound(const ExchangeKey& key, int32_t group);
   Inbox* FindReceiver(const ExchangeKey& key, int32_t member);
-  bool IsFull(const Inbox& inbox) const { return inbox.num_arrived == ep_size_; }
-  void CountWait(const Inbox& inbox, int32_t member, int32_t source);
+  bool IsFull(const ExchangeKey& key, const Inbox& inbox) const {
+    return inbox.num_arrived == NumMessages(config_, key.hop);
+  }
+  // The ranks that have messages for a receiver which have not come, ascending.
+  std::vector<int32_t> MissingRanks(const ExchangeKey& key, const Inbox& inbox, int32_t rank) const;
+  void CountWait(const Inbox& inbox, int32_t member, int32_t carrier);
   std::vector<Message> TakeMessages(const ExchangeKey& key, int32_t member);
   void TakeFullInboxes(const ExchangeKey& key, int32_t group, std::vector<Delivery>& deliveries);
   bool MustWaitForGroups(Round& round, const ExchangeKey& key, int32_t member);
   void ArmTimer(Inbox& inbox, int32_t member, double waited);
   void OnTimer(const ExchangeKey& key, int32_t member, double waited);
   void OnGroupsTimer(const ExchangeKey& key, int32_t member);
-  std::optional<Fault> LossOf(const Inbox& inbox, int32_t member, int32_t source) const;
+  // The fault of a receiver that waits for a message of a member that sends no more.
+  std::optional<Fault> LossOf(const ExchangeKey& key, const Inbox& inbox, int32_t member) const;
+  Fault FaultOfWait(const Inbox& inbox, int32_t member, Fault fault) const;
   std::vector<Delivery> TakeReceivers(const std::function<bool(int64_t run)>& of_run,
                                       const Fault& fault);
   static void Deliver(std::vector<Delivery> deliveries);
 
-  const int32_t ep_size_;
+  const Config config_;
   const std::vector<int32_t> num_here_;  // by group
   const bool sees_all_ranks_;            // false for one group over several processes
-  const double timeout_s_;
   const OnFail on_fail_;
   mutable std::mutex mutex_;
   AllGroups all_groups_;

@@ -16,6 +16,7 @@
 #include <vector>
 
 #include "cc/cpu/inboxes.h"
+#include "cc/cpu/parcels.h"
 #include "gtest/gtest.h"
 
 namespace jax_sm_free::testing {
@@ -49,9 +50,12 @@ class Group {
  public:
   explicit Group(int32_t ep_size, double timeout_s = kNever, int32_t num_groups = 1)
       : ep_size_(ep_size),
-        config_{.ep_size = ep_size, .num_experts = ep_size, .row_bytes = sizeof(Note)},
+        config_{.ep_size = ep_size,
+                .num_experts = ep_size,
+                .row_bytes = sizeof(Note),
+                .timeout_s = timeout_s},
         transport_(std::make_shared<Inboxes>(
-            ep_size, std::vector<int32_t>(num_groups, ep_size), timeout_s,
+            config_, std::vector<int32_t>(num_groups, ep_size),
             [this](int64_t run, const Fault&) { failed_runs_.push_back(run); })) {}
 
   Message MessageOf(const ExchangeKey& key, int32_t src, int32_t dst) {
@@ -68,8 +72,11 @@ class Group {
   // Everything that `src` has to send.
   std::optional<Fault> SendToAll(const ExchangeKey& key, int32_t src) {
     const int32_t first = src / ep_size_ * ep_size_;
-    return transport_->SendAll(key, src,
-                               [&](int32_t rank) { return MessageOf(key, src, first + rank); });
+    const Parcels parcels = ParcelsOfSend(config_, Hop::kDirect, src - first);
+    const auto pack = [&](const Transport::Parcel& parcel) {
+      return MessageOf(key, first + parcel.number, first + parcel.dst);
+    };
+    return transport_->SendAll(key, src, parcels, pack, true);
   }
 
   // The only send of `src` in an exchange.

@@ -27,7 +27,8 @@ class InboxesWaitsTest : public ::testing::Test {
   using Arrival = Inboxes::Arrival;
 
   std::shared_ptr<Inboxes> Open(double timeout_s = kNever) {
-    return std::make_shared<Inboxes>(kRanks, std::vector<int32_t>{kRanks, kRanks}, timeout_s,
+    return std::make_shared<Inboxes>(Config{.ep_size = kRanks, .timeout_s = timeout_s},
+                                     std::vector<int32_t>{kRanks, kRanks},
                                      [](int64_t /*run*/, const Fault& /*fault*/) {});
   }
 

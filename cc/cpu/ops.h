@@ -7,41 +7,16 @@
 #ifndef JAX_SM_FREE_CC_CPU_OPS_H_
 #define JAX_SM_FREE_CC_CPU_OPS_H_
 
-#include <cstdint>
 #include <functional>
-#include <memory>
 #include <optional>
 #include <vector>
 
-#include "cc/cpu/call_site.h"
-#include "cc/cpu/host_buffer.h"
+#include "cc/cpu/host_call.h"
 #include "cc/cpu/message.h"
 #include "cc/fault.h"
-#include "cc/op.h"
 #include "cc/operands.h"
 
 namespace jax_sm_free {
-
-// Called once, when a recv has ended.
-using Done = std::function<void(const std::optional<Fault>& fault)>;
-
-// One call of an op by one rank.
-struct HostCall {
-  Op op = Op::kDispatchSend;
-  std::shared_ptr<HostBuffer> buffer = nullptr;
-  HostRank* rank = nullptr;
-  int64_t run = 0;
-
-  // For a send.
-  int64_t call_site = 0;  // its number within its program
-  // The name that processes share; null if all ranks are in this process.
-  std::shared_ptr<const CallSite> site = nullptr;
-
-  // For a recv.
-  Done done = nullptr;
-
-  const Config& config() const { return buffer->config(); }
-};
 
 // Sends. Each writes its token unless there is a fault.
 
@@ -54,9 +29,21 @@ std::optional<Fault> CombineBackwardSend(const HostCall& call, const RowsIn& in,
 // combine_send, dispatch_backward_send: sums of expert rows back to the ranks of their tokens.
 std::optional<Fault> SendSums(const HostCall& call, const SumsIn& in, float* token);
 
-// Recvs. Each waits for the messages of the exchange that `token` names, writes its results, and
-// calls call.done. It does so on this thread if all messages are there, else on a worker thread. No
-// recv blocks. The rows of this rank come in a message, too, so `own` is not read.
+// Forwards and recvs. Each waits for messages of the exchange that `token` names, writes its
+// results, and calls call.done. It does so on this thread if all messages are there, else on a
+// worker thread. None of them blocks.
+
+// Forwards: the step between send and recv, in two tiers. Each sends on what has come, and writes
+// the token of the exchange, for the recv.
+
+void DispatchForward(const HostCall& call, const float* token, const ForwardOut& out);
+void CombineBackwardForward(const HostCall& call, const float* token, const ForwardIn& in,
+                            float* token_out);
+
+// combine_forward, dispatch_backward_forward.
+void ForwardSums(const HostCall& call, const float* token, const ForwardIn& in, float* token_out);
+
+// Recvs. The rows of this rank come in a message, too, so `own` is not read.
 
 void DispatchRecv(const HostCall& call, const float* token, const OwnRows& own,
                   const ExpertsOut& out);
@@ -68,9 +55,10 @@ void ReceiveSums(const HostCall& call, const float* token, const std::optional<E
                  const SumsOut& out);
 void CombineBackwardRecv(const HostCall& call, const float* token, const SpreadOut& out);
 
-// The common part of all recvs. `unpack` writes the results.
+// The common part of all recvs. `unpack` writes the results. `messages` is by number
+// (cc/cpu/hop.h).
 using Unpack =
-    std::function<std::optional<Fault>(const Config& config, const std::vector<Message>& messages)>;
+    std::function<std::optional<Fault>(const Config& config, std::vector<Message>& messages)>;
 void Receive(const HostCall& call, const float* token, Unpack unpack);
 
 }  // namespace jax_sm_free

@@ -24,11 +24,8 @@ void RankCounters::CountSent(int32_t dst, const Message& message) {
   Add(bytes_sent_[dst], RowsBytes(message));
 }
 
-void RankCounters::CountReceived(Kind kind, const std::vector<Message>& messages) {
-  Add(exchanges_[static_cast<size_t>(kind)], 1);
-  for (size_t source = 0; source < messages.size(); ++source) {
-    Add(bytes_received_[source], RowsBytes(messages[source]));
-  }
+void RankCounters::CountReceived(int32_t source, const Message& message) {
+  Add(bytes_received_[source], RowsBytes(message));
 }
 
 RankStats RankCounters::Read() const {

@@ -20,8 +20,9 @@ class RankCounters {
   explicit RankCounters(int32_t ep_size) : bytes_sent_(ep_size), bytes_received_(ep_size) {}
 
   void CountSent(int32_t dst, const Message& message);
-  // Counts an exchange whose messages have all come. `messages` is by source rank.
-  void CountReceived(Kind kind, const std::vector<Message>& messages);
+  // Counts an exchange whose messages have all come.
+  void CountExchange(Kind kind) { Add(exchanges_[static_cast<size_t>(kind)], 1); }
+  void CountReceived(int32_t source, const Message& message);
   void CountDropped(int64_t rows) { Add(rows_dropped_, rows); }
 
   // All numbers except for how long the rank has waited. The transport knows that.

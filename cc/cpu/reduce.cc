@@ -158,7 +158,7 @@ std::vector<Message> PackSums(const Config& config, Kind kind, const Matrix& mat
 }
 
 std::optional<Fault> SumOverRanks(const Config& config, const Matrix& matrix, const TopK& topk,
-                                  const std::vector<Message>& messages, std::byte* out,
+                                  const std::vector<Message>& messages, const SumRows& out,
                                   float* weight_grads) {
   const Result<Route> made = Route::Make(config, topk);
   if (const Fault* fault = FaultOf(made)) return *fault;
@@ -180,7 +180,7 @@ std::optional<Fault> SumOverRanks(const Config& config, const Matrix& matrix, co
       terms.push_back(messages[rank].row(next[rank]++));
     }
     Sum(matrix, {terms.data(), nullptr, static_cast<int64_t>(terms.size())},
-        out + t * matrix.row_bytes());
+        out.first + t * out.stride);
     if (weight_grads == nullptr) continue;
     for (int32_t k = 0; k < config.top_k; ++k) {
       const int64_t entry = t * config.top_k + k;

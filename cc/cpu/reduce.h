@@ -30,11 +30,17 @@ std::vector<Message> PackSums(const Config& config, Kind kind, const Matrix& mat
                               const std::byte* y, const float* weights, const float* weight_grads,
                               const LayoutIn& layout, BlockPool& pool);
 
+// Rows, one every `stride` bytes.
+struct SumRows {
+  std::byte* first = nullptr;
+  int64_t stride = 0;
+};
+
 // out [num_tokens, hidden]: for each token, the sum over ranks of the rows that came back.
 // weight_grads: f32 [num_tokens, top_k], read from the messages; or null.
 // A fault (without op and rank) if the messages do not fit the tokens.
 std::optional<Fault> SumOverRanks(const Config& config, const Matrix& matrix, const TopK& topk,
-                                  const std::vector<Message>& messages, std::byte* out,
+                                  const std::vector<Message>& messages, const SumRows& out,
                                   float* weight_grads);
 
 // The gradient of PackSums: y_grad [num_rows, hidden], from the gradients of the token rows. If

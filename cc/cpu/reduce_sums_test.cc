@@ -73,7 +73,8 @@ TEST_P(ReduceTest, SumOverRanksAddsInTheOrderOfRanks) {
   const Returned returned =
       RandomReturned(config_, matrix_, Kind::kCombine, source, pool_, random_);
   auto out = Poisoned<std::byte>(source.num_tokens * matrix_.row_bytes());
-  ASSERT_FALSE(SumOverRanks(config_, matrix_, source.topk(), returned.messages, out.data(), nullptr)
+  ASSERT_FALSE(SumOverRanks(config_, matrix_, source.topk(), returned.messages,
+                            {out.data(), matrix_.row_bytes()}, nullptr)
                    .has_value());
   ExpectBits(matrix_, out.data(), returned.sums);
 }
@@ -84,8 +85,8 @@ TEST_P(ReduceTest, SumOverRanksGathersWeightGradients) {
       RandomReturned(config_, matrix_, Kind::kDispatchBackward, source, pool_, random_);
   auto out = Poisoned<std::byte>(source.num_tokens * matrix_.row_bytes());
   auto weight_grads = Poisoned<float>(source.num_tokens * config_.top_k);
-  ASSERT_FALSE(SumOverRanks(config_, matrix_, source.topk(), returned.messages, out.data(),
-                            weight_grads.data())
+  ASSERT_FALSE(SumOverRanks(config_, matrix_, source.topk(), returned.messages,
+                            {out.data(), matrix_.row_bytes()}, weight_grads.data())
                    .has_value());
   ExpectBits(matrix_, out.data(), returned.sums);
   EXPECT_EQ(weight_grads, returned.weight_grads);
@@ -97,7 +98,8 @@ TEST_P(ReduceTest, SumOverRanksOfNothingIsZero) {
   const Returned returned =
       RandomReturned(config_, matrix_, Kind::kCombine, source, pool_, random_);
   auto out = Poisoned<std::byte>(source.num_tokens * matrix_.row_bytes());
-  ASSERT_FALSE(SumOverRanks(config_, matrix_, source.topk(), returned.messages, out.data(), nullptr)
+  ASSERT_FALSE(SumOverRanks(config_, matrix_, source.topk(), returned.messages,
+                            {out.data(), matrix_.row_bytes()}, nullptr)
                    .has_value());
   EXPECT_EQ(out, std::vector<std::byte>(out.size()));
 }
@@ -106,8 +108,8 @@ TEST_P(ReduceTest, SumOverRanksWithoutTokens) {
   const Source source = RandomSource(config_, 0, 0, 0, random_);
   const Returned returned =
       RandomReturned(config_, matrix_, Kind::kCombine, source, pool_, random_);
-  EXPECT_FALSE(SumOverRanks(config_, matrix_, source.topk(), returned.messages, nullptr, nullptr)
-                   .has_value());
+  EXPECT_FALSE(
+      SumOverRanks(config_, matrix_, source.topk(), returned.messages, {}, nullptr).has_value());
 }
 
 TEST_P(ReduceTest, SumOverRanksRefusesMessagesOfOtherTokens) {
@@ -116,8 +118,8 @@ TEST_P(ReduceTest, SumOverRanksRefusesMessagesOfOtherTokens) {
       RandomReturned(config_, matrix_, Kind::kCombine, source, pool_, random_);
   source.idx.assign(source.idx.size(), 7);  // all on the last rank
   auto out = Poisoned<std::byte>(source.num_tokens * matrix_.row_bytes());
-  const auto fault =
-      SumOverRanks(config_, matrix_, source.topk(), returned.messages, out.data(), nullptr);
+  const auto fault = SumOverRanks(config_, matrix_, source.topk(), returned.messages,
+                                  {out.data(), matrix_.row_bytes()}, nullptr);
   ASSERT_TRUE(fault.has_value());
   EXPECT_EQ(fault->peer, 0);
   EXPECT_PRED_FORMAT2(IsSubstring, "0 rows of", fault->expected);
@@ -129,7 +131,7 @@ TEST_P(ReduceTest, SumOverRanksRefusesRowsOfAnotherWidth) {
       RandomReturned(config_, matrix_, Kind::kCombine, source, pool_, random_);
   const Matrix wider{.dtype = matrix_.dtype, .hidden = matrix_.hidden + 1};
   EXPECT_TRUE(
-      SumOverRanks(config_, wider, source.topk(), returned.messages, nullptr, nullptr).has_value());
+      SumOverRanks(config_, wider, source.topk(), returned.messages, {}, nullptr).has_value());
 }
 
 }  // namespace

@@ -5,6 +5,7 @@
 #include <variant>
 
 #include "cc/cpu/wire_note.h"
+#include "cc/fault_texts.h"
 
 namespace jax_sm_free {
 
@@ -103,7 +104,9 @@ void SpanningBuffer::OnMessage(int32_t process, Wire::Header header, BlockPool::
   } else if (const auto* finished = std::get_if<FinishedNote>(&note->body)) {
     transport->OnFinished(process, *finished);
   } else {
-    transport->OnFault(std::get<Fault>(note->body));
+    Fault fault = std::get<Fault>(note->body);
+    NameNodes(config(), fault);
+    transport->OnFault(fault);
   }
 }
 

@@ -7,6 +7,7 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "cc/cpu/call_site.h"
@@ -20,15 +21,22 @@ namespace jax_sm_free {
 // Serves the ranks of this process, in all groups. Thread-safe.
 //
 // A member is a rank of any group: member m is rank m % ep_size of group m / ep_size. A round is
-// the part of an exchange within one group. A round is complete for a rank when a message from
-// every rank of the group has come to it, and all groups have sent theirs: see AllGroups. A run
-// that has failed stays failed, for all groups: a rank that comes later gets the same fault.
+// the part of an exchange within one group, and in two tiers one of its two parts: cc/cpu/hop.h. A
+// round is complete for a rank when all its messages have come, and all groups have sent theirs:
+// see AllGroups. A run that has failed stays failed, for all groups: a rank that comes later gets
+// the same fault.
 class Transport {
  public:
-  using Arrival = Result<std::vector<Message>>;  // messages by source rank
+  // Messages by number. Numbers that do not come have an empty message.
+  using Arrival = Result<std::vector<Message>>;
   using Receiver = std::function<void(Arrival)>;
-  // Makes the message for a rank of the group.
-  using Pack = std::function<Message(int32_t rank)>;
+  // The name of a message within its round: its number, and the rank that it is for.
+  struct Parcel {
+    int32_t number = 0;
+    int32_t dst = 0;
+  };
+  // Makes the message of a parcel.
+  using Pack = std::function<Message(const Parcel& parcel)>;
 
   virtual ~Transport() = default;
 
@@ -37,17 +45,19 @@ class Transport {
   virtual std::optional<Fault> Begin(Op op, const Exchange& exchange, int32_t member,
                                      std::shared_ptr<const CallSite> site) = 0;
 
-  // Puts a message into the inbox of `dst`, which is in the same group. Returns the fault of the
-  // run, if it has failed.
+  // Puts a message into the inbox of `dst`. `src` is the member of the same group that the message
+  // is numbered by. Returns the fault of the run, if it has failed.
   virtual std::optional<Fault> Send(const ExchangeKey& key, int32_t src, int32_t dst,
                                     Message message) = 0;
 
-  // Called after the last Send of `member` in an exchange.
+  // Called after the last message that `member` carries in a round.
   virtual void Finish(const ExchangeKey& key, int32_t member) = 0;
 
-  // Sends the message that `pack` makes to each rank of the group, and calls Finish.
+  // Sends the messages that `pack` makes, all of them within the group of `member`, and calls
+  // Finish if `finishes` is set.
   virtual std::optional<Fault> SendAll(const ExchangeKey& key, int32_t member,
-                                       const Pack& pack) = 0;
+                                       std::span<const Parcel> parcels, const Pack& pack,
+                                       bool finishes) = 0;
 
   // Calls `receiver` once, when the round is complete for `dst` or its run has failed. It does so
   // on this thread if that has happened already, else on the worker pool. If the round is not

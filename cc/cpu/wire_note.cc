@@ -12,7 +12,7 @@ namespace jax_sm_free {
 namespace {
 
 // Change this number with every change of the format below.
-constexpr uint64_t kVersion = 0x736d6677'00000003U;
+constexpr uint64_t kVersion = 0x736d6677'00000004U;
 
 enum class What : int32_t { kMessage, kFinished, kFault };
 
@@ -25,6 +25,7 @@ struct Head {
   int64_t start = 0;
   int64_t executable = 0;
   What what = What::kMessage;
+  Hop hop = Hop::kDirect;
   int32_t from = 0;   // src, a group that has finished, or a fault's rank
   int32_t to = 0;     // dst, or a fault's peer
   int32_t count = 0;  // copies of a message's call, or ranks that have finished
@@ -56,6 +57,7 @@ std::vector<std::byte> Encode(const WireNote& note) {
     head.run = key.run;
     head.call_site = key.call_site;
     head.pass = key.count;
+    head.hop = key.hop;
   };
   if (const auto* fault = std::get_if<Fault>(&note.body)) {
     head.what = What::kFault;
@@ -85,6 +87,7 @@ std::optional<WireNote> Decode(std::span<const std::byte> bytes) {
   if (bytes.size() < sizeof(head)) return std::nullopt;
   std::memcpy(&head, bytes.data(), sizeof(head));
   if (head.version != kVersion) return std::nullopt;
+  if (static_cast<uint32_t>(head.hop) >= kNumHops) return std::nullopt;
   Texts texts;
   size_t at = sizeof(head);
   for (size_t i = 0; i < texts.size(); ++i) {
@@ -94,7 +97,7 @@ std::optional<WireNote> Decode(std::span<const std::byte> bytes) {
     at += size;
   }
   WireNote note{.buffer = head.buffer, .body = {}};
-  const ExchangeKey key{head.run, head.call_site, head.pass};
+  const ExchangeKey key{head.run, head.call_site, head.pass, head.hop};
   if (head.what == What::kFault) {
     note.body = Fault{.op = texts[0],
                       .rank = head.from,

@@ -18,7 +18,7 @@ namespace jax_sm_free {
 
 // Precedes a message from member to member. The payload is the Message.
 struct MessageNote {
-  int32_t src = 0;
+  int32_t src = 0;  // the member that the message is numbered by: cc/cpu/hop.h
   int32_t dst = 0;
   ExchangeKey key;
   CallSite site;      // its number is also in the key

@@ -144,7 +144,6 @@ enum class FaultCode : int32_t {
   kPosition,      // expected, seen: position in the mesh
   kLayout,        // expected: bound; seen: a row
   kLayoutCount,   // seen: a count of rows
-  kNodeTopk,      // expected: bound; seen: a node expert
   kMessageKind,   // expected, seen: Kind
   kOutOfStep,     // expected, seen: bytes of a row; detail: rows expected << 32 | rows seen
   kPeer,          // the peer's own fault poisoned its message

@@ -55,7 +55,7 @@ _SIZES = (
     flags.DEFINE_integer("num_slots", 2, "Exchanges in flight."),
     flags.DEFINE_integer("expert_alignment", 1, "Rows that groups are padded to."),
     flags.DEFINE_integer("expert_capacity", None, "Rows of each group."),
-    flags.DEFINE_enum("dtype", "bfloat16", DTYPES, "Of rows."),
+    flags.DEFINE_enum("dtype", "bfloat16", list(DTYPES), "Of rows."),
     flags.DEFINE_string("wire_dtype", None, "What rows travel as, for example float8_e4m3fn."),
 )
 _PROBE_MIB = flags.DEFINE_integer("probe_mib", 0, "For bandwidths; 0: by platform.")

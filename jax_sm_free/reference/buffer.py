@@ -12,10 +12,11 @@ from jax import Array, lax
 from jax.sharding import Mesh, PartitionSpec
 
 from jax_sm_free import checks
+from jax_sm_free import pending as waiting
 from jax_sm_free.config import Config
 from jax_sm_free.reference.float8 import through_wire
 from jax_sm_free.reference.receiving import by_expert, by_token, gather, is_sent_to
-from jax_sm_free.reference.rows import reduce_rows, sum_in_order, take_rows
+from jax_sm_free.reference.rows import reduce_rows, sum_by_node, take_rows
 from jax_sm_free.results import Layout, Received, ReceivedTokens
 from jax_sm_free.whole_ops import Output, Rows, WholeOps, check_output
 
@@ -31,6 +32,7 @@ class _Dispatched:
     x: Any
     topk_idx: Array
     topk_weights: Array
+    forwarded: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 @jax.tree_util.register_dataclass
@@ -40,6 +42,7 @@ class _Combined:
 
     rows: Array
     layout: Layout
+    forwarded: bool = dataclasses.field(default=False, metadata={"static": True})
 
 
 def overlap(pending: _T, fn: Callable[..., _R], *args: Any) -> tuple[_R, _T]:
@@ -66,6 +69,8 @@ class Buffer(WholeOps):
       mesh: the mesh of the `shard_map`. If it has further axes, it has several groups, and each
         group works on its own.
       axis: the name of the expert-parallel axis, or a tuple of names, slowest first.
+      node_axis: the one of these axes along which the nodes are, or None. It changes the order of
+        the sums of a combine, and nothing else.
       transport, name: as `jax_sm_free.Buffer` has them. They change nothing here.
       **sizes: `hidden`, `num_experts`, `top_k`, `max_tokens` and what else `Config` takes.
 
@@ -78,14 +83,16 @@ class Buffer(WholeOps):
         mesh: Mesh,
         axis: str | tuple[str, ...],
         *,
+        node_axis: str | None = None,
         transport: str = "auto",
         name: str | None = None,
         **sizes: Any,
     ) -> None:
         del transport, name
-        self.axes = checks.check_mesh(mesh, axis)
-        self.config = Config(ep_size=checks.group_size(mesh, self.axes), **sizes)
-        self._mesh_axes = mesh.axis_names
+        axes = checks.check_mesh(mesh, axis)
+        nodes = checks.nodes_of(mesh, axes, node_axis)
+        config = Config(ep_size=checks.group_size(mesh, axes), **nodes, **sizes)
+        self._open(mesh, axes, node_axis, config)
 
     @classmethod
     def from_config(
@@ -94,16 +101,23 @@ class Buffer(WholeOps):
         axis: str | tuple[str, ...],
         config: Config,
         *,
+        node_axis: str | None = None,
         transport: str = "auto",
         name: str | None = None,
     ) -> Self:
         """A buffer of the sizes of a `Config`, as `jax_sm_free.Buffer.from_config`."""
         del transport, name
         axes = checks.check_mesh(mesh, axis)
-        checks.check_config("from_config", config, checks.group_size(mesh, axes))
+        checks.check_config("from_config", config, mesh, axes, node_axis)
         buffer = cls.__new__(cls)
-        buffer.axes, buffer.config, buffer._mesh_axes = axes, config, mesh.axis_names
+        buffer._open(mesh, axes, node_axis, config)
         return buffer
+
+    def _open(
+        self, mesh: Mesh, axes: tuple[str, ...], node_axis: str | None, config: Config
+    ) -> None:
+        self.axes, self.node_axis, self.config = axes, node_axis, config
+        self._mesh_axes = mesh.axis_names
 
     def __enter__(self) -> Self:
         return self
@@ -140,6 +154,20 @@ class Buffer(WholeOps):
         checks.check_topk(op, self.config, num_tokens, topk_idx, topk_weights)
         return _Dispatched(through_wire(x, self.config.wire), topk_idx, topk_weights)
 
+    def dispatch_forward(self, pending: Any) -> Any:
+        """Sends nothing on, because nothing has moved yet. Collective, optional, and once.
+
+        Args:
+          pending: from `dispatch_send`, or the receive hook of a `dispatch`.
+
+        Returns:
+          The sent value or the hook, for `dispatch_recv`.
+
+        Raises:
+          ValueError: at trace time, if it has been forwarded already.
+        """
+        return _forward("dispatch_forward", pending)
+
     @overload
     def dispatch_recv(self, sent: Any, output: Literal["experts"] = "experts") -> Received: ...
     @overload
@@ -151,7 +179,7 @@ class Buffer(WholeOps):
         """Receives what all ranks sent to this one. Collective.
 
         Args:
-          sent: from `dispatch_send`, once.
+          sent: from `dispatch_send` or `dispatch_forward`, once.
           output: "experts" gives one row per (token, expert here), grouped by expert. "tokens"
             gives one row per (token, rank), which `recv_capacity` and `expert_alignment` do not
             change.
@@ -182,13 +210,27 @@ class Buffer(WholeOps):
         checks.check_combine(self.config, y, layout, weights)
         return _Combined(reduce_rows(y, layout.rows, weights), layout)
 
+    def combine_forward(self, pending: Any) -> Any:
+        """As `dispatch_forward`, for what `combine_send` returned. Collective.
+
+        Args:
+          pending: from `combine_send`, or the receive hook of a `combine`.
+
+        Returns:
+          The sent value or the hook, for `combine_recv`.
+
+        Raises:
+          ValueError: at trace time, if it has been forwarded already.
+        """
+        return _forward("combine_forward", pending)
+
     def combine_recv(self, sent: Any) -> Array:
         """Receives and sums, in rank order in float32, what the ranks made of this rank's tokens.
 
-        Collective.
+        Collective. With a `node_axis` it sums over the ranks of each node, and then over the nodes.
 
         Args:
-          sent: from `combine_send`, once.
+          sent: from `combine_send` or `combine_forward`, once.
 
         Returns:
           [T, H] in y's dtype; zero for a token that was sent nowhere.
@@ -203,9 +245,17 @@ class Buffer(WholeOps):
         was_sent = is_sent_to(self.config, layout.topk_idx)
         place = jnp.where(was_sent, jnp.cumsum(was_sent, axis=1) - 1, -1)
         addends = jax.vmap(take_rows)(returned, place)
-        return sum_in_order(addends.astype(jnp.float32)).astype(sent.rows.dtype)
+        return sum_by_node(addends, self.config.num_nodes, self.config.node_stride)
 
     @property
     def sent_specs(self) -> PartitionSpec:
         """For a sent value that crosses from one shard_map to another."""
         return PartitionSpec(self._mesh_axes)
+
+
+def _forward(op: str, pending: Any) -> Any:
+    def mark(sent: Any) -> Any:
+        checks.check_not_forwarded(op, sent.forwarded)
+        return dataclasses.replace(sent, forwarded=True)
+
+    return waiting.forward(pending, mark)

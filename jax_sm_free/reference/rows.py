@@ -40,3 +40,25 @@ def reduce_rows(y: Array, rows: Array, weights: Array | None) -> Array:
     if weights is not None:
         values = weights[:, None] * values
     return sum_in_order(take_rows(values, rows.T)).astype(y.dtype)
+
+
+def sum_by_node(addends: Array, num_nodes: int, node_stride: int) -> Array:
+    """Sums over the ranks of each node in rank order, and over these sums in node order.
+
+    Args:
+      addends: [ep_size, ...], by rank.
+      num_nodes: as in `Config`.
+      node_stride: as in `Config`.
+
+    Returns:
+      [...], of the same dtype. Each sum is in float32 and cast once.
+    """
+    if num_nodes == 1:
+        return _sum_and_cast(addends)
+    shape = addends.shape[1:]
+    by_node = jnp.moveaxis(addends.reshape(-1, num_nodes, node_stride, *shape), 1, 2)
+    return _sum_and_cast(_sum_and_cast(by_node.reshape(-1, num_nodes, *shape)))
+
+
+def _sum_and_cast(addends: Array) -> Array:
+    return sum_in_order(addends.astype(jnp.float32)).astype(addends.dtype)

@@ -88,6 +88,35 @@ TEST(StatusFaultTest, TokenOfAnotherRank) {
             "of buffer 6, rank 1");
 }
 
+TEST(StatusFaultTest, InTwoTiersFaultsNameNodes) {
+  Config config = View().config;
+  config.num_nodes = 2;
+  config.node_stride = 2;
+  RankView view = ViewOf(config, 2);
+  const auto text = [&](FaultRecord record) {
+    return FaultIn(record, view, config.timeout_s)->Describe();
+  };
+  FaultRecord record = Of(FaultCode::kTimeout, Op::kDispatchForward);
+  record.peer = 0;
+  record.seen = 10;
+  record.detail = 0b0001;
+  EXPECT_EQ(text(record),
+            "jax_sm_free: dispatch_forward on rank 2 of node 1, peer rank 0 of node 0: expected "
+            "messages from 1 ranks within 1.5 s, seen 0 after 1.5 s, none from rank 0, whose last "
+            "in this slot was of exchange 10 [dispatch exchange 12, slot 1]");
+  record = Of(FaultCode::kTokenUsed, Op::kCombineForward);
+  record.seen = 12;
+  EXPECT_EQ(text(record),
+            "jax_sm_free: combine_forward on rank 2 of node 1: expected one forward of each "
+            "exchange, seen a second one of exchange 12 [combine exchange 12, slot 1]");
+  record = Of(FaultCode::kIndex, Op::kCombineForward);
+  record.seen = 4;
+  record.detail = 9;
+  EXPECT_EQ(text(record),
+            "jax_sm_free: combine_forward on rank 2 of node 1: expected topk_idx in [-1, 4), seen "
+            "4 at token 4, k 1 [combine exchange 12, slot 1]");
+}
+
 TEST(StatusFaultTest, IndexNamesTokenAndK) {
   FaultRecord record = Of(FaultCode::kIndex, Op::kDispatchSend);
   record.seen = 99;
