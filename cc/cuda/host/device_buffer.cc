@@ -18,7 +18,8 @@ namespace {
 cudaError_t LoadKernels() {
   for (const auto load :
        {LoadRoute, LoadPack, LoadPackQuantized, LoadWait, LoadPlan, LoadUnpackExperts,
-        LoadUnpackTokens, LoadUnpackDequantized, LoadPackSums, LoadSum, LoadSpread}) {
+        LoadUnpackTokens, LoadUnpackDequantized, LoadPackSums, LoadSum, LoadSpread,
+        LoadForwardRoute, LoadForwardRows, LoadForwardSums}) {
     if (const cudaError_t error = load(); error != cudaSuccess) return error;
   }
   return cudaSuccess;

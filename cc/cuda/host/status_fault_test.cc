@@ -139,7 +139,9 @@ TEST(StatusFaultTest, MessageOfARankOutOfStep) {
 
 TEST(StatusFaultTest, EveryCodeHasItsWords) {
   for (int32_t code = 1; code <= static_cast<int32_t>(FaultCode::kStopped); ++code) {
-    const std::string text = Text(Of(static_cast<FaultCode>(code), Op::kDispatchRecv));
+    FaultRecord record = Of(static_cast<FaultCode>(code), Op::kDispatchRecv);
+    record.detail = 1;
+    const std::string text = Text(record);
     EXPECT_EQ(text.find("fault code"), std::string::npos) << text;
   }
 }

@@ -260,7 +260,10 @@ std::string NameOf(const testing::TestParamInfo<Case>& info) {
          std::to_string(which.hidden) + kRoutings[static_cast<int>(which.routing)] +
          (which.recv_capacity >= 0 ? "Cut" + std::to_string(which.recv_capacity) : "") +
          (which.held_up ? "HeldUp" : "") +
-         (which.wire_format == WireFormat::kPlain ? "" : "Float8");
+         (which.wire_format == WireFormat::kPlain ? "" : "Float8") +
+         (which.num_nodes == 1 ? ""
+                               : "Nodes" + std::to_string(which.num_nodes) + "Stride" +
+                                     std::to_string(which.node_stride));
 }
 
 INSTANTIATE_TEST_SUITE_P(
@@ -278,6 +281,29 @@ INSTANTIATE_TEST_SUITE_P(
         Case{2, 12, 8, Routing::kAnywhere, -1, true},
         Case{3, 20, 200, Routing::kAnywhere, -1, false, WireFormat::kFloat8Block128},
         Case{2, 20, 256, Routing::kEverywhere, -1, false, WireFormat::kFloat8Block128}),
+    NameOf);
+
+constexpr Case InTiers(Case which, int32_t num_nodes, int32_t node_stride) {
+  which.num_nodes = num_nodes;
+  which.node_stride = node_stride;
+  return which;
+}
+
+INSTANTIATE_TEST_SUITE_P(
+    TwoTiers, KernelsTest,
+    testing::Values(
+        InTiers({2, 30, 8}, 2, 1), InTiers({4, 40, 8}, 2, 2), InTiers({4, 40, 7}, 2, 1),
+        InTiers({8, 30, 64}, 2, 4), InTiers({8, 30, 8}, 4, 2), InTiers({8, 30, 8}, 2, 2),
+        InTiers({6, 30, 8}, 3, 1), InTiers({4, 300, 8}, 2, 2), InTiers({4, 1, 8}, 2, 2),
+        InTiers({4, 20, 8, Routing::kNowhere}, 2, 2),
+        InTiers({4, 20, 8, Routing::kToFirstRank}, 2, 2),
+        InTiers({4, 20, 8, Routing::kToFirstRank}, 2, 1),
+        InTiers({4, 20, 8, Routing::kEverywhere}, 2, 2),
+        InTiers({4, 40, 8, Routing::kAnywhere, 50}, 2, 2),
+        InTiers({4, 20, 8, Routing::kAnywhere, -1, true}, 2, 2),
+        InTiers({6, 20, 8, Routing::kEverywhere, -1, true}, 3, 1),
+        InTiers({4, 40, 256, Routing::kAnywhere, -1, false, WireFormat::kFloat8Block128}, 2, 2),
+        InTiers({4, 20, 200, Routing::kAnywhere, -1, true, WireFormat::kFloat8Block128}, 2, 1)),
     NameOf);
 
 class KernelsInPartsTest : public testing::TestWithParam<Case> {};

@@ -46,8 +46,7 @@ __device__ void Take(const RankView& view, const WaitArgs& args) {
     return;
   }
   state->slot_phase[slot] = forwards ? kForwarded : kReceiving;
-  // What a rank with a fault sends is poisoned. So is what it forwards.
-  state->current = {sequence, slot, forwards && state->faulted != kSound ? kEmpty : kOk, 0};
+  state->current = {sequence, slot, kOk, 0};
 }
 
 __device__ void Refuse(const RankView& view, const WaitArgs& args, const FaultNumbers& fault) {
@@ -119,6 +118,11 @@ __global__ void WaitKernel(const RankView view, const WaitArgs args) {
   AwaitPrevious();
   AdmitNext();
   if (!taken) return;
+  __syncthreads();
+  // What a rank with a fault sends is poisoned. So is what it forwards.
+  if (threadIdx.x == 0 && IsForward(args.op) && state->faulted != kSound) {
+    state->current.failed = kEmpty;
+  }
   __syncthreads();
   const bool ok = state->current.failed == kOk;
   __syncthreads();
