@@ -20,7 +20,8 @@ Config MakeConfig(const Case& which) {
                 .timeout_s = which.timeout_s,
                 .wire_format = which.wire_format,
                 .num_nodes = which.num_nodes,
-                .node_stride = which.node_stride};
+                .node_stride = which.node_stride,
+                .dtype = which.dtype};
   // A token may name an expert twice.
   const int64_t named = config.max_recv_tokens() * config.top_k;
   config.recv_capacity = which.recv_capacity >= 0 ? which.recv_capacity : named;

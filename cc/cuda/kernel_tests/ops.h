@@ -34,6 +34,7 @@ struct Case {
   double timeout_s = 5;
   int32_t num_nodes = 1;
   int32_t node_stride = 1;
+  DType dtype = DType::kFloat32;  // of the configuration; the functions of Ops take float32
 };
 
 inline constexpr int32_t kLocalExperts = 3;
@@ -94,6 +95,11 @@ class Ops {
   void RecvDispatch(int32_t rank);
   // What the movers do between two steps.
   void Move();
+  // The forwards of all ranks, and what the movers do then. Nothing in one tier.
+  void ForwardAll(Op op);
+
+  LayoutIn LayoutOf(int32_t rank) const;
+  DeviceCall CallOf(Op op, int32_t rank) const;
 
   // The following functions take and return values by rank.
 
@@ -116,11 +122,7 @@ class Ops {
   Arrays MakeArrays(int32_t rank);
   int64_t row_bytes() const { return matrix().row_bytes(); }
   RowFormat format() const { return {case_.wire_format, matrix()}; }
-  LayoutIn LayoutOf(int32_t rank) const;
   OwnRows OwnOf(int32_t rank) const;
-  DeviceCall CallOf(Op op, int32_t rank) const;
-  // The forwards of all ranks, and what the movers do then. Nothing in one tier.
-  void ForwardAll(Op op);
   Floats SumsOf(Op op, int32_t rank, const std::optional<ExpertRows>& own, float* weight_grads);
 
   const Case case_;
