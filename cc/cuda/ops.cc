@@ -74,9 +74,9 @@ void DispatchForward(const DeviceCall& call, const float* token, const ForwardOu
   EndPhase(call, "wait for rail");
   LaunchForwardRoute(*call.view, {.op = call.op, .node_topk_out = out.node_topk, .is_first = false},
                      call.stream);
-  EndPhase(call, "forward route");
+  EndPhase(call, "route rail");
   LaunchForwardRows(*call.view, call.op, call.stream);
-  EndPhase(call, "forward");
+  EndPhase(call, "forward rows");
 }
 
 void CombineBackwardForward(const DeviceCall& call, const float* token, const ForwardIn& in,
@@ -90,9 +90,9 @@ void CombineBackwardForward(const DeviceCall& call, const float* token, const Fo
               .expected_rows = call.view->state->rail_rows,
               .is_first = false},
              call.stream);
-  EndPhase(call, "forward route + wait");
+  EndPhase(call, "route rail + wait");
   LaunchForwardRows(*call.view, call.op, call.stream);
-  EndPhase(call, "forward");
+  EndPhase(call, "forward rows");
 }
 
 void ForwardSums(const DeviceCall& call, const float* token, const ForwardIn& in,
@@ -106,9 +106,9 @@ void ForwardSums(const DeviceCall& call, const float* token, const ForwardIn& in
               .expected_rows = call.view->state->routed_rows,
               .is_first = false},
              call.stream);
-  EndPhase(call, "forward route + wait");
+  EndPhase(call, "route rail + wait");
   LaunchForwardSums(*call.view, {.op = call.op, .node_topk = in.node_topk}, call.stream);
-  EndPhase(call, "forward");
+  EndPhase(call, "forward sums");
 }
 
 void DispatchRecv(const DeviceCall& call, const float* token, const OwnRows& own,
