@@ -73,7 +73,7 @@ class PlaceTerms {
         node_size_(view.config.node_size()),
         own_node_(NodeOf(view.config, view.rank)) {}
 
-  // Each object is asked for rising rows.
+  // Each object is asked for rising rows, which may be ahead of those that are summed.
   __device__ Terms operator()(int64_t i) const {
     while (i >= messages_.first_row[rail_ + 1]) ++rail_;
     const int32_t other = RailAt(view_, rail_);

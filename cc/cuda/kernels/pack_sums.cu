@@ -68,7 +68,8 @@ struct RingOrder {
 };
 
 // The same in two tiers, in the order of MessageTable::sums_sent: the sums that are forwarded come
-// first. Each object is asked for rising numbers of rows.
+// first. Each object is asked for rising numbers of rows: of those whose terms are looked up, which
+// may be ahead of those that are summed.
 class TierOrder {
  public:
   const int64_t count;
@@ -145,12 +146,11 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
       const int64_t rows = part == kLastPart ? header.num_rows : header.first_part;
       const int64_t end = min(before + rows, order.count);
       for (; current.failed == kOk && at.row < end; at = sum.Next()) {
-        const int64_t token_row = order.row(at.row);
-        const int64_t row = token_row - first;
+        const int64_t row = at.row - before;
         sum.Sum(at, message + layout.rows + row * layout.row_stride);
         if (args.weight_grads != nullptr && lane < top_k && at.segment == 0) {
           PartOf<float>(message, layout.weight)[row * top_k + lane] =
-              args.weight_grads[token_row * top_k + lane];
+              args.weight_grads[(first + row) * top_k + lane];
         }
       }
       if (dst != view.rank) steps.End(StepOf(i, part));
