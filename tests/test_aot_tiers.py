@@ -25,7 +25,8 @@ WITHIN = {
     "combine_backward_send": ("combine_after", "combine_before", 4),
     "dispatch_backward_send": ("dispatch_after", "dispatch_before", 4),
 }
-FORWARD = {f"{op}_{part}": 1 for op in ("dispatch", "combine") for part in ("send", "forward", "recv")}
+PARTS = ("send", "forward", "recv")
+FORWARD = {f"{op}_{part}": 1 for op in ("dispatch", "combine") for part in PARTS}
 BACKWARD = {op.replace("_", "_backward_"): 1 for op in FORWARD}
 
 
