@@ -170,6 +170,33 @@ def test_a_recv_forwards_where_nobody_did(buffer: smf.Buffer) -> None:
         assert num_named(*placed) >= count, str(schedule)
 
 
+def test_a_layer_at_once_computes_while_rows_travel_between_nodes(buffer: smf.Buffer) -> None:
+    def model(w: Any, x: Any) -> Any:
+        def before(x: Any) -> Any:
+            with jax.named_scope("dispatch_before_mlp"):
+                return jnp.tanh(x @ w["dispatch_before"][0])
+
+        def after(h: Any) -> Any:
+            with jax.named_scope("combine_after_mlp"):
+                return h @ w["combine_after"][1]
+
+        def experts(recv: Any) -> Any:
+            h = jnp.tanh(jax.lax.ragged_dot(recv.x, w["up"], recv.group_sizes))
+            return jax.lax.ragged_dot(h, w["down"], recv.group_sizes)
+
+        scores = jax.nn.softmax((x @ w["router"]).astype(jnp.float32))
+        topk_weights, topk_idx = jax.lax.top_k(scores, TOP_K)
+        return smf.moe(x, topk_idx, topk_weights, experts, buffer, shared=(before, after))
+
+    schedule = gradient_schedule(model, weights())
+    check_counts(schedule, 1)
+    gemms = {pair.send.op: (pair.before, pair.after) for pair in schedule.pairs}
+    assert num_named(gemms["dispatch_send"][0], "dispatch_before") == 1, str(schedule)
+    assert num_named(gemms["combine_send"][1], "combine_after") == 1, str(schedule)
+    assert num_named(gemms["combine_backward_send"][0], "combine_after") == 2, str(schedule)
+    assert num_named(gemms["dispatch_backward_send"][1], "dispatch_before") == 2, str(schedule)
+
+
 def test_one_tier_has_no_forward(buffer: smf.Buffer) -> None:
     del buffer
     flat = smf.Buffer(aot.mesh_of_nodes(), AXES, **SIZES)
