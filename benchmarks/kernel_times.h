@@ -72,21 +72,38 @@ class Table {
     return 0;
   }
 
+  using Bytes = std::vector<std::pair<std::string, double>>;
+
+  static void PrintHead() {
+    std::printf("%-18s %8s %8s %8s %6s\n", "", "us", "MB", "floor", "ratio");
+  }
+
   // `bytes`: what each phase moves, on the average over the ranks; 0 for what is not bytes.
-  void Print(const std::vector<std::pair<std::string, double>>& bytes, double bytes_per_us) const {
-    std::printf("%-14s %8s %8s %8s %6s\n", "", "us", "MB", "floor", "ratio");
-    for (const auto& [phase, moved] : bytes) {
-      const double us = Median(phase);
-      std::printf("%-14s %8.1f", phase.c_str(), us);
-      if (moved > 0) {
-        const double floor = moved / bytes_per_us;
-        std::printf(" %8.1f %8.1f %6.2f", moved / 1e6, floor, us / floor);
-      }
-      std::printf("\n");
+  void Print(const Bytes& bytes, double bytes_per_us) const {
+    for (const auto& [phase, moved] : bytes) PrintLine(phase, Median(phase), moved, bytes_per_us);
+  }
+
+  // The sum of these phases.
+  void PrintSum(const std::string& name, const Bytes& bytes, double bytes_per_us) const {
+    double us = 0;
+    double moved = 0;
+    for (const auto& [phase, of_phase] : bytes) {
+      us += Median(phase);
+      moved += of_phase;
     }
+    PrintLine("= " + name, us, moved, bytes_per_us);
   }
 
  private:
+  static void PrintLine(const std::string& name, double us, double moved, double bytes_per_us) {
+    std::printf("%-18s %8.1f", name.c_str(), us);
+    if (moved > 0) {
+      const double floor = moved / bytes_per_us;
+      std::printf(" %8.1f %8.1f %6.2f", moved / 1e6, floor, us / floor);
+    }
+    std::printf("\n");
+  }
+
   static constexpr int64_t kFillerBytes = int64_t{1} << 29;
 
   std::byte* const filler_ = Take<std::byte>(2 * kFillerBytes);

@@ -75,6 +75,7 @@ struct Cuda {
   using Call = DeviceCall;
   using Send = CudaSend;
   using Recv = CudaCall;
+  using Forward = CudaSend;
 };
 
 }  // namespace

@@ -3,18 +3,18 @@
 // Every rank holds one region with the same byte offsets (RegionLayout), so that a kernel or a copy
 // finds the same place on another rank by that rank's base address:
 //
-//   signals  u64 [num_slots, ep_size]  from each source: kNumParts times the sequence number whose
-//            message is there, plus the part of it that came last
-//   acks     u64 [num_slots, ep_size]  from each destination: the last one it has read from this
-//            slot
-//   noticed  u64 [num_slots, ep_size]  from each source: the last one whose notice is there
-//   posted   u64 [num_slots, ep_size]  from each source: the signal that the message will have
-//   here,
-//            as soon as it is packed there
-//   notices  [num_slots, ep_size] headers and rows per expert, by source
-//   recv     [num_slots, ep_size] messages, by source
-//   stage    [num_slots, ep_size - 1] messages, by destination, around the ring; common rows in
-//            the first alone
+//   signals  u64 [num_slots, messages]  kNumParts times the sequence number whose message is
+//            there, plus the part of it that came last
+//   acks     u64 [num_slots, messages]  from each destination, by rank: the last one it has read
+//            from this slot
+//   noticed  u64 [num_slots, messages]  the last one whose notice is there
+//   posted   u64 [num_slots, messages]  the signal that the message will have here, as soon as it
+//            is packed there
+//   notices  [num_slots, messages] headers and rows per expert
+//   recv     [num_slots, messages] messages
+//   stage    [num_slots, ep_size - 1] messages for other ranks; common rows in the first alone
+//
+// The messages of a rank are numbered (rank_view.h). In one tier, there is one from each rank.
 //
 // An exchange takes the first free slot, counted from its sequence number on, so that a slot rests
 // while its peers read it: the same one on all ranks, because all issue the same calls in the same
@@ -22,6 +22,9 @@
 //
 //          begin (send)            wait (recv)               unpacked (recv)
 //   free ---------------> sent ----------------> receiving ----------------> free
+//                          |                       ^
+//                          |  wait (forward)       |  wait (recv)       two tiers only
+//                          +-----------------> forwarded
 //
 // `begin` waits until every destination has acknowledged the exchange that used the slot before:
 // then its part of `recv` may be overwritten, and so may `stage`, for what was read has left, or
@@ -33,7 +36,6 @@
 #ifndef JAX_SM_FREE_CC_CUDA_DEVICE_STATE_H_
 #define JAX_SM_FREE_CC_CUDA_DEVICE_STATE_H_
 
-#include <array>
 #include <cstddef>
 #include <cstdint>
 
@@ -59,8 +61,22 @@ inline constexpr int kLastPart = kNumParts - 1;
 // Routing cuts the tokens into tiles of at most this many (token, k), a block and a histogram each.
 inline constexpr int kTileEntries = 512;
 
+// Messages of a rank in a slot: one with each rank, and one with each rail peer on another node.
+inline constexpr int kMaxMessages = 2 * kMaxRanks - 1;
+constexpr int32_t NumMessages(const Config& config) {
+  return config.ep_size + config.num_nodes - 1;
+}
+
+// Destinations of token rows: in one tier all ranks; in two tiers the ranks of the own node, and
+// the rail peers. A lane of a warp handles each.
+constexpr int32_t NumLanes(const Config& config) {
+  return config.node_size() + config.num_nodes - 1;
+}
+
 // A tile counts its entries by expert, its token rows by destination, and its common tokens.
-constexpr int32_t NumKeys(const Config& config) { return config.num_experts + config.ep_size + 1; }
+constexpr int32_t NumKeys(const Config& config) {
+  return config.num_experts + NumLanes(config) + 1;
+}
 
 // Warps of a tile's block: fewer where a histogram for each would not fit shared memory.
 constexpr int32_t TileWarps(const Config& config) {
@@ -78,6 +94,7 @@ constexpr int64_t MaxTiles(const Config& config) {
 inline constexpr int kMaxSteps = kMaxRanks + kNumParts - 2;
 
 struct RegionLayout {
+  int64_t num_messages = 0;  // of a slot
   int64_t signals = 0;
   int64_t acks = 0;
   int64_t noticed = 0;
@@ -92,11 +109,15 @@ struct RegionLayout {
 
 constexpr RegionLayout RegionsOf(const Config& config) {
   constexpr int64_t kPage = 4096;
-  const int64_t num_messages = int64_t{config.num_slots} * config.ep_size;
   RegionLayout regions;
+  regions.num_messages = NumMessages(config);
+  const int64_t num_messages = config.num_slots * regions.num_messages;
+  // The notice of a rail message counts rows for all experts of a node.
+  const int64_t ranks_counted = config.has_two_tiers() ? config.node_size() : 1;
   regions.message_bytes = RoundUp(MaxMessageBytes(config), kPage);
-  regions.notice_bytes = int64_t{sizeof(MessageHeader)} +
-                         RoundUp(config.num_local_experts() * int64_t{4}, kPartAlignment);
+  regions.notice_bytes =
+      int64_t{sizeof(MessageHeader)} +
+      RoundUp(ranks_counted * config.num_local_experts() * int64_t{4}, kPartAlignment);
   regions.acks = RoundUp(num_messages * 8, kPage);
   regions.noticed = 2 * regions.acks;
   regions.posted = 3 * regions.acks;
@@ -114,18 +135,19 @@ enum class FaultCode : int32_t {
   kTimeout,     // detail: bit s, source s is missing; seen: the last sequence number of the peer
   kAckTimeout,  // expected, seen: sequence number
   kSlots,
-  kToken,        // seen: the magic word, as bits
-  kTokenUsed,    // seen: sequence number
-  kTokenOrigin,  // seen: rank; detail: buffer
-  kTokenKind,    // expected, seen: Kind
-  kIndex,        // seen: the index; detail: token * top_k + k
-  kPosition,     // expected, seen: position in the mesh
-  kLayout,       // expected: bound; seen: a row
-  kLayoutCount,  // seen: a count of rows
-  kMessageKind,  // expected, seen: Kind
-  kOutOfStep,    // expected, seen: bytes of a row; detail: rows expected << 32 | rows seen
-  kPeer,         // the peer's own fault poisoned its message
-  kStopped,      // the host ended the wait
+  kToken,         // seen: the magic word, as bits
+  kTokenUsed,     // seen: sequence number
+  kTokenOrigin,   // seen: rank; detail: buffer
+  kTokenKind,     // expected, seen: Kind
+  kNotForwarded,  // seen: sequence number
+  kIndex,         // seen: the index; detail: token * top_k + k
+  kPosition,      // expected, seen: position in the mesh
+  kLayout,        // expected: bound; seen: a row
+  kLayoutCount,   // seen: a count of rows
+  kMessageKind,   // expected, seen: Kind
+  kOutOfStep,     // expected, seen: bytes of a row; detail: rows expected << 32 | rows seen
+  kPeer,          // the peer's own fault poisoned its message
+  kStopped,       // the host ended the wait
 };
 
 struct FaultRecord {
@@ -147,10 +169,10 @@ struct Status {
   FaultRecord slow_wait;  // one that goes on after kSlowWaitSeconds, until the host has told it
 };
 
-// A copy to issue: bytes [begin, end) of the message for `dst` in `slot`, and the signal behind it.
-// Those from `common` on lie from common_at on in the sender's region.
+// A copy to issue: bytes [begin, end) of a message in `slot`, and the signal behind it. Those from
+// `common` on lie from common_at on in the sender's region.
 struct CopyOrder {
-  int32_t dst;
+  int32_t message;  // its number
   int32_t slot;
   int64_t begin;
   int64_t end;
@@ -177,9 +199,9 @@ constexpr bool GoInParts(int64_t num_rows, int64_t row_bytes) {
 }
 
 // Tokens of the first part: half of them, in whole tiles; 0 where messages leave whole.
-constexpr int64_t FirstPartTokens(const Config& config, int64_t num_tokens, int64_t row_bytes) {
+constexpr int64_t FirstPartTokens(int32_t tile_tokens, int64_t num_tokens, int64_t row_bytes) {
   if (!GoInParts(num_tokens, row_bytes)) return 0;
-  const int64_t half = RoundUp((num_tokens + 1) / 2, TileTokens(config));
+  const int64_t half = RoundUp((num_tokens + 1) / 2, tile_tokens);
   return half < num_tokens ? half : 0;
 }
 
@@ -248,8 +270,8 @@ constexpr int32_t PlaceInOther(const Placing& placing, int32_t place, const Plac
 struct Current {
   uint64_t sequence;
   int32_t slot;
-  int32_t failed;     // then messages are empty and results are poisoned
-  uint32_t in_place;  // bit s: the message of source s is read where it was packed
+  int32_t failed;               // then messages are empty and results are poisoned
+  unsigned long long in_place;  // bit m: message m is read where it was packed; for atomicOr
 };
 
 // Warps of a grid fall into so many groups, each with a counter in a sector of memory of its own.
@@ -281,67 +303,22 @@ struct DeviceState {
   uint32_t blocks_done;            // of the running kernel
   uint32_t steps_done[kMaxSteps];  // blocks of the running kernel that have ended each of its steps
   ClaimCounter claimed[kClaimGroups];  // of the running kernel: see Claims
-  int32_t num_rows[kMaxRanks];         // of the messages being packed or unpacked, by peer
+  int32_t num_rows[kMaxRanks];         // of the messages being packed or unpacked, in order
   unsigned long long bad_entry;        // of the running route: see there
-  int32_t routed_rows[kMaxRanks];      // tokens that the last route sent to each rank
-  int32_t first_part[kMaxRanks];       // rows of the first part of the messages, by peer
+  int32_t routed_rows[kMaxRanks];      // rows that the last route found for each message, in order
+  int32_t rail_rows[kMaxRanks];        // of the messages that a forward sums, by other node
+  int32_t first_part[kMaxRanks];       // rows of the first part of the messages, in order
   int32_t first_row[kMaxRanks + 1];
   int32_t all_here;  // all messages of the dispatch being received have come
   Counters counters;
 };
-enum SlotPhase : int32_t { kFree, kSent, kReceiving };
+enum SlotPhase : int32_t { kFree, kSent, kForwarded, kReceiving };
 // What a rank's first fault leaves of it; rising.
 enum Faulted : int32_t {
   kSound,
   kPoisoned,  // what it sends is poisoned: nobody knows what it rests on
   kTimedOut,  // and it waits no more: each call of the program would wait for the same dead peer
 };
-
-// All that a kernel needs of its rank, passed by value.
-struct RankView {
-  Config config;
-  RegionLayout regions;
-  int64_t buffer_id;
-  int32_t rank;
-  int32_t position;
-  std::byte* base[kMaxRanks];  // the region of each rank; base[rank] is local
-  DeviceState* state;
-  MailboxEntry* mailbox;
-  Status* status;
-
-  // For each slot, from a dispatch's send to its recv: our own rows are not packed.
-  int32_t* own_token;  // [num_slots, max_tokens]: token of each row in the message to ourselves
-
-  // Scratch, valid within one op.
-  int32_t* row_of;         // [max_tokens, ep_size]: row of a token in the message to a rank, or -1
-  int32_t* tile_counts;    // [tiles + 1, keys]: first place of each key in each tile; totals
-  int32_t* common_before;  // [max_tokens]: CommonBefore::number of each token
-  int64_t* group_row;   // [ep_size, num_local_experts]: first expert row of a (source, expert) run
-  int64_t* group_end;   // [num_local_experts]: end of the rows kept
-  int64_t* group_next;  // [num_local_experts]: end of the group, padding included
-  uint8_t* covered;     // [max(recv_capacity, max_recv_tokens)]: rows that the layout names
-};
-
-// Where `src` packs its message for `dst`, another rank, from the start of the region of `src`.
-constexpr int64_t StageOffset(const RankView& view, int32_t slot, int32_t src, int32_t dst) {
-  const int32_t num_peers = view.config.ep_size - 1;
-  const int32_t peer = (dst - src + num_peers) % view.config.ep_size;
-  return view.regions.stage + (int64_t{slot} * num_peers + peer) * view.regions.message_bytes;
-}
-
-// What an order copies: bytes that lie together.
-struct Piece {
-  int64_t source;  // from the start of the sender's region
-  int64_t begin;   // within the message
-  int64_t bytes;   // may be 0
-};
-constexpr std::array<Piece, 2> PiecesOf(const RankView& view, const CopyOrder& order) {
-  const int64_t stage = StageOffset(view, order.slot, view.rank, order.dst);
-  const bool together = order.common_at == stage + order.common;
-  const int64_t common = together ? order.end : order.common;
-  return {{{stage + order.begin, order.begin, common - order.begin},
-           {order.common_at, common, order.end - common}}};
-}
 
 }  // namespace jax_sm_free::cuda
 

@@ -41,34 +41,27 @@ TEST(DeviceStateTest, RegionsLieBehindEachOther) {
   }
 }
 
-TEST(DeviceStateTest, EachMessageHasAStageOfItsOwn) {
-  RankView view{};
-  view.config = MakeConfig(4, 4096);
-  view.regions = RegionsOf(view.config);
-  for (int32_t src = 0; src < 4; ++src) {
-    std::vector<int64_t> offsets;
-    for (int32_t slot = 0; slot < 3; ++slot) {
-      for (int32_t dst = 0; dst < 4; ++dst) {
-        if (dst != src) offsets.push_back(StageOffset(view, slot, src, dst));
-      }
-    }
-    std::sort(offsets.begin(), offsets.end());
-    EXPECT_EQ(offsets.front(), view.regions.stage);
-    for (size_t i = 1; i < offsets.size(); ++i) {
-      EXPECT_EQ(offsets[i] - offsets[i - 1], view.regions.message_bytes);
-    }
-    EXPECT_EQ(offsets.back() + view.regions.message_bytes, view.regions.total);
-  }
+TEST(DeviceStateTest, TwoTiersHaveRailMessages) {
+  Config config = MakeConfig(8, 4096);
+  const RegionLayout one_tier = RegionsOf(config);
+  config.num_nodes = 4;
+  const RegionLayout regions = RegionsOf(config);
+  EXPECT_EQ(one_tier.num_messages, 8);
+  EXPECT_EQ(regions.num_messages, 8 + 3);
+  // A notice counts rows for the experts of two ranks.
+  EXPECT_GE(regions.notice_bytes - static_cast<int64_t>(sizeof(MessageHeader)), 2 * 64 * 4);
+  EXPECT_EQ(regions.stage - regions.recv, int64_t{3} * 11 * regions.message_bytes);
+  EXPECT_EQ(regions.total - regions.stage, int64_t{3} * 7 * regions.message_bytes);
 }
 
 TEST(DeviceStateTest, SmallExchangesLeaveWhole) {
   const Config config = MakeConfig(4, 4096);
   const auto most = static_cast<int32_t>(((int64_t{4} << 20) - 1) / kRowBytes);
   for (const int32_t rows : {0, 1, 128, most}) {
-    EXPECT_EQ(FirstPartTokens(config, rows, kRowBytes), 0) << rows;
+    EXPECT_EQ(FirstPartTokens(TileTokens(config), rows, kRowBytes), 0) << rows;
     EXPECT_EQ(FirstPartRows(rows, kRowBytes), 0) << rows;
   }
-  EXPECT_GT(FirstPartTokens(config, most + 1, kRowBytes), 0);
+  EXPECT_GT(FirstPartTokens(TileTokens(config), most + 1, kRowBytes), 0);
   EXPECT_GT(FirstPartRows(most + 1, kRowBytes), 0);
 }
 
@@ -76,7 +69,7 @@ TEST(DeviceStateTest, TheFirstPartIsHalfOfTheTokensInWholeTiles) {
   const Config config = MakeConfig(4, 4096);
   const int32_t tile = TileTokens(config);
   for (int64_t tokens = 293; tokens <= 4096; ++tokens) {
-    const int64_t first = FirstPartTokens(config, tokens, kRowBytes);
+    const int64_t first = FirstPartTokens(TileTokens(config), tokens, kRowBytes);
     ASSERT_EQ(first % tile, 0) << tokens;
     ASSERT_GE(2 * first, tokens);
     ASSERT_LT(2 * first, tokens + int64_t{2} * tile + 1);
@@ -86,7 +79,7 @@ TEST(DeviceStateTest, TheFirstPartIsHalfOfTheTokensInWholeTiles) {
 
 TEST(DeviceStateTest, OneTileLeavesWholeHoweverLarge) {
   const Config config = MakeConfig(2, 4096);
-  EXPECT_EQ(FirstPartTokens(config, TileTokens(config), int64_t{1} << 20), 0);
+  EXPECT_EQ(FirstPartTokens(TileTokens(config), TileTokens(config), int64_t{1} << 20), 0);
 }
 
 TEST(DeviceStateTest, APartOfACombinesRowsIsNeverAllOrNone) {
@@ -144,39 +137,6 @@ TEST(DeviceStateTest, EachRowHasAPlaceOfItsOwnInItsPart) {
       }
       ++number;
       common_before += is_common[token];
-    }
-  }
-}
-
-// Where each byte of an order's message is copied from; -1 where none is.
-std::vector<int64_t> SourcesOf(const RankView& view, const CopyOrder& order, int64_t size) {
-  std::vector<int64_t> sources(size, -1);
-  for (const Piece& piece : PiecesOf(view, order)) {
-    for (int64_t i = 0; i < piece.bytes; ++i) {
-      EXPECT_EQ(sources[piece.begin + i], -1);
-      sources[piece.begin + i] = piece.source + i;
-    }
-  }
-  return sources;
-}
-
-TEST(DeviceStateTest, AnOrderIsOfThePiecesOfItsMessage) {
-  RankView view{};
-  view.config = MakeConfig(4, 16);
-  view.regions = RegionsOf(view.config);
-  view.rank = 1;
-  for (const int32_t dst : {2, 3, 0}) {
-    const int64_t stage = StageOffset(view, 2, view.rank, dst);
-    for (const int64_t begin : {0, 30, 60}) {
-      for (const int64_t common : {60, 80, 100}) {
-        const int64_t common_at = StageOffset(view, 2, view.rank, 2) + common;
-        const CopyOrder order{dst, 2, begin, 100, common, common_at, 1};
-        const std::vector<int64_t> sources = SourcesOf(view, order, 100);
-        for (int64_t i = 0; i < 100; ++i) {
-          const int64_t from = i < common ? stage + i : common_at + i - common;
-          EXPECT_EQ(sources[i], i < begin ? -1 : from) << begin << " " << common << " " << i;
-        }
-      }
     }
   }
 }

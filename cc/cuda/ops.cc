@@ -60,9 +60,55 @@ void SendSums(const DeviceCall& call, const SumsIn& in, float* token) {
   PackSumsArgs args{in};
   args.op = call.op;
   args.begin.token = token;
-  args.leaves_own = call.op == Op::kCombineSend;
+  // In two tiers, a recv sums the ranks of its node in place order, and its own rows are one of
+  // them.
+  args.leaves_own = call.op == Op::kCombineSend && !call.config().has_two_tiers();
   LaunchPackSums(*call.view, args, call.stream);
   EndPhase(call, "reduce-pack");
+}
+
+void DispatchForward(const DeviceCall& call, const float* token, const ForwardOut& out) {
+  LaunchWait(*call.view,
+             {.op = call.op, .awaited = Awaited::kRail, .token = token, .token_out = out.token},
+             call.stream);
+  EndPhase(call, "wait for rail");
+  LaunchForwardRoute(*call.view, {.op = call.op, .node_topk_out = out.node_topk, .is_first = false},
+                     call.stream);
+  EndPhase(call, "route rail");
+  LaunchForwardRows(*call.view, call.op, call.stream);
+  EndPhase(call, "forward rows");
+}
+
+void CombineBackwardForward(const DeviceCall& call, const float* token, const ForwardIn& in,
+                            float* token_out) {
+  LaunchForwardRoute(*call.view, {.op = call.op, .node_topk = in.node_topk}, call.stream);
+  LaunchWait(*call.view,
+             {.op = call.op,
+              .awaited = Awaited::kRail,
+              .token = token,
+              .token_out = token_out,
+              .expected_rows = call.view->state->rail_rows,
+              .is_first = false},
+             call.stream);
+  EndPhase(call, "route rail + wait");
+  LaunchForwardRows(*call.view, call.op, call.stream);
+  EndPhase(call, "forward rows");
+}
+
+void ForwardSums(const DeviceCall& call, const float* token, const ForwardIn& in,
+                 float* token_out) {
+  LaunchForwardRoute(*call.view, {.op = call.op, .node_topk = in.node_topk}, call.stream);
+  LaunchWait(*call.view,
+             {.op = call.op,
+              .awaited = Awaited::kOthers,
+              .token = token,
+              .token_out = token_out,
+              .expected_rows = call.view->state->routed_rows,
+              .is_first = false},
+             call.stream);
+  EndPhase(call, "route rail + wait");
+  LaunchForwardSums(*call.view, {.op = call.op, .node_topk = in.node_topk}, call.stream);
+  EndPhase(call, "forward sums");
 }
 
 void DispatchRecv(const DeviceCall& call, const float* token, const OwnRows& own,
@@ -91,6 +137,7 @@ void ReceiveSums(const DeviceCall& call, const float* token, const std::optional
   LaunchRoute(*call.view, {.op = call.op, .row_bytes = row_bytes, .topk = out.topk}, call.stream);
   LaunchWait(*call.view,
              {.op = call.op,
+              .awaited = Awaited::kLanes,
               .token = token,
               .row_bytes = row_bytes,
               .expected_rows = call.view->state->routed_rows,
@@ -99,7 +146,7 @@ void ReceiveSums(const DeviceCall& call, const float* token, const std::optional
   EndPhase(call, "route + wait");
   SumArgs args{out};
   args.op = call.op;
-  args.own = own;
+  if (!call.config().has_two_tiers()) args.own = own;
   LaunchSum(*call.view, args, call.stream);
   EndPhase(call, "sum");
 }

@@ -13,7 +13,7 @@
 #include <optional>
 
 #include "cc/config.h"
-#include "cc/cuda/device_state.h"
+#include "cc/cuda/rank_view.h"
 #include "cc/op.h"
 #include "cc/operands.h"
 
@@ -38,6 +38,15 @@ void CombineBackwardSend(const DeviceCall& call, const RowsIn& in, float* token)
 // combine_send, dispatch_backward_send.
 void SendSums(const DeviceCall& call, const SumsIn& in, float* token);
 
+// Forwards, in two tiers. Each writes a token, for the recv.
+
+void DispatchForward(const DeviceCall& call, const float* token, const ForwardOut& out);
+void CombineBackwardForward(const DeviceCall& call, const float* token, const ForwardIn& in,
+                            float* token_out);
+
+// combine_forward, dispatch_backward_forward.
+void ForwardSums(const DeviceCall& call, const float* token, const ForwardIn& in, float* token_out);
+
 // Recvs.
 
 void DispatchRecv(const DeviceCall& call, const float* token, const OwnRows& own,
@@ -45,7 +54,8 @@ void DispatchRecv(const DeviceCall& call, const float* token, const OwnRows& own
 void DispatchRecvTokens(const DeviceCall& call, const float* token, const OwnRows& own,
                         const TokensOut& out);
 
-// combine_recv and dispatch_backward_recv. A combine has the rows that its send left on this rank.
+// combine_recv and dispatch_backward_recv. A combine of one tier has the rows that its send left on
+// this rank.
 void ReceiveSums(const DeviceCall& call, const float* token, const std::optional<ExpertRows>& own,
                  const SumsOut& out);
 void CombineBackwardRecv(const DeviceCall& call, const float* token, const SpreadOut& out);

@@ -8,6 +8,7 @@
 #include <mutex>
 
 #include "cc/cuda/device_state.h"
+#include "cc/cuda/rank_view.h"
 #include "cc/fault.h"
 #include "cc/rank_stats.h"
 

@@ -6,11 +6,6 @@
 namespace jax_sm_free::cuda {
 namespace {
 
-// Where a table [num_slots, ep_size] of the destination's region has the entry of this rank.
-int64_t EntryOf(const RankView& view, int32_t slot) {
-  return int64_t{slot} * view.config.ep_size + view.rank;
-}
-
 // The word that a kernel has written, if it is not the one that was sent last.
 std::optional<uint64_t> TakeNews(std::byte* word, uint64_t& sent) {
   const uint64_t value =
@@ -42,43 +37,45 @@ std::optional<Fault> Courier::MakeOutboxes(const RegionLayout& regions) {
 }
 
 void Courier::Send(const RankView& view, const CopyOrder& order) {
-  const int64_t entry = EntryOf(view, order.slot);
-  const int64_t message = view.regions.recv + entry * view.regions.message_bytes;
+  const Target target = TargetOf(view, order);
   for (const Piece& piece : PiecesOf(view, order)) {
     if (piece.bytes == 0) continue;
-    remote_->Put(order.dst, message + piece.begin, view.base[view.rank] + piece.source,
+    remote_->Put(target.rank, target.message + piece.begin, view.base[view.rank] + piece.source,
                  piece.bytes);
   }
-  remote_->PutSignal(order.dst, view.regions.signals + entry * 8, order.signal);
+  remote_->PutSignal(target.rank, target.signal, order.signal);
 }
 
 bool Courier::Forward(const RankView& view) {
   bool found = false;
-  for (int32_t dst = 0; dst < view.config.ep_size; ++dst) {
-    if (!Serves(dst)) continue;
-    for (int32_t slot = 0; slot < view.config.num_slots; ++slot) {
-      found |= ForwardNotice(view, dst, slot);
-      found |= ForwardAck(view, dst, slot);
+  for (int32_t slot = 0; slot < view.config.num_slots; ++slot) {
+    for (int32_t message = 0; message < view.regions.num_messages; ++message) {
+      if (Serves(view.messages.end[message].rank)) found |= ForwardNotice(view, message, slot);
+    }
+    for (int32_t dst = 0; dst < view.config.ep_size; ++dst) {
+      if (Serves(dst)) found |= ForwardAck(view, dst, slot);
     }
   }
   return found;
 }
 
-bool Courier::ForwardNotice(const RankView& view, int32_t dst, int32_t slot) {
-  Outbox& outbox = outboxes_[dst];
-  const int64_t noticed = view.regions.noticed + EntryOf(view, slot) * 8;
-  const std::optional<uint64_t> news = TakeNews(outbox.front + noticed, outbox.noticed[slot]);
+bool Courier::ForwardNotice(const RankView& view, int32_t message, int32_t slot) {
+  const OtherEnd& end = view.messages.end[message];
+  std::byte* front = outboxes_[end.rank].front;
+  const int64_t entry = MessageIndex(view, slot, end.message);
+  const int64_t noticed = view.regions.noticed + entry * 8;
+  const std::optional<uint64_t> news = TakeNews(front + noticed, noticed_[message][slot]);
   if (!news) return false;
   const int64_t bytes = view.regions.notice_bytes;
-  const int64_t notice = view.regions.notices + EntryOf(view, slot) * bytes;
-  remote_->PutAndWait(dst, notice, outbox.front + notice, bytes);
-  remote_->PutSignal(dst, noticed, *news);
+  const int64_t notice = view.regions.notices + entry * bytes;
+  remote_->PutAndWait(end.rank, notice, front + notice, bytes);
+  remote_->PutSignal(end.rank, noticed, *news);
   return true;
 }
 
 bool Courier::ForwardAck(const RankView& view, int32_t dst, int32_t slot) {
   Outbox& outbox = outboxes_[dst];
-  const int64_t ack = view.regions.acks + EntryOf(view, slot) * 8;
+  const int64_t ack = view.regions.acks + MessageIndex(view, slot, view.rank) * 8;
   const std::optional<uint64_t> news = TakeNews(outbox.front + ack, outbox.acks[slot]);
   if (!news) return false;
   remote_->PutSignal(dst, ack, *news);

@@ -13,6 +13,7 @@
 #include "cc/config.h"
 #include "cc/cuda/device_state.h"
 #include "cc/cuda/host/remote_regions.h"
+#include "cc/cuda/rank_view.h"
 #include "cc/fault.h"
 
 namespace jax_sm_free::cuda {
@@ -53,18 +54,18 @@ class Courier {
  private:
   struct Outbox {
     std::byte* front = nullptr;
-    // The last values that Forward has sent, by slot.
-    std::array<uint64_t, kMaxSlots> noticed{};
-    std::array<uint64_t, kMaxSlots> acks{};
+    std::array<uint64_t, kMaxSlots> acks{};  // the last that Forward has sent, by slot
   };
 
   Courier(std::unique_ptr<RemoteRegions> remote, int32_t ep_size);
   std::optional<Fault> MakeOutboxes(const RegionLayout& regions);
-  bool ForwardNotice(const RankView& view, int32_t dst, int32_t slot);
+  bool ForwardNotice(const RankView& view, int32_t message, int32_t slot);
   bool ForwardAck(const RankView& view, int32_t dst, int32_t slot);
 
   const std::unique_ptr<RemoteRegions> remote_;
   std::vector<Outbox> outboxes_;  // by rank
+  // The last notices that Forward has sent, by message and slot.
+  std::array<std::array<uint64_t, kMaxSlots>, kMaxMessages> noticed_{};
 };
 
 }  // namespace jax_sm_free::cuda

@@ -105,9 +105,7 @@ constexpr Config kConfig = {
 class CourierTest : public ::testing::Test {
  protected:
   CourierTest() {
-    view_.config = kConfig;
-    view_.regions = RegionsOf(kConfig);
-    view_.rank = 1;
+    view_ = ViewOf(kConfig, 1);
     for (int32_t rank = 0; rank < kConfig.ep_size; ++rank) {
       view_.base[rank] = courier_->OutboxOf(rank);
     }
@@ -120,6 +118,10 @@ class CourierTest : public ::testing::Test {
     return std::get<std::shared_ptr<Courier>>(std::move(made));
   }
 
+  // Where a message for `dst` is packed.
+  int64_t StageOf(int32_t dst, int32_t slot) const {
+    return StageOffset(view_, slot, view_.messages.end[dst].stage);
+  }
   int64_t Entry(int32_t slot) const { return slot * kConfig.ep_size + view_.rank; }
   int64_t MessageAt(int32_t slot) const {
     return view_.regions.recv + Entry(slot) * view_.regions.message_bytes;
@@ -177,8 +179,8 @@ TEST_F(CourierTest, ReturnsTheFaultOfAnOutbox) {
 
 TEST_F(CourierTest, AMessageGoesAheadOfItsSignal) {
   const int32_t slot = 2;
-  const int64_t stage = StageOffset(view_, slot, view_.rank, 3);
-  courier_->Send(view_, {.dst = 3,
+  const int64_t stage = StageOf(3, slot);
+  courier_->Send(view_, {.message = 3,
                          .slot = slot,
                          .begin = 0,
                          .end = 320,
@@ -192,9 +194,9 @@ TEST_F(CourierTest, AMessageGoesAheadOfItsSignal) {
 }
 
 TEST_F(CourierTest, ALaterPartGoesBehindTheFirst) {
-  const int64_t stage = StageOffset(view_, 0, view_.rank, 2);
+  const int64_t stage = StageOf(2, 0);
   for (const int64_t begin : {0, 128}) {
-    courier_->Send(view_, {.dst = 2,
+    courier_->Send(view_, {.message = 2,
                            .slot = 0,
                            .begin = begin,
                            .end = begin + 128,
@@ -212,9 +214,9 @@ TEST_F(CourierTest, ALaterPartGoesBehindTheFirst) {
 
 TEST_F(CourierTest, CommonRowsAreASecondPieceAheadOfTheSignal) {
   const int32_t slot = 1;
-  const int64_t stage = StageOffset(view_, slot, view_.rank, 3);
-  const int64_t common_at = StageOffset(view_, slot, view_.rank, 2) + 64;
-  courier_->Send(view_, {.dst = 3,
+  const int64_t stage = StageOf(3, slot);
+  const int64_t common_at = StageOf(2, slot) + 64;
+  courier_->Send(view_, {.message = 3,
                          .slot = slot,
                          .begin = 0,
                          .end = 400,
@@ -229,8 +231,8 @@ TEST_F(CourierTest, CommonRowsAreASecondPieceAheadOfTheSignal) {
 }
 
 TEST_F(CourierTest, AMessageOfCommonRowsAloneIsOnePiece) {
-  const int64_t common_at = StageOffset(view_, 0, view_.rank, 2) + 64;
-  courier_->Send(view_, {.dst = 3,
+  const int64_t common_at = StageOf(2, 0) + 64;
+  courier_->Send(view_, {.message = 3,
                          .slot = 0,
                          .begin = 128,
                          .end = 256,

@@ -18,7 +18,8 @@ namespace {
 cudaError_t LoadKernels() {
   for (const auto load :
        {LoadRoute, LoadPack, LoadPackQuantized, LoadWait, LoadPlan, LoadUnpackExperts,
-        LoadUnpackTokens, LoadUnpackDequantized, LoadPackSums, LoadSum, LoadSpread}) {
+        LoadUnpackTokens, LoadUnpackDequantized, LoadPackSums, LoadSum, LoadSpread,
+        LoadForwardRoute, LoadForwardRows, LoadForwardSums}) {
     if (const cudaError_t error = load(); error != cudaSuccess) return error;
   }
   return cudaSuccess;
@@ -108,11 +109,8 @@ std::string DeviceBuffer::Allocate(int32_t device, const Place& place, std::byte
   const Config& config = this->config();
   auto rank = std::make_unique<DeviceRank>();
   RankView& view = rank->view;
-  view = {};
-  view.config = config;
-  view.regions = RegionsOf(config);
+  view = ViewOf(config, place.rank);
   view.buffer_id = id();
-  view.rank = place.rank;
   view.position = place.position;
   const int64_t num_local = config.num_local_experts();
   const int64_t num_runs = config.ep_size * num_local;
@@ -131,7 +129,7 @@ std::string DeviceBuffer::Allocate(int32_t device, const Place& place, std::byte
   take(rank->copies_done, true, config.ep_size);
   take(counters, true, 1);
   take(view.own_token, false, int64_t{config.num_slots} * config.max_tokens);
-  take(view.row_of, false, int64_t{config.max_tokens} * config.ep_size);
+  take(view.row_of, false, config.max_recv_tokens());
   take(view.tile_counts, false, (MaxTiles(config) + 1) * NumKeys(config));
   take(view.common_before, false, config.max_tokens);
   take(view.group_row, false, num_runs);

@@ -16,6 +16,7 @@
 #include "cc/cuda/host/crossbar.h"
 #include "cc/cuda/host/group_end.h"
 #include "cc/cuda/host/mover.h"
+#include "cc/cuda/rank_view.h"
 #include "cc/fault.h"
 #include "cc/runtime.h"
 

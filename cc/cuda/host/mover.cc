@@ -84,7 +84,7 @@ bool Mover::TakeOrder() {
 }
 
 void Mover::Accept(const CopyOrder& order) {
-  if (IsForCourier(order.dst)) {
+  if (IsForCourier(DestinationOf(order))) {
     courier_->Send(view_, order);
   } else {
     waiting_.push_back(order);
@@ -115,13 +115,14 @@ bool Mover::FinishCopy() {
 bool Mover::StartCopy() {
   if (on_its_way_.dst >= 0) return false;
   if (waiting_.empty()) return false;
-  const Crossbar::Ticket ticket = crossbar_->TryTake(waiting_.front().dst);
-  if (ticket == 0) return false;
   const CopyOrder order = waiting_.front();
+  const int32_t dst = DestinationOf(order);
+  const Crossbar::Ticket ticket = crossbar_->TryTake(dst);
+  if (ticket == 0) return false;
   waiting_.pop_front();
-  const auto seconds = std::chrono::duration<double>(seconds_per_byte_[order.dst] *
+  const auto seconds = std::chrono::duration<double>(seconds_per_byte_[dst] *
                                                      static_cast<double>(order.end - order.begin));
-  on_its_way_.dst = order.dst;
+  on_its_way_.dst = dst;
   on_its_way_.ticket = ticket;
   on_its_way_.number = before_.number + 1;
   on_its_way_.length = std::chrono::duration_cast<Clock::duration>(seconds);
@@ -135,20 +136,18 @@ bool Mover::StartCopy() {
 }
 
 cudaError_t Mover::Issue(const CopyOrder& order, uint64_t number) {
-  const Config& config = view_.config;
-  const RegionLayout& regions = view_.regions;
-  const int64_t in = int64_t{order.slot} * config.ep_size + view_.rank;
-  std::byte* target = view_.base[order.dst] + regions.recv + in * regions.message_bytes;
-  cudaStream_t stream = streams_[order.dst];
+  const Target target = TargetOf(view_, order);
+  std::byte* region = view_.base[target.rank];
+  cudaStream_t stream = streams_[target.rank];
   for (const Piece& piece : PiecesOf(view_, order)) {
     if (piece.bytes == 0) continue;
-    const cudaError_t copied =
-        cudaMemcpyAsync(target + piece.begin, view_.base[view_.rank] + piece.source, piece.bytes,
-                        cudaMemcpyDeviceToDevice, stream);
+    const cudaError_t copied = cudaMemcpyAsync(region + target.message + piece.begin,
+                                               view_.base[view_.rank] + piece.source, piece.bytes,
+                                               cudaMemcpyDeviceToDevice, stream);
     if (copied != cudaSuccess) return copied;
   }
-  auto* signal = reinterpret_cast<uint64_t*>(view_.base[order.dst] + regions.signals) + in;
-  return WriteBehind(stream, {{{signal, order.signal}, {done_ + order.dst, number}}});
+  auto* signal = reinterpret_cast<uint64_t*>(region + target.signal);
+  return WriteBehind(stream, {{{signal, order.signal}, {done_ + target.rank, number}}});
 }
 
 // The mover copies nothing from then on. Peers read messages where they were packed, until a call
@@ -196,7 +195,8 @@ cudaError_t Mover::MeasureLink(int32_t dst) {
 
 cudaError_t Mover::Prepare() {
   cudaError_t status = cudaSetDevice(device_);
-  for (int32_t dst = 0; dst < view_.config.ep_size && status == cudaSuccess; ++dst) {
+  for (int32_t lane = 0; lane < view_.messages.num_lanes && status == cudaSuccess; ++lane) {
+    const int32_t dst = view_.messages.end[view_.messages.of_lane[lane]].rank;
     if (dst == view_.rank || IsForCourier(dst)) continue;
     status = cudaStreamCreateWithFlags(&streams_[dst], cudaStreamNonBlocking);
     if (status == cudaSuccess) status = MeasureLink(dst);

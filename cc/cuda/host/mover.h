@@ -20,6 +20,7 @@
 #include "cc/cuda/host/courier.h"
 #include "cc/cuda/host/crossbar.h"
 #include "cc/cuda/host/group_end.h"
+#include "cc/cuda/rank_view.h"
 #include "cc/fault.h"
 
 namespace jax_sm_free::cuda {
@@ -71,6 +72,9 @@ class Mover {
     Clock::time_point end{};   // when it should have moved its bytes
   };
 
+  int32_t DestinationOf(const CopyOrder& order) const {
+    return view_.messages.end[order.message].rank;
+  }
   bool IsForCourier(int32_t dst) const { return courier_ != nullptr && courier_->Serves(dst); }
   cudaError_t Prepare();
   cudaError_t MeasureLink(int32_t dst);
@@ -94,7 +98,7 @@ class Mover {
   const std::shared_ptr<Courier> courier_;
   const std::shared_ptr<GroupEnd> group_end_;
   uint64_t* const done_;  // by destination: the number of the last copy that has arrived
-  std::vector<cudaStream_t> streams_;     // by destination
+  std::vector<cudaStream_t> streams_;     // by destination; null if nothing goes there
   std::vector<double> seconds_per_byte_;  // by destination
   std::deque<CopyOrder> waiting_;
   Copy on_its_way_;

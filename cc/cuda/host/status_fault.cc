@@ -7,16 +7,36 @@
 
 #include "cc/fault_texts.h"
 #include "cc/op.h"
+#include "cc/tiers.h"
 
 namespace jax_sm_free::cuda {
 namespace {
 
-Fault Timeout(const FaultRecord& record, const Config& config, double waited_s) {
-  std::vector<bool> arrived(config.ep_size);
-  for (int32_t source = 0; source < config.ep_size; ++source) {
-    arrived[source] = (record.detail >> source & 1) == 0;
+// From how many ranks the messages come that an op waits for.
+int32_t NumSources(const Config& config, Op op) {
+  if (!config.has_two_tiers()) return config.ep_size;
+  switch (op) {
+    case Op::kDispatchForward:
+    case Op::kCombineBackwardForward:
+      return config.num_nodes - 1;
+    case Op::kCombineForward:
+    case Op::kDispatchBackwardForward:
+      return config.node_size();
+    case Op::kCombineRecv:
+    case Op::kDispatchBackwardRecv:
+      return NumLanes(config);
+    default:
+      return config.ep_size;
   }
-  Fault fault = MissingMessages(arrived, config.timeout_s, waited_s);
+}
+
+Fault Timeout(const FaultRecord& record, const Config& config, double waited_s) {
+  std::vector<int32_t> missing;
+  for (int32_t source = 0; source < config.ep_size; ++source) {
+    if ((record.detail >> source & 1) != 0) missing.push_back(source);
+  }
+  const auto op = static_cast<Op>(record.op);
+  Fault fault = MissingMessages(missing, NumSources(config, op), config.timeout_s, waited_s);
   fault.seen += ", whose last in this slot was of exchange " + std::to_string(record.seen);
   return fault;
 }
@@ -50,13 +70,18 @@ Fault Explain(const FaultRecord& record, const RankView& view, double waited_s) 
     case FaultCode::kToken:
       return NotOneToken(std::bit_cast<float>(static_cast<int32_t>(record.seen)));
     case FaultCode::kTokenUsed:
-      return TokenUsedBefore(record.seen);
+      return IsForward(static_cast<Op>(record.op)) ? ForwardedBefore(record.seen)
+                                                   : TokenUsedBefore(record.seen);
+    case FaultCode::kNotForwarded:
+      return NotForwarded(record.seen);
     case FaultCode::kTokenOrigin:
       return TokenOfAnother(view.buffer_id, view.rank, record.detail, record.seen);
     case FaultCode::kTokenKind:
       return TokenOfAnotherKind(static_cast<Kind>(record.expected), static_cast<Kind>(record.seen));
     case FaultCode::kIndex:
-      return IndexOutOfRange(config.num_experts, record.seen, record.detail / config.top_k,
+      return IndexOutOfRange(IsForward(static_cast<Op>(record.op)) ? NodeConfig(config).num_experts
+                                                                   : config.num_experts,
+                             record.seen, record.detail / config.top_k,
                              record.detail % config.top_k);
     case FaultCode::kPosition:
       return PositionDiffers(record.expected, record.seen);
@@ -86,6 +111,7 @@ std::optional<Fault> FaultIn(FaultRecord& record, const RankView& view, double w
   const Op op = static_cast<Op>(record.op);
   fault.op = OpName(op);
   fault.rank = view.rank;
+  NameNodes(view.config, fault);
   // Sequence numbers start at 1. The record has 0 if the token names no exchange.
   if (record.sequence > 0) {
     fault.exchange = DescribeExchange(KindOf(op), record.sequence, record.slot);

@@ -6,6 +6,7 @@
 #include <optional>
 
 #include "cc/cuda/device_state.h"
+#include "cc/cuda/rank_view.h"
 #include "cc/fault.h"
 
 namespace jax_sm_free::cuda {

@@ -10,10 +10,10 @@ namespace jax_sm_free::cuda {
 namespace {
 
 RankView View() {
-  RankView view{};
-  view.config = {.ep_size = 4, .num_experts = 8, .top_k = 2, .max_tokens = 16, .timeout_s = 1.5};
+  const Config config = {
+      .ep_size = 4, .num_experts = 8, .top_k = 2, .max_tokens = 16, .timeout_s = 1.5};
+  RankView view = ViewOf(config, 2);
   view.buffer_id = 7;
-  view.rank = 2;
   return view;
 }
 
@@ -88,6 +88,35 @@ TEST(StatusFaultTest, TokenOfAnotherRank) {
             "of buffer 6, rank 1");
 }
 
+TEST(StatusFaultTest, InTwoTiersFaultsNameNodes) {
+  Config config = View().config;
+  config.num_nodes = 2;
+  config.node_stride = 2;
+  RankView view = ViewOf(config, 2);
+  const auto text = [&](FaultRecord record) {
+    return FaultIn(record, view, config.timeout_s)->Describe();
+  };
+  FaultRecord record = Of(FaultCode::kTimeout, Op::kDispatchForward);
+  record.peer = 0;
+  record.seen = 10;
+  record.detail = 0b0001;
+  EXPECT_EQ(text(record),
+            "jax_sm_free: dispatch_forward on rank 2 of node 1, peer rank 0 of node 0: expected "
+            "messages from 1 ranks within 1.5 s, seen 0 after 1.5 s, none from rank 0, whose last "
+            "in this slot was of exchange 10 [dispatch exchange 12, slot 1]");
+  record = Of(FaultCode::kTokenUsed, Op::kCombineForward);
+  record.seen = 12;
+  EXPECT_EQ(text(record),
+            "jax_sm_free: combine_forward on rank 2 of node 1: expected one forward of each "
+            "exchange, seen a second one of exchange 12 [combine exchange 12, slot 1]");
+  record = Of(FaultCode::kIndex, Op::kCombineForward);
+  record.seen = 4;
+  record.detail = 9;
+  EXPECT_EQ(text(record),
+            "jax_sm_free: combine_forward on rank 2 of node 1: expected topk_idx in [-1, 4), seen "
+            "4 at token 4, k 1 [combine exchange 12, slot 1]");
+}
+
 TEST(StatusFaultTest, IndexNamesTokenAndK) {
   FaultRecord record = Of(FaultCode::kIndex, Op::kDispatchSend);
   record.seen = 99;
@@ -110,7 +139,9 @@ TEST(StatusFaultTest, MessageOfARankOutOfStep) {
 
 TEST(StatusFaultTest, EveryCodeHasItsWords) {
   for (int32_t code = 1; code <= static_cast<int32_t>(FaultCode::kStopped); ++code) {
-    const std::string text = Text(Of(static_cast<FaultCode>(code), Op::kDispatchRecv));
+    FaultRecord record = Of(static_cast<FaultCode>(code), Op::kDispatchRecv);
+    record.detail = 1;
+    const std::string text = Text(record);
     EXPECT_EQ(text.find("fault code"), std::string::npos) << text;
   }
 }

@@ -31,10 +31,8 @@ Group::Group(const Config& config) {
 std::unique_ptr<Group::Rank> Group::MakeRank(const Config& config, int32_t number) {
   auto rank = std::make_unique<Rank>();
   RankView& view = rank->view;
-  view.config = config;
-  view.regions = RegionsOf(config);
+  view = ViewOf(config, number);
   view.buffer_id = 7;
-  view.rank = number;
   view.position = number;
   view.state = rank->state.data();
   view.status = rank->status.data();
@@ -69,12 +67,13 @@ std::vector<CopyOrder> Group::TakeOrders(Rank& rank) {
 }
 
 void Group::Copy(const RankView& view, const CopyOrder& order) {
-  const int64_t in = int64_t{order.slot} * view.config.ep_size + view.rank;
-  std::byte* target = view.base[order.dst] + view.regions.recv + in * view.regions.message_bytes;
+  const Target target = TargetOf(view, order);
+  std::byte* region = view.base[target.rank];
   for (const Piece& piece : PiecesOf(view, order)) {
-    std::copy_n(view.base[view.rank] + piece.source, piece.bytes, target + piece.begin);
+    std::copy_n(view.base[view.rank] + piece.source, piece.bytes,
+                region + target.message + piece.begin);
   }
-  std::memcpy(view.base[order.dst] + view.regions.signals + in * 8, &order.signal, 8);
+  std::memcpy(region + target.signal, &order.signal, sizeof(order.signal));
   ++(order.signal % kNumParts == kLastPart ? num_last_parts_ : num_first_parts_);
 }
 

@@ -11,6 +11,7 @@
 #include "cc/config.h"
 #include "cc/cuda/device_state.h"
 #include "cc/cuda/kernel_tests/memory.h"
+#include "cc/cuda/rank_view.h"
 
 namespace jax_sm_free::cuda::kernel_tests {
 

@@ -18,7 +18,10 @@ Config MakeConfig(const Case& which) {
                 .num_slots = 2,
                 .row_bytes = which.hidden * int64_t{sizeof(float)},
                 .timeout_s = which.timeout_s,
-                .wire_format = which.wire_format};
+                .wire_format = which.wire_format,
+                .num_nodes = which.num_nodes,
+                .node_stride = which.node_stride,
+                .dtype = which.dtype};
   // A token may name an expert twice.
   const int64_t named = config.max_recv_tokens() * config.top_k;
   config.recv_capacity = which.recv_capacity >= 0 ? which.recv_capacity : named;
@@ -91,6 +94,7 @@ Arrays Ops::MakeArrays(int32_t rank) {
   a.counts.assign(kLocalExperts, kUnset);
   a.layout_rows.assign(config_.max_recv_tokens() * kTopK, kUnset);
   a.num_rows_from.assign(config_.ep_size, kUnset);
+  a.node_topk.assign(int64_t{config_.num_nodes} * config_.max_tokens * kTopK, kUnset);
   return a;
 }
 
@@ -117,6 +121,32 @@ void Ops::SendDispatch(int32_t rank) {
                a.token.data());
 }
 
+void Ops::ForwardDispatch(int32_t rank) {
+  Arrays& a = of(rank);
+  cuda::DispatchForward(CallOf(Op::kDispatchForward, rank), a.token.data(),
+                        {.token = a.token.data(), .node_topk = a.node_topk.data()});
+  AwaitKernels();
+}
+
+void Ops::ForwardAll(Op op) {
+  if (!config_.has_two_tiers()) return;
+  for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
+    Arrays& a = of(rank);
+    const ForwardIn in{.node_topk = a.node_topk.data()};
+    switch (op) {
+      case Op::kDispatchForward:
+        ForwardDispatch(rank);
+        break;
+      case Op::kCombineBackwardForward:
+        CombineBackwardForward(CallOf(op, rank), a.token.data(), in, a.token.data());
+        break;
+      default:
+        ForwardSums(CallOf(op, rank), a.token.data(), in, a.token.data());
+    }
+  }
+  Move();
+}
+
 void Ops::RecvDispatch(int32_t rank) {
   Arrays& a = of(rank);
   DispatchRecv(CallOf(Op::kDispatchRecv, rank), a.token.data(), OwnOf(rank),
@@ -133,12 +163,17 @@ void Ops::RecvDispatch(int32_t rank) {
 void Ops::Dispatch() {
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) SendDispatch(rank);
   Move();
+  ForwardAll(Op::kDispatchForward);
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) RecvDispatch(rank);
 }
 
 void Ops::DispatchWithout(int32_t silent) {
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
     if (rank != silent) SendDispatch(rank);
+  }
+  Move();
+  for (int32_t rank = 0; rank < config_.ep_size && config_.has_two_tiers(); ++rank) {
+    if (rank != silent) ForwardDispatch(rank);
   }
   Move();
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
@@ -149,6 +184,7 @@ void Ops::DispatchWithout(int32_t silent) {
 Array<TokenArrays> Ops::DispatchByTokens() {
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) SendDispatch(rank);
   Move();
+  ForwardAll(Op::kDispatchForward);
   Array<TokenArrays> results(config_.ep_size);
   const int64_t max_rows = config_.max_recv_tokens();
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
@@ -193,6 +229,7 @@ std::vector<Floats> Ops::Combine(const std::vector<Floats>& y, bool weighted) {
              of(rank).token.data());
   }
   Move();
+  ForwardAll(Op::kCombineForward);
   std::vector<Floats> sums;
   sums.reserve(config_.ep_size);
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
@@ -212,6 +249,7 @@ std::vector<Floats> Ops::DispatchBackward(const std::vector<Floats>& y,
              of(rank).token.data());
   }
   Move();
+  ForwardAll(Op::kDispatchBackwardForward);
   std::vector<Floats> sums;
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
     weight_grads.emplace_back(of(rank).weights.size(), NAN);
@@ -231,6 +269,7 @@ std::vector<Floats> Ops::CombineBackward(const std::vector<Floats>& grads,
                         of(rank).token.data());
   }
   Move();
+  ForwardAll(Op::kCombineBackwardForward);
   std::vector<Floats> y_grads;
   for (int32_t rank = 0; rank < config_.ep_size; ++rank) {
     Arrays& a = of(rank);

@@ -1,5 +1,6 @@
 // The ops of cc/cuda/ops.h for all ranks of a group: first all sends, then the movers, then all
-// recvs. Rows are float32. Numbers are small and whole, so that sums are exact in any order.
+// forwards and the movers again, then all recvs. Rows are float32. Numbers are small and whole, so
+// that sums are exact in any order.
 
 #ifndef JAX_SM_FREE_CC_CUDA_KERNEL_TESTS_OPS_H_
 #define JAX_SM_FREE_CC_CUDA_KERNEL_TESTS_OPS_H_
@@ -31,6 +32,9 @@ struct Case {
   bool held_up = false;        // the driver holds up all copies
   WireFormat wire_format = WireFormat::kPlain;
   double timeout_s = 5;
+  int32_t num_nodes = 1;
+  int32_t node_stride = 1;
+  DType dtype = DType::kFloat32;  // of the configuration; the functions of Ops take float32
 };
 
 inline constexpr int32_t kLocalExperts = 3;
@@ -54,6 +58,7 @@ struct Arrays {
   int32_t dropped = -1;
   Ints layout_rows;    // [max_recv_tokens, top_k]
   Ints num_rows_from;  // [ep_size]
+  Ints node_topk;      // [num_nodes * max_tokens, top_k], in two tiers
 };
 
 // What one rank gets from a dispatch by tokens.
@@ -84,8 +89,17 @@ class Ops {
   Array<TokenArrays> DispatchByTokens();
   // A dispatch in which one rank does not take part.
   void DispatchWithout(int32_t silent);
-  // Only the recv.
+  // The steps of a dispatch. All of these are of one rank.
+  void SendDispatch(int32_t rank);
+  void ForwardDispatch(int32_t rank);
   void RecvDispatch(int32_t rank);
+  // What the movers do between two steps.
+  void Move();
+  // The forwards of all ranks, and what the movers do then. Nothing in one tier.
+  void ForwardAll(Op op);
+
+  LayoutIn LayoutOf(int32_t rank) const;
+  DeviceCall CallOf(Op op, int32_t rank) const;
 
   // The following functions take and return values by rank.
 
@@ -108,11 +122,7 @@ class Ops {
   Arrays MakeArrays(int32_t rank);
   int64_t row_bytes() const { return matrix().row_bytes(); }
   RowFormat format() const { return {case_.wire_format, matrix()}; }
-  LayoutIn LayoutOf(int32_t rank) const;
   OwnRows OwnOf(int32_t rank) const;
-  DeviceCall CallOf(Op op, int32_t rank) const;
-  void Move();
-  void SendDispatch(int32_t rank);
   Floats SumsOf(Op op, int32_t rank, const std::optional<ExpertRows>& own, float* weight_grads);
 
   const Case case_;

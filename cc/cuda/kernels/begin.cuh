@@ -55,7 +55,8 @@ __device__ inline void Begin(const RankView& view, Op op, const BeginArgs& args)
   __syncthreads();
   const Current current = state->current;
   if (current.failed == kNothing) return;
-  for (int32_t peer = threadIdx.x; peer < view.config.ep_size; peer += blockDim.x) {
+  for (int32_t lane = threadIdx.x; lane < view.messages.num_lanes; lane += blockDim.x) {
+    const int32_t peer = PeerOfLane(view, lane);
     const uint64_t* ack = Ack(view, view.rank, current.slot, peer);
     const auto has_read = [&] { return LoadAcquire(ack) >= before; };
     const auto numbers = [&]() -> FaultNumbers {

@@ -9,6 +9,7 @@
 #include "cc/cuda/device_state.h"
 #include "cc/cuda/kernels/memory_order.cuh"
 #include "cc/cuda/kernels/warp.cuh"
+#include "cc/cuda/rank_view.h"
 
 namespace jax_sm_free::cuda {
 
@@ -20,34 +21,41 @@ enum Failure : int32_t {
 };
 inline constexpr int32_t kPoisonedKind = -1;
 
-__device__ inline int64_t MessageIndex(const RankView& view, int32_t slot, int32_t peer) {
-  return int64_t{slot} * view.config.ep_size + peer;
+// The rank that a message goes to or comes from, and the number of the message there.
+__device__ inline const OtherEnd& EndOf(const RankView& view, int32_t message) {
+  return view.messages.end[message];
 }
 
-// The message from `source` to this rank.
-__device__ inline std::byte* InMessage(const RankView& view, int32_t slot, int32_t source) {
-  if ((view.state->current.in_place >> source & 1U) != 0) {
-    return view.base[source] + StageOffset(view, slot, source, view.rank);
+// The rank whose messages a lane handles.
+__device__ inline int32_t PeerOfLane(const RankView& view, int32_t lane) {
+  return EndOf(view, view.messages.of_lane[lane]).rank;
+}
+
+// A message that this rank gets.
+__device__ inline std::byte* InMessage(const RankView& view, int32_t slot, int32_t message) {
+  if ((view.state->current.in_place >> message & 1U) != 0) {
+    const OtherEnd& end = EndOf(view, message);
+    return view.base[end.rank] + StageOffset(view, slot, end.stage_there);
   }
   return view.base[view.rank] + view.regions.recv +
-         MessageIndex(view, slot, source) * view.regions.message_bytes;
+         MessageIndex(view, slot, message) * view.regions.message_bytes;
 }
 
-// Where the message for `dst` is packed. Rows for this rank itself go directly to where they are
-// received.
-__device__ inline std::byte* OutMessage(const RankView& view, int32_t slot, int32_t dst) {
-  if (dst == view.rank) return InMessage(view, slot, dst);
-  return view.base[view.rank] + StageOffset(view, slot, view.rank, dst);
+// Where a message is packed. Rows for this rank itself go directly to where they are received.
+__device__ inline std::byte* OutMessage(const RankView& view, int32_t slot, int32_t message) {
+  const OtherEnd& end = EndOf(view, message);
+  if (end.rank == view.rank) return InMessage(view, slot, message);
+  return view.base[view.rank] + StageOffset(view, slot, end.stage);
 }
 
 // The message of `source` that holds the rows which all of its messages have in common.
 __device__ inline std::byte* CommonMessage(const RankView& view, int32_t slot, int32_t source) {
-  return view.base[source] + StageOffset(view, slot, source, (source + 1) % view.config.ep_size);
+  return view.base[source] + StageOffset(view, slot, 0);
 }
 
-__device__ inline uint64_t* Signal(const RankView& view, int32_t slot, int32_t source) {
+__device__ inline uint64_t* Signal(const RankView& view, int32_t slot, int32_t message) {
   return reinterpret_cast<uint64_t*>(view.base[view.rank] + view.regions.signals) +
-         MessageIndex(view, slot, source);
+         MessageIndex(view, slot, message);
 }
 
 // The acknowledgement of `dst`, in the region of `holder`.
@@ -56,22 +64,23 @@ __device__ inline uint64_t* Ack(const RankView& view, int32_t holder, int32_t sl
          MessageIndex(view, slot, dst);
 }
 
-// The notice of `source`, and the sequence number of the notice, in the region of `holder`.
+// The notice of a message, and the sequence number of the notice, in the region of `holder`, which
+// gets the message as `message`.
 __device__ inline std::byte* Notice(const RankView& view, int32_t holder, int32_t slot,
-                                    int32_t source) {
+                                    int32_t message) {
   return view.base[holder] + view.regions.notices +
-         MessageIndex(view, slot, source) * view.regions.notice_bytes;
+         MessageIndex(view, slot, message) * view.regions.notice_bytes;
 }
 __device__ inline uint64_t* Noticed(const RankView& view, int32_t holder, int32_t slot,
-                                    int32_t source) {
+                                    int32_t message) {
   return reinterpret_cast<uint64_t*>(view.base[holder] + view.regions.noticed) +
-         MessageIndex(view, slot, source);
+         MessageIndex(view, slot, message);
 }
-// The signal that the message of `source` is packed, in the region of `holder`.
+// The signal that the message is packed, likewise.
 __device__ inline uint64_t* Posted(const RankView& view, int32_t holder, int32_t slot,
-                                   int32_t source) {
+                                   int32_t message) {
   return reinterpret_cast<uint64_t*>(view.base[holder] + view.regions.posted) +
-         MessageIndex(view, slot, source);
+         MessageIndex(view, slot, message);
 }
 __device__ inline int32_t* RowsPerExpert(std::byte* notice) {
   return reinterpret_cast<int32_t*>(notice + sizeof(MessageHeader));
@@ -246,12 +255,12 @@ __device__ inline void CountRows(Counters::Counter& counter, const MessageHeader
   atomicAdd(&counter, static_cast<Counters::Counter>(header.num_rows * header.row_bytes));
 }
 
-// Tells all sources that their messages in this slot were read, and frees the slot. One block calls
-// this.
+// Tells all ranks that have sent messages to this one that their messages in this slot were read,
+// and frees the slot. One block calls this.
 __device__ inline void Acknowledge(const RankView& view) {
   const Current current = view.state->current;
-  for (int32_t peer = threadIdx.x; peer < view.config.ep_size; peer += blockDim.x) {
-    StoreRelease(Ack(view, peer, current.slot, view.rank), current.sequence);
+  for (int32_t lane = threadIdx.x; lane < view.messages.num_lanes; lane += blockDim.x) {
+    StoreRelease(Ack(view, PeerOfLane(view, lane), current.slot, view.rank), current.sequence);
   }
   if (threadIdx.x == 0) view.state->slot_phase[current.slot] = kFree;
 }

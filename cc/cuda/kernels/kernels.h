@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <optional>
 
-#include "cc/cuda/device_state.h"
+#include "cc/cuda/rank_view.h"
 #include "cc/op.h"
 #include "cc/operands.h"
 
@@ -51,11 +51,20 @@ void LaunchPack(const RankView& view, const PackArgs& args, cudaStream_t stream)
 
 // Takes the exchange that the token names, and waits for the notices of its messages. If
 // `for_messages` is set, it also waits for the messages. One block.
+enum class Awaited : int32_t {
+  kSources,  // recv of rows: a message of each rank
+  kLanes,    // recv of sums: the messages of MessageTable::of_lane
+  // In two tiers.
+  kRail,    // forward of rows: rail messages
+  kOthers,  // forward of sums: what the own node has for each of the other nodes
+};
 struct WaitArgs {
   Op op = Op::kDispatchRecv;
-  const float* token = nullptr;  // [kTokenSize]
-  int64_t row_bytes = 0;
-  const int32_t* expected_rows = nullptr;  // [ep_size]: rows that each source must have sent
+  Awaited awaited = Awaited::kSources;
+  const float* token = nullptr;            // [kTokenSize]
+  float* token_out = nullptr;              // [kTokenSize]: of a forward
+  int64_t row_bytes = 0;                   // 0: as many as the send of this rank has sent
+  const int32_t* expected_rows = nullptr;  // rows that each message must have, in order
   std::optional<int64_t> own_tokens = {};  // the number of tokens that this rank gave to the send
   bool for_messages = true;
   bool is_first = true;  // whether no other kernel of the call was launched before
@@ -112,6 +121,35 @@ struct SpreadArgs : SpreadOut {
 };
 void LaunchSpread(const RankView& view, const SpreadArgs& args, cudaStream_t stream);
 
+// forward_route.cu
+
+// Finds the row of every row of a rail message in the message from the same source to each rank of
+// this node, and writes it into scratch: i32 [num_nodes * max_tokens, node_size]. In a dispatch, it
+// also writes the routing of the rows into these messages.
+struct ForwardRouteArgs {
+  Op op = Op::kDispatchForward;
+  // i32 [num_nodes * max_tokens, top_k] (cc/operands.h): written in a dispatch, else read.
+  int32_t* node_topk_out = nullptr;
+  const int32_t* node_topk = nullptr;
+  bool is_first = true;  // whether no other kernel of the call was launched before
+};
+void LaunchForwardRoute(const RankView& view, const ForwardRouteArgs& args, cudaStream_t stream);
+
+// forward_rows.cu
+
+// Writes the rows of rail messages into the messages of their sources to the ranks of this node,
+// and posts these.
+void LaunchForwardRows(const RankView& view, Op op, cudaStream_t stream);
+
+// forward_sums.cu
+
+// Sums the messages that this node has for each rail peer into one rail message, and posts these.
+struct ForwardSumsArgs {
+  Op op = Op::kCombineForward;
+  const int32_t* node_topk = nullptr;
+};
+void LaunchForwardSums(const RankView& view, const ForwardSumsArgs& args, cudaStream_t stream);
+
 // Each function loads the kernels of one file on the current device. A kernel that is loaded while
 // another kernel waits may deadlock.
 cudaError_t LoadRoute();
@@ -125,6 +163,9 @@ cudaError_t LoadUnpackDequantized();
 cudaError_t LoadPackSums();
 cudaError_t LoadSum();
 cudaError_t LoadSpread();
+cudaError_t LoadForwardRoute();
+cudaError_t LoadForwardRows();
+cudaError_t LoadForwardSums();
 
 }  // namespace jax_sm_free::cuda
 

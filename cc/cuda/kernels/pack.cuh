@@ -21,19 +21,18 @@ struct OutRows {
   Placing placing;
 };
 
-// The row of a token in the message to a rank. Each lane handles one rank. Null if the row is not
-// packed.
+// The row of a token in the message of a lane. Null if the row is not packed.
 __device__ inline std::byte* PackOutRow(const RankView& view, const OutRows* outs, int64_t token) {
-  const int dst = threadIdx.x % kWarpSize;
-  const int32_t ep_size = view.config.ep_size;
-  const int32_t number = dst < ep_size ? view.row_of[token * ep_size + dst] : -1;
-  if (number < 0 || outs[dst].rows == nullptr) return nullptr;
-  const OutRows& out = outs[dst];
+  const int lane = threadIdx.x % kWarpSize;
+  const int32_t num_lanes = view.messages.num_lanes;
+  const int32_t number = lane < num_lanes ? view.row_of[token * num_lanes + lane] : -1;
+  if (number < 0 || outs[lane].rows == nullptr) return nullptr;
+  const OutRows& out = outs[lane];
   int32_t place = number;
   if (out.placing.num_common > 0) {
     const CommonBefore common = CommonBefore::Of(view.common_before[token]);
     // A common row is packed once.
-    if (common.is_one && dst != (view.rank + 1) % ep_size) return nullptr;
+    if (common.is_one && EndOf(view, lane).stage != 0) return nullptr;
     place = PlaceOf(out.placing, number, common);
   }
   return out.rows + place * out.row_stride;
@@ -41,13 +40,11 @@ __device__ inline std::byte* PackOutRow(const RankView& view, const OutRows* out
 
 // Posts one part after the other. A warp of the watch calls this.
 __device__ inline void PostAllParts(const RankView& view, const Steps& steps, int first_part) {
-  const int32_t ep_size = view.config.ep_size;
-  const auto lane = static_cast<int32_t>(threadIdx.x % kWarpSize);
-  // Each rank starts with another destination.
-  const int32_t dst = lane < ep_size ? (view.rank + 1 + lane) % ep_size : -1;
+  const int lane = threadIdx.x % kWarpSize;
+  const int32_t message = lane < view.messages.num_lanes ? view.messages.posted[lane] : -1;
   for (int part = first_part; part < kNumParts; ++part) {
     steps.Await(part);
-    PostParts(view, dst, part);
+    PostParts(view, message, part);
   }
 }
 
@@ -65,17 +62,19 @@ __device__ void PackParts(const RankView& view, const Segments& segments, int64_
   const bool ok = current.failed == kOk;
   const Steps steps(view.state);
   const int64_t row_bytes = HeaderOf(OutMessage(view, current.slot, view.rank)).row_bytes;
-  const int64_t first_part = FirstPartTokens(view.config, num_tokens, row_bytes);
+  const int64_t first_part = FirstPartTokens(view.tile_tokens, num_tokens, row_bytes);
   if (IsWatch()) {
     if (threadIdx.x < kWarpSize) PostAllParts(view, steps, first_part == 0 ? kLastPart : 0);
     return;
   }
-  for (int32_t dst = threadIdx.x; ok && dst < view.config.ep_size; dst += blockDim.x) {
-    std::byte* message = OutMessage(view, current.slot, dst);
+  const int32_t num_lanes = view.messages.num_lanes;
+  for (int32_t lane = threadIdx.x; ok && lane < num_lanes; lane += blockDim.x) {
+    const int32_t number = view.messages.of_lane[lane];
+    std::byte* message = OutMessage(view, current.slot, number);
     const MessageHeader& header = HeaderOf(message);
     const MessageLayout layout = LayoutOf(view.config, header);
-    const bool packs = dst != view.rank || !leaves_own;
-    outs[dst] = {packs ? message + layout.rows : nullptr, layout.row_stride, PlacingOf(header)};
+    const bool packs = number != view.rank || !leaves_own;
+    outs[lane] = {packs ? message + layout.rows : nullptr, layout.row_stride, PlacingOf(header)};
   }
   __syncthreads();
   Claims claims(view.state, segments, ok ? num_tokens : 0, Workers());

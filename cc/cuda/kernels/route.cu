@@ -1,6 +1,8 @@
 // Counts and places every (token, k), for each destination and each expert, in order. No place
 // depends on the order of atomics.
 //
+// In two tiers, destinations are the ranks of the own node and the rail peers (tile.cuh).
+//
 // Tokens are divided into tiles. A block handles a tile, and a thread handles an entry, which is a
 // (token, k). `Count` makes a histogram of each tile over its keys: experts, then destinations,
 // then one key for common tokens. (Without weights, nothing depends on experts, and they have no
@@ -14,6 +16,7 @@
 #include <cuda_runtime.h>
 
 #include <algorithm>
+#include <type_traits>
 
 #include "cc/cuda/kernels/begin.cuh"
 #include "cc/cuda/kernels/device.cuh"
@@ -21,6 +24,7 @@
 #include "cc/cuda/kernels/launch.h"
 #include "cc/cuda/kernels/post.cuh"
 #include "cc/cuda/kernels/tile.cuh"
+#include "cc/cuda/rank_view.h"
 
 namespace jax_sm_free::cuda {
 namespace {
@@ -39,8 +43,12 @@ __device__ int32_t FirstKey(const RankView& view, const RouteArgs& args) {
 }
 
 // Keys are experts first, then destinations, then this one.
-__host__ __device__ int32_t CommonKey(const Config& config) {
-  return config.num_experts + config.ep_size;
+__device__ int32_t CommonKey(const RankView& view) { return NumKeys(view) - 1; }
+
+// Rows that go to all ranks are staged once in one tier only.
+template <typename Router>
+__device__ bool FindsCommon(const RouteArgs& args) {
+  return std::is_same_v<Router, FlatRouter> && IsDispatch(args);
 }
 
 // Raises a fault for the first index that is out of range, if there is one.
@@ -58,49 +66,55 @@ __device__ void RaiseBadEntry(const RankView& view, const RouteArgs& args) {
 // Writes the headers of all messages. One block calls this.
 __device__ void WriteHeaders(const RankView& view, const RouteArgs& args, const int32_t* totals) {
   const Config& config = view.config;
-  const int64_t first_part = FirstPartTokens(config, args.topk.num_tokens, args.row_bytes);
-  const int64_t first_tile = first_part / TileTokens(config);
-  const int32_t* first_places = view.tile_counts + first_tile * NumKeys(config);
+  const int64_t first_part =
+      FirstPartTokens(view.tile_tokens, args.topk.num_tokens, args.row_bytes);
+  const int64_t first_tile = first_part / view.tile_tokens;
+  const int32_t* first_places = view.tile_counts + first_tile * NumKeys(view);
   const bool failed = view.state->current.failed != kOk;
-  const int32_t num_common = totals[CommonKey(config)];
+  const int32_t num_common = totals[CommonKey(view)];
   const bool stages_once = !failed && StagesOnce(config, num_common, args.topk.num_tokens);
-  for (int32_t dst = threadIdx.x; dst < config.ep_size; dst += blockDim.x) {
+  for (int32_t lane = threadIdx.x; lane < view.messages.num_lanes; lane += blockDim.x) {
+    const int32_t message = view.messages.of_lane[lane];
     MessageHeader header;
     header.kind = failed ? kPoisonedKind : static_cast<int32_t>(KindOf(args.op));
-    header.num_rows = failed ? 0 : totals[config.num_experts + dst];
+    header.num_rows = failed ? 0 : totals[config.num_experts + lane];
     header.row_bytes = args.row_bytes;
     header.num_tokens = args.topk.num_tokens;
-    header.first_part = failed ? 0 : first_places[config.num_experts + dst];
-    if (stages_once && dst != view.rank) {
+    header.first_part = failed ? 0 : first_places[config.num_experts + lane];
+    if (stages_once && message != view.rank) {
       header.num_common = num_common;
-      header.first_common = first_places[CommonKey(config)];
+      header.first_common = first_places[CommonKey(view)];
     }
-    WriteHeader(view, dst, header);
+    WriteHeader(view, message, header);
   }
 }
 
 // Sends the notices of all messages, with the number of rows for each expert. One block calls this.
+template <typename Router>
 __device__ void SendNotices(const RankView& view, const RouteArgs& args, const int32_t* totals) {
   const Config& config = view.config;
   const Current current = view.state->current;
   if (current.failed == kNothing) return;
   const bool failed = current.failed != kOk;
-  const int32_t num_local = config.num_local_experts();
+  const Router router(view);
   const int32_t num_counted = config.num_experts - FirstKey(view, args);
-  for (int32_t expert = threadIdx.x; expert < num_counted; expert += blockDim.x) {
-    const int32_t dst = OwnerRank(expert, num_local);
-    std::byte* notice = Notice(view, dst, current.slot, view.rank);
-    RowsPerExpert(notice)[LocalExpert(expert, num_local)] = failed ? 0 : totals[expert];
+  for (int32_t key = threadIdx.x; key < num_counted; key += blockDim.x) {
+    const Entry expert = router.OfKey(key);
+    const OtherEnd& end = EndOf(view, view.messages.of_lane[expert.lane]);
+    std::byte* notice = Notice(view, end.rank, current.slot, end.message);
+    RowsPerExpert(notice)[expert.local] = failed ? 0 : totals[key];
   }
   __syncthreads();
-  for (int32_t dst = threadIdx.x; dst < config.ep_size; dst += blockDim.x) SendNotice(view, dst);
+  for (int32_t lane = threadIdx.x; lane < view.messages.num_lanes; lane += blockDim.x) {
+    SendNotice(view, view.messages.of_lane[lane]);
+  }
 }
 
 // Turns the counts of the tiles into first places, and writes the totals behind them. One block
 // calls this.
 __device__ void ScanTiles(const RankView& view, int32_t first_key, int32_t num_tiles) {
   constexpr int kUnroll = 32;  // tiles that are read in one round trip to memory
-  const int32_t num_keys = NumKeys(view.config);
+  const int32_t num_keys = NumKeys(view);
   for (int32_t key = first_key + threadIdx.x; key < num_keys; key += blockDim.x) {
     int32_t* column = view.tile_counts + key;
     int32_t total = 0;
@@ -122,20 +136,21 @@ __device__ void ScanTiles(const RankView& view, int32_t first_key, int32_t num_t
 }
 
 // Makes the histogram of this block's tile.
+template <typename Router>
 __device__ void CountTile(const RankView& view, const RouteArgs& args) {
   auto* histogram = DynamicShared<int32_t>();  // [num_keys]
-  const int32_t num_keys = NumKeys(view.config);
+  const int32_t num_keys = NumKeys(view);
   const int32_t num_experts = view.config.num_experts;
   const int32_t first_key = FirstKey(view, args);
   for (int32_t key = first_key + threadIdx.x; key < num_keys; key += blockDim.x) histogram[key] = 0;
   __syncthreads();
-  const Tile tile(view.config, args.topk.num_tokens);
-  const Entry entry = tile.Read(args.topk.idx, view.rank, IsDispatch(args));
+  const Tile tile(view, args.topk.num_tokens, static_cast<int32_t>(blockIdx.x));
+  const Entry entry = tile.Read(args.topk.idx, Router(view), view.rank, FindsCommon<Router>(args));
   // The complement: 0 stands for none, and the first bad entry is the largest.
   if (entry.bad) atomicMax(&view.state->bad_entry, ~tile.entry());
   if (entry.expert >= first_key) atomicAdd(&histogram[entry.expert], 1);
   if (entry.dst >= 0) atomicAdd(&histogram[num_experts + entry.dst], 1);
-  if (entry.is_common) atomicAdd(&histogram[CommonKey(view.config)], 1);
+  if (entry.is_common) atomicAdd(&histogram[CommonKey(view)], 1);
   __syncthreads();
   for (int32_t key = first_key + threadIdx.x; key < num_keys; key += blockDim.x) {
     view.tile_counts[int64_t{blockIdx.x} * num_keys + key] = histogram[key];
@@ -148,26 +163,28 @@ __device__ void EndCount(const RankView& view, const RouteArgs& args) {
   if (threadIdx.x == 0) RaiseBadEntry(view, args);
   ScanTiles(view, FirstKey(view, args), num_tiles);
   __syncthreads();
-  const int32_t* totals = view.tile_counts + int64_t{num_tiles} * NumKeys(view.config);
-  for (int32_t dst = threadIdx.x; dst < view.config.ep_size; dst += blockDim.x) {
-    view.state->routed_rows[dst] = totals[view.config.num_experts + dst];
+  const int32_t* totals = view.tile_counts + int64_t{num_tiles} * NumKeys(view);
+  for (int32_t lane = threadIdx.x; lane < view.messages.num_lanes; lane += blockDim.x) {
+    view.state->routed_rows[lane] = totals[view.config.num_experts + lane];
   }
   if (IsSend(args) && view.state->current.failed != kNothing) WriteHeaders(view, args, totals);
 }
 
+template <typename Router>
 __global__ void __launch_bounds__(kTileEntries)
     CountKernel(const RankView view, const RouteArgs args) {
   AdmitNext();
-  CountTile(view, args);
+  CountTile<Router>(view, args);
   if (IsLastBlock(view.state)) EndCount(view, args);
 }
 
 // Tools that read profiles recognise the beginning of an exchange by the name of this kernel.
+template <typename Router>
 __global__ void __launch_bounds__(kTileEntries)
     BeginAndCountKernel(const RankView view, const RouteArgs args) {
   if (static_cast<int32_t>(blockIdx.x) < NumTiles(args)) {
     AdmitNext();
-    CountTile(view, args);
+    CountTile<Router>(view, args);
   } else {
     Begin(view, args.op, *args.begin);
     AdmitNext();
@@ -187,7 +204,7 @@ __device__ Rank RankInWarp(int32_t key) {
   return {__popc(same & before), __popc(same)};
 }
 
-// Where the routing of a message to one rank is written.
+// Where the routing of one message is written.
 struct RoutingOut {
   int32_t* local_expert;
   int32_t* position;
@@ -196,9 +213,9 @@ struct RoutingOut {
   Placing placing;
 };
 
-__device__ RoutingOut RoutingOf(const RankView& view, int32_t dst) {
+__device__ RoutingOut RoutingOf(const RankView& view, int32_t number) {
   const int32_t slot = view.state->current.slot;
-  std::byte* message = OutMessage(view, slot, dst);
+  std::byte* message = OutMessage(view, slot, number);
   const MessageHeader& header = HeaderOf(message);
   const MessageLayout layout = LayoutOf(view.config, header);
   RoutingOut out;
@@ -210,10 +227,10 @@ __device__ RoutingOut RoutingOf(const RankView& view, int32_t dst) {
   return out;
 }
 
-// Writes the place of each token row in the message for `dst`.
-__device__ void WriteNumber(const RankView& view, const RoutingOut& out, int32_t dst,
+// Writes the place of a token row in a message.
+__device__ void WriteNumber(const RankView& view, const RoutingOut& out, int32_t message,
                             int32_t number, const CommonBefore& common, int64_t token) {
-  if (dst == view.rank) {
+  if (message == view.rank) {
     const int64_t first = int64_t{view.state->current.slot} * view.config.max_tokens;
     view.own_token[first + number] = static_cast<int32_t>(token);
   } else if (out.number != nullptr) {
@@ -221,46 +238,46 @@ __device__ void WriteNumber(const RankView& view, const RoutingOut& out, int32_t
   }
 }
 
-// Writes the routing of one (token, k) into the messages for all ranks that get the token.
+// Writes the routing of one (token, k) into all messages that have the token.
 __device__ void WriteRouting(const RankView& view, const RouteArgs& args, const RoutingOut* outs,
-                             const CommonBefore& common, int64_t token, int32_t k, int32_t expert,
-                             int32_t position) {
-  constexpr int kUnroll = 8;  // ranks that are read in one round trip to memory
+                             const CommonBefore& common, int64_t token, int32_t k,
+                             const Entry& expert, int32_t position) {
+  constexpr int kUnroll = 8;  // lanes that are read in one round trip to memory
   const Config& config = view.config;
-  const int32_t num_local = config.num_local_experts();
-  const int32_t owner = expert >= 0 ? OwnerRank(expert, num_local) : -1;
-  const int32_t local = expert >= 0 ? LocalExpert(expert, num_local) : -1;
+  const int32_t num_lanes = view.messages.num_lanes;
   const float weight = args.topk.weights[token * config.top_k + k];
-  for (int32_t first = 0; first < config.ep_size; first += kUnroll) {
+  for (int32_t first = 0; first < num_lanes; first += kUnroll) {
     int32_t numbers[kUnroll];
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
-      const int32_t dst = first + u;
-      numbers[u] = dst < config.ep_size ? view.row_of[token * config.ep_size + dst] : -1;
+      const int32_t lane = first + u;
+      numbers[u] = lane < num_lanes ? view.row_of[token * num_lanes + lane] : -1;
     }
 #pragma unroll
     for (int u = 0; u < kUnroll; ++u) {
       if (numbers[u] < 0) continue;
       const RoutingOut& out = outs[first + u];
-      const bool here = owner == first + u;
+      const bool here = expert.lane == first + u;
       const int64_t entry = int64_t{PlaceOf(out.placing, numbers[u], common)} * config.top_k + k;
-      out.local_expert[entry] = here ? local : -1;
+      out.local_expert[entry] = here ? expert.local : -1;
       out.position[entry] = here ? position : 0;
       out.weight[entry] = here ? weight : 0.0F;
     }
   }
 }
 
+template <typename Router>
 __global__ void __launch_bounds__(kTileEntries)
     PlaceKernel(const RankView view, const RouteArgs args) {
   auto* histograms = DynamicShared<int32_t>();  // [warps, num_keys]
   const Config& config = view.config;
-  const int32_t num_keys = NumKeys(config);
+  const int32_t num_keys = NumKeys(view);
+  const int32_t num_lanes = view.messages.num_lanes;
   const int32_t num_tiles = NumTiles(args);
   AdmitNext();
   if (static_cast<int32_t>(blockIdx.x) == num_tiles) {
     AwaitPrevious();
-    SendNotices(view, args, view.tile_counts + int64_t{num_tiles} * num_keys);
+    SendNotices<Router>(view, args, view.tile_counts + int64_t{num_tiles} * num_keys);
     return;
   }
   const auto num_warps = static_cast<int32_t>(blockDim.x / kWarpSize);
@@ -268,12 +285,12 @@ __global__ void __launch_bounds__(kTileEntries)
   const int32_t num_used = num_keys - first_key;
   int32_t* own = histograms + threadIdx.x / kWarpSize * num_used - first_key;  // by key
   for (int32_t i = threadIdx.x; i < num_used * num_warps; i += blockDim.x) histograms[i] = 0;
-  const Tile tile(view.config, args.topk.num_tokens);
-  for (int32_t i = threadIdx.x; i < tile.num_tokens() * config.ep_size; i += blockDim.x) {
-    view.row_of[tile.first_token() * config.ep_size + i] = -1;
+  const Tile tile(view, args.topk.num_tokens, static_cast<int32_t>(blockIdx.x));
+  for (int32_t i = threadIdx.x; i < tile.num_tokens() * num_lanes; i += blockDim.x) {
+    view.row_of[tile.first_token() * num_lanes + i] = -1;
   }
   // Read has a barrier. Behind it, all threads see the zeros.
-  const Entry entry = tile.Read(args.topk.idx, view.rank, IsDispatch(args));
+  const Entry entry = tile.Read(args.topk.idx, Router(view), view.rank, FindsCommon<Router>(args));
   const int32_t dst_key = entry.dst < 0 ? -1 : config.num_experts + entry.dst;
   const Rank expert_rank = RankInWarp(entry.expert);
   const Rank dst_rank = RankInWarp(dst_key);
@@ -281,13 +298,13 @@ __global__ void __launch_bounds__(kTileEntries)
   if (dst_key >= 0 && dst_rank.rank == 0) own[dst_key] = dst_rank.count;
   const unsigned common = __ballot_sync(kFullWarp, entry.is_common);
   const int lane = threadIdx.x % kWarpSize;
-  if (lane == 0) own[CommonKey(config)] = __popc(common);
+  if (lane == 0) own[CommonKey(view)] = __popc(common);
   AwaitPrevious();  // `Count` neither writes what was read here, nor reads what was written here.
   const Current current = view.state->current;
   const bool routed = IsDispatch(args) && current.failed == kOk;
   __shared__ RoutingOut outs[kMaxRanks];
-  for (int32_t dst = threadIdx.x; routed && dst < config.ep_size; dst += blockDim.x) {
-    outs[dst] = RoutingOf(view, dst);
+  for (int32_t lane = threadIdx.x; routed && lane < num_lanes; lane += blockDim.x) {
+    outs[lane] = RoutingOf(view, view.messages.of_lane[lane]);
   }
   __syncthreads();
   for (int32_t i = threadIdx.x; i < num_used; i += blockDim.x) {
@@ -302,17 +319,20 @@ __global__ void __launch_bounds__(kTileEntries)
   const auto in_tile = static_cast<int32_t>(threadIdx.x);
   const bool in_use = in_tile < tile.num_tokens() * config.top_k;
   const int32_t row = dst_key < 0 ? -1 : own[dst_key] + dst_rank.rank;
-  if (row >= 0) view.row_of[tile.token() * config.ep_size + entry.dst] = row;
+  if (row >= 0) view.row_of[tile.token() * num_lanes + entry.dst] = row;
   if (routed && in_use && in_tile % config.top_k == 0) {
-    const int32_t before = own[CommonKey(config)] + __popc(common & ((1U << lane) - 1));
+    const int32_t before = own[CommonKey(view)] + __popc(common & ((1U << lane) - 1));
     view.common_before[tile.token()] = CommonBefore{before, entry.is_common}.number();
   }
   if (!routed) return;
   __syncthreads();
   if (!in_use) return;
   const CommonBefore before = CommonBefore::Of(view.common_before[tile.token()]);
-  if (row >= 0) WriteNumber(view, outs[entry.dst], entry.dst, row, before, tile.token());
-  WriteRouting(view, args, outs, before, tile.token(), in_tile % config.top_k, entry.expert,
+  if (row >= 0) {
+    const int32_t message = view.messages.of_lane[entry.dst];
+    WriteNumber(view, outs[entry.dst], message, row, before, tile.token());
+  }
+  WriteRouting(view, args, outs, before, tile.token(), in_tile % config.top_k, entry,
                own[max(entry.expert, 0)] + expert_rank.rank);
 }
 
@@ -322,28 +342,41 @@ int64_t PlaceSharedBytes(const Config& config) {
   return int64_t{NumKeys(config)} * TileWarps(config) * int64_t{sizeof(int32_t)};
 }
 
-}  // namespace
-
-void LaunchRoute(const RankView& view, const RouteArgs& args, cudaStream_t stream) {
-  const int64_t tile_tokens = TileTokens(view.config);
+template <typename Router>
+void Launch(const RankView& view, const RouteArgs& args, cudaStream_t stream) {
+  const int64_t tile_tokens = view.tile_tokens;
   const auto tiles = static_cast<int>((args.topk.num_tokens + tile_tokens - 1) / tile_tokens);
   // Headers are written even if there are no tokens.
   const int blocks = std::max(tiles, 1) + (IsSend(args) ? 1 : 0);
   const int threads = TileWarps(view.config) * kWarpSize;
   const auto count_bytes = NumKeys(view.config) * sizeof(int32_t);
   const auto place_bytes = static_cast<size_t>(PlaceSharedBytes(view.config));
-  const auto count = IsSend(args) ? BeginAndCountKernel : CountKernel;
+  const auto count = IsSend(args) ? BeginAndCountKernel<Router> : CountKernel<Router>;
   Enqueue(count, {blocks, threads, count_bytes}, stream, view, args);
-  EnqueueBehind(PlaceKernel, {blocks, threads, place_bytes}, stream, view, args);
+  EnqueueBehind(PlaceKernel<Router>, {blocks, threads, place_bytes}, stream, view, args);
 }
 
-cudaError_t LoadRoute() {
-  for (const auto kernel : {CountKernel, BeginAndCountKernel, PlaceKernel}) {
+template <typename Router>
+cudaError_t LoadFor() {
+  for (const auto kernel :
+       {CountKernel<Router>, BeginAndCountKernel<Router>, PlaceKernel<Router>}) {
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxSharedBytes);
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;
+}
+
+}  // namespace
+
+void LaunchRoute(const RankView& view, const RouteArgs& args, cudaStream_t stream) {
+  view.config.has_two_tiers() ? Launch<TierRouter>(view, args, stream)
+                              : Launch<FlatRouter>(view, args, stream);
+}
+
+cudaError_t LoadRoute() {
+  const cudaError_t error = LoadFor<FlatRouter>();
+  return error == cudaSuccess ? LoadFor<TierRouter>() : error;
 }
 
 }  // namespace jax_sm_free::cuda

@@ -1,6 +1,9 @@
 """The sources of kernels."""
 
 KERNELS = [
+    "forward_route.cu",
+    "forward_rows.cu",
+    "forward_sums.cu",
     "pack.cu",
     "pack_quantized.cu",
     "pack_sums.cu",

@@ -52,7 +52,7 @@ class TurnRows {
   __device__ void Find(const RankView& view, const UnpackExpertsArgs& out, const Turn& turn) {
     const DeviceState* state = view.state;
     for (int32_t i = threadIdx.x; i < turn.count; i += blockDim.x) {
-      const int32_t source = Messages{turn.first, turn.count, 0}.source(view, i);
+      const int32_t source = SourceAt(view, turn.first + i);
       const int32_t begin = turn.first_part == 0 ? 0 : state->first_part[source];
       const int32_t end =
           turn.last_part == kLastPart ? state->num_rows[source] : state->first_part[source];
@@ -188,7 +188,8 @@ __device__ void TakeTurn(const RankView& view, const UnpackExpertsArgs& out, con
   if (last) {
     Acknowledge(view);
   } else if (current.failed == kOk) {
-    AwaitMessages(view, Op::kDispatchRecv, {next.first, next.count, next.last_part});
+    AwaitMessages(view, Op::kDispatchRecv, Awaited::kSources, next.last_part, next.count,
+                  [&](int32_t i) { return SourceAt(view, next.first + i); });
   }
 }
 
