@@ -44,7 +44,7 @@ from jax_sm_free.buffer import Buffer
 from jax_sm_free.config import Config
 from jax_sm_free.exporting import export_checks
 from jax_sm_free.grouped_matmul import grouped_matmul
-from jax_sm_free.inspection import Pair, Schedule, Step, inspect
+from jax_sm_free.inspection import inspect
 from jax_sm_free.layer import moe
 from jax_sm_free.lifetime import FaultError
 from jax_sm_free.memory import MemoryEstimate, estimate_memory, get_rdma_size_hint
@@ -52,6 +52,7 @@ from jax_sm_free.opening import buffer_for
 from jax_sm_free.padding import pad_experts, padded_num_experts
 from jax_sm_free.pending import Hook, Sent, overlap
 from jax_sm_free.results import Layout, Received, ReceivedTokens
+from jax_sm_free.schedule import Pair, Schedule, Step
 from jax_sm_free.stats import BufferStats, RankStats
 from jax_sm_free.version import __version__
 

@@ -75,11 +75,9 @@ class Buffer(WholeOps, Lifetime):
         Args:
           mesh: the devices.
           axis: the mesh axis whose ranks share the experts, or several, slowest first.
-          node_axis: the one of these axes that goes from node to node. Ranks that differ only along
-            it are a *rail*. A token then crosses once to each other node that has one of its
-            experts, within the rail, and is sent on within that node. A combine sums within each
-            node first. None, or an axis of one node, stands for one tier: each rank sends to each
-            other rank.
+          node_axis: the one of these axes that goes from node to node. A token then crosses once to
+            each other node that has one of its experts, and is sent on there; a combine sums within
+            each node first. None, or an axis of size 1: each rank sends to each other rank.
           hidden: columns of a row.
           num_experts: experts of the whole group. Rank r owns the r-th block of num_experts /
             ep_size experts.
@@ -230,20 +228,16 @@ class Buffer(WholeOps, Lifetime):
     def dispatch_forward(self, pending: Any) -> Any:
         """Sends on within this node what has come for it from other nodes. Collective.
 
-        Calling it is optional. It lets compute be placed on both sides of it: `overlap` before it
-        computes while rows travel between nodes, and `overlap` behind it while they travel within a
-        node. Where nobody calls it, `dispatch_recv` does first what it does. The backward pass has
-        a forward in the same place. Without a `node_axis` there is nothing to send on.
+        Optional: where nobody calls it, the recv does its work. `overlap` before it computes while
+        rows travel between nodes, `overlap` behind it while they travel within a node. The backward
+        pass has a forward in the same place. Without a `node_axis` there is nothing to send on.
 
         Args:
           pending: what `dispatch_send` returned, or the receive hook of a `dispatch`, through
             `overlap` or not.
 
         Returns:
-          The sent value, or the hook, to use from here on.
-
-        Raises:
-          ValueError: at trace time, if it has been forwarded already.
+          The sent value, or the hook, to use from here on. A second forward of it is a ValueError.
         """
         return self._forward("dispatch_forward", pending, "dispatch")
 
@@ -301,20 +295,16 @@ class Buffer(WholeOps, Lifetime):
     def combine_forward(self, pending: Any) -> Any:
         """Adds up the sums of the ranks of this node, and sends them to other nodes. Collective.
 
-        It does so for all tokens of ranks of its rail. The sum over a node's ranks is in rank
-        order, in float32, cast once to the buffer's dtype. Calling it is optional, as with
-        `dispatch_forward`. `overlap` before it computes while rows travel within a node, and
-        `overlap` behind it while they travel between nodes.
+        The sum over a node's ranks is in rank order, in float32, cast once to the buffer's dtype.
+        Optional, as `dispatch_forward` is. `overlap` before it computes while rows travel within a
+        node, `overlap` behind it while they travel between nodes.
 
         Args:
           pending: what `combine_send` returned, or the receive hook of a `combine`, through
             `overlap` or not.
 
         Returns:
-          The sent value, or the hook, to use from here on.
-
-        Raises:
-          ValueError: at trace time, if it has been forwarded already.
+          The sent value, or the hook, to use from here on. A second forward of it is a ValueError.
         """
         return self._forward("combine_forward", pending, "combine")
 

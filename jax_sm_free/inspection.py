@@ -7,18 +7,15 @@ calls.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from jax_sm_free import hlo
 from jax_sm_free.mapped_axes import PLACE
-
-Kind = Literal["send", "recv", "gemm"]
+from jax_sm_free.schedule import Kind, Pair, Schedule, Step, num_common
 
 _PREFIX = "smf_"
 _BUFFER = re.compile(r'\bbuffer\s*=\s*"((?:[^"\\]|\\.)*)"')
@@ -26,105 +23,6 @@ _MATRIX_OPS = frozenset({"dot", "convolution", "ragged-dot", "scaled-dot"})
 _MATRIX_CALL = re.compile(r"gemm|matmul|cublas|cudnn|onednn|triton|mosaic", re.IGNORECASE)
 _NESTING_OPS = ("while", "call", "conditional", "async")
 _BRANCHING_OPS = ("while", "conditional")
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """One of our calls, or a matrix product, in a schedule.
-
-    Attributes:
-      kind: "send", "recv" or "gemm". A gemm is a dot, a convolution or a ragged dot, a fusion that
-        contains one of these, or a call of a library or a hand-written kernel (cuBLAS, cuDNN,
-        Triton, Mosaic).
-      op: the op of our call, such as "dispatch_send"; the opcode of a gemm.
-      name: of the HLO instruction.
-      callers: names of the loops, calls and conditionals around the step, outermost first.
-      buffer: the number of the buffer that our call is for, in order of first use in the program;
-        None for a gemm.
-      op_name: the operation of the JAX program that became this step, as far as XLA tells.
-    """
-
-    kind: Kind
-    op: str
-    name: str
-    callers: tuple[str, ...] = ()
-    buffer: int | None = None
-    op_name: str = ""
-
-
-@dataclasses.dataclass(frozen=True)
-class Pair:
-    """A send, its recv, and the gemms scheduled between them.
-
-    Attributes:
-      send: the send.
-      recv: the recv that the send's token reaches; the next one if the token reaches several; None
-        if it reaches none.
-      gemms: the gemms between the two. If a loop carries the token to its next round, these are the
-        gemms from the send to the end of the loop, and from its beginning to the recv.
-    """
-
-    send: Step
-    recv: Step | None
-    gemms: tuple[Step, ...] = ()
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """Our calls and the gemms of a compiled program, in schedule order.
-
-    The steps of a loop are listed once, and so are the steps of each branch of a conditional.
-
-    Attributes:
-      steps: all steps.
-      pairs: one pair for each send, in the order of the sends.
-      unmatched: sends whose token reaches no recv, and recvs whose token comes from no send.
-      repeated: recvs whose token another recv of the same loop or branch takes, too. Such a
-        program ends in a fault.
-      copied: the calls that stand several times in one loop or branch, for each operation of the
-        JAX program. Either XLA has unrolled the loop, or it runs the exchange several times, or the
-        program makes the call in a loop of Python, whose rounds have the same `Step.op_name`.
-      num_slots: the most exchanges of one buffer that are in flight at once. `Buffer` needs at
-        least so many as its `num_slots`. 0 without our calls.
-    """
-
-    steps: tuple[Step, ...]
-    pairs: tuple[Pair, ...]
-    unmatched: tuple[Step, ...]
-    repeated: tuple[Step, ...]
-    copied: tuple[tuple[Step, ...], ...]
-    num_slots: int
-
-    @property
-    def counts(self) -> dict[str, int]:
-        """How often each of our sends and recvs stands in the program. A loop counts once."""
-        return dict(Counter(step.op for step in self.steps if step.kind != "gemm"))
-
-    def __str__(self) -> str:
-        """The timeline: one line for each step, indented by the loops and calls around it."""
-        lines = []
-        callers: tuple[str, ...] = ()
-        for step in self.steps:
-            common = _num_common(callers, step.callers)
-            for depth, caller in enumerate(step.callers[common:], common):
-                lines.append(f"{'  ' * depth}{caller}:")
-            callers = step.callers
-            lines.append("  " * len(callers) + self._describe(step))
-        for copies in self.copied:
-            where = copies[0].callers[-1] if copies[0].callers else "the program"
-            lines.append(f"{len(copies)} calls in {where} of {copies[0].op_name}")
-        lines.append(f"slots needed: {self.num_slots}")
-        return "\n".join(lines)
-
-    def _describe(self, step: Step) -> str:
-        if step.kind == "gemm":
-            return f"  {step.op:<26}{step.name}"
-        text = f"{step.op:<28}{step.name}, buffer {step.buffer}"
-        sends = [pair.send.name for pair in self.pairs if pair.recv == step]
-        if sends:
-            text += f", of {' or '.join(sends)}"
-        text += ", UNMATCHED" if step in self.unmatched else ""
-        return text + (", REPEATED" if step in self.repeated else "")
 
 
 def inspect(compiled: Any) -> Schedule:
@@ -157,7 +55,7 @@ def inspect(compiled: Any) -> Schedule:
         if step is not None:
             steps[place] = step
     frames = {step: _frame(module, place) for place, step in steps.items()}
-    return _schedule(tuple(steps.values()), _senders(module, steps), frames)
+    return _schedule(tuple(steps.values()), _givers(module, steps), frames)
 
 
 def _text_of(compiled: Any) -> str:
@@ -196,7 +94,8 @@ def _step(module: hlo.Module, place: hlo.Place, buffers: dict[str, int]) -> Step
     if _is_ours(instruction):
         op = instruction.target.removeprefix(_PREFIX)
         name = _BUFFER.search(instruction.attributes.partition("backend_config=")[2])
-        kind: Kind = "send" if op.endswith("_send") else "recv"
+        ends: dict[str, Kind] = {"_send": "send", "_forward": "forward"}
+        kind = next((kind for end, kind in ends.items() if op.endswith(end)), "recv")
         buffer = buffers.setdefault(name[1], len(buffers)) if name else None
         return describe(kind, op, buffer=buffer)
     is_gemm = _is_gemm(instruction) or (
@@ -211,19 +110,37 @@ def _is_gemm(instruction: hlo.Instruction) -> bool:
     return any(map(instruction.is_op, _MATRIX_OPS)) or bool(_MATRIX_CALL.search(instruction.target))
 
 
-def _senders(module: hlo.Module, steps: dict[hlo.Place, Step]) -> dict[Step, frozenset[Step]]:
-    """For each recv the sends from which its token, the first operand, can come.
+def _givers(module: hlo.Module, steps: dict[hlo.Place, Step]) -> dict[Step, frozenset[Step]]:
+    """For each recv and forward the sends and forwards from which its token can come at once.
 
-    The tokens of a mapped send travel as one array. A recv takes the token of its own place.
+    The token is the first operand. The tokens of a mapped send travel as one array. A recv takes
+    the token of its own place.
     """
-    sends = frozenset(place for place, step in steps.items() if step.kind == "send")
-    senders = {}
+    origins = frozenset(place for place, step in steps.items() if step.kind in ("send", "forward"))
+    givers = {}
     for place, step in steps.items():
-        if step.kind == "recv":
+        if step.kind in ("forward", "recv"):
             token = hlo.operand(place, module.at(place).operands[0])
-            found = (steps[send] for send in hlo.origins(module, token, (), sends))
-            senders[step] = frozenset(s for s in found if _mapped(s) == _mapped(step))
-    return senders
+            found = (steps[giver] for giver in hlo.origins(module, token, (), origins))
+            givers[step] = frozenset(s for s in found if _mapped(s) == _mapped(step))
+    return givers
+
+
+def _senders(givers: dict[Step, frozenset[Step]]) -> dict[Step, frozenset[Step]]:
+    """For each recv and forward the sends from which its token can come, also through forwards."""
+
+    def sends(taker: Step) -> frozenset[Step]:
+        found: set[Step] = set()
+        seen, todo = {taker}, [taker]
+        while todo:
+            ours = givers[todo.pop()]
+            found |= {step for step in ours if step.kind == "send"}
+            forwards = {step for step in ours if step.kind == "forward"} - seen
+            seen |= forwards
+            todo.extend(forwards)
+        return frozenset(found)
+
+    return {taker: sends(taker) for taker in givers}
 
 
 def _mapped(step: Step) -> list[str]:
@@ -247,28 +164,41 @@ def _frame(module: hlo.Module, place: hlo.Place) -> hlo.Place:
 
 def _schedule(
     steps: tuple[Step, ...],
-    senders: dict[Step, frozenset[Step]],
+    givers: dict[Step, frozenset[Step]],
     frames: dict[Step, hlo.Place],
 ) -> Schedule:
-    pairs = []
+    senders = _senders(givers)
+    pairs = tuple(
+        _pair(steps, position, givers, senders)
+        for position, step in enumerate(steps)
+        if step.kind == "send"
+    )
     repeated: set[Step] = set()
-    for position, step in enumerate(steps):
-        if step.kind == "send":
-            recvs = [i for i, recv in enumerate(steps) if step in senders.get(recv, ())]
-            pairs.append(_pair(steps, position, recvs))
-            for alike in _alike([steps[i] for i in recvs], frames.__getitem__):
-                repeated.update(alike)
-    unmatched = [pair.send for pair in pairs if pair.recv is None]
-    unmatched += [recv for recv, sends in senders.items() if not sends]
+    for giver in (step for step in steps if step.kind in ("send", "forward")):
+        takers = [step for step in steps if giver in givers.get(step, ())]
+        for alike in _alike(takers, frames.__getitem__):
+            repeated.update(alike)
     named = [step for step in steps if step.kind != "gemm" and step.op_name]
     return Schedule(
         steps=steps,
-        pairs=tuple(pairs),
-        unmatched=tuple(unmatched),
+        pairs=pairs,
+        unmatched=tuple(_unmatched(pairs, givers, senders)),
         repeated=tuple(step for step in steps if step in repeated),
         copied=tuple(_alike(named, lambda step: (step.op_name, step.buffer, frames[step]))),
         num_slots=_num_slots(steps, senders),
     )
+
+
+def _unmatched(
+    pairs: tuple[Pair, ...],
+    givers: dict[Step, frozenset[Step]],
+    senders: dict[Step, frozenset[Step]],
+) -> Iterator[Step]:
+    yield from (pair.send for pair in pairs if pair.recv is None)
+    taken = frozenset[Step]().union(*givers.values())
+    for taker, sends in senders.items():
+        if not sends or (taker.kind == "forward" and taker not in taken):
+            yield taker
 
 
 def _alike(steps: Sequence[Step], key: Callable[[Step], Any]) -> list[tuple[Step, ...]]:
@@ -279,27 +209,41 @@ def _alike(steps: Sequence[Step], key: Callable[[Step], Any]) -> list[tuple[Step
     return [tuple(group) for group in groups.values() if len(group) > 1]
 
 
-def _pair(steps: tuple[Step, ...], position: int, recvs: list[int]) -> Pair:
-    """The pair of the send at `position`, whose token reaches the recvs at positions `recvs`."""
+def _pair(
+    steps: tuple[Step, ...],
+    position: int,
+    givers: dict[Step, frozenset[Step]],
+    senders: dict[Step, frozenset[Step]],
+) -> Pair:
+    """The pair of the send at `position`."""
     send = steps[position]
+    recvs = [i for i, step in enumerate(steps) if step.kind == "recv" and send in senders[step]]
     if not recvs:
         return Pair(send, None)
 
     # If a loop hands a token on to its next round, the recv of that round is nearer than a recv
     # behind the loop.
     def distance(recv: int) -> tuple[int, bool, int]:
-        return -_num_common(send.callers, steps[recv].callers), recv < position, recv
+        return -num_common(send.callers, steps[recv].callers), recv < position, recv
 
     recv = min(recvs, key=distance)
-    between = range(position, recv)
-    wrapped: tuple[Step, ...] = ()
-    if recv < position:
-        loop = send.callers[: _num_common(send.callers, steps[recv].callers)]
-        inside = [i for i, step in enumerate(steps) if step.callers[: len(loop)] == loop]
-        between = range(position, inside[-1] + 1)
-        wrapped = steps[inside[0] : recv]
-    gemms = tuple(s for s in (*steps[between.start : between.stop], *wrapped) if s.kind == "gemm")
-    return Pair(send, steps[recv], gemms)
+    between = _between(steps, position, recv)
+    gemms = tuple(step for step in between if step.kind == "gemm")
+    forwards = (step for step in between if step.kind == "forward" and step in givers[steps[recv]])
+    forward = next(forwards, None)
+    if forward is None:
+        return Pair(send, steps[recv], gemms, before=gemms)
+    before = tuple(s for s in between[: between.index(forward)] if s.kind == "gemm")
+    return Pair(send, steps[recv], gemms, forward, before, gemms[len(before) :])
+
+
+def _between(steps: tuple[Step, ...], send: int, recv: int) -> tuple[Step, ...]:
+    """The steps from a send to its recv, if need be through the end of a loop to its beginning."""
+    if send < recv:
+        return steps[send:recv]
+    loop = steps[send].callers[: num_common(steps[send].callers, steps[recv].callers)]
+    inside = [i for i, step in enumerate(steps) if step.callers[: len(loop)] == loop]
+    return steps[send : inside[-1] + 1] + steps[inside[0] : recv]
 
 
 def _num_slots(steps: tuple[Step, ...], senders: dict[Step, frozenset[Step]]) -> int:
@@ -315,9 +259,3 @@ def _num_slots(steps: tuple[Step, ...], senders: dict[Step, frozenset[Step]]) ->
             for send in [s for s in in_flight if s in senders[step]][:1]:
                 in_flight.remove(send)
     return most
-
-
-def _num_common(a: tuple[str, ...], b: tuple[str, ...]) -> int:
-    """The length of the longest common beginning."""
-    same = (x == y for x, y in zip(a, b, strict=False))
-    return sum(1 for _ in itertools.takewhile(bool, same))

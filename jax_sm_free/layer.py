@@ -52,8 +52,9 @@ def moe(
       buffer: the buffer that exchanges the tokens.
       shared: compute that every token gets, added to the result. A function of `x` to [..., hidden]
         runs while the dispatch travels. Of a pair (first, second), first(x) runs while the dispatch
-        travels, and second(first(x)), which is added, runs while the combine travels. What these
-        functions close over is placed with them, in the backward pass, too.
+        travels, and second(first(x)), which is added, runs while the combine travels. With a
+        `node_axis`, both run while rows travel between nodes. What these functions close over is
+        placed with them, in the backward pass, too.
       apply_weights: whether combine multiplies rows by their weights. With False, `experts` has to
         multiply by `recv.weights` itself. That costs less before its last product, where rows are
         narrow, and the backward pass need not keep what `experts` returns.
@@ -81,7 +82,8 @@ def moe(
     y, aux = _rows_and_aux(experts(recv), has_aux, buffer.config)
     sent = buffer.combine_send(y, recv.layout, recv.weights if apply_weights else None)
     if after is not None:
-        of_all, sent = _beside(sent, after, of_all)
+        # Between nodes, sums travel behind the forward, and rows of a dispatch before it.
+        of_all, sent = _beside(buffer.combine_forward(sent), after, of_all)
     out = buffer.combine_recv(sent).reshape(x.shape)
     if shared is not None:
         if getattr(of_all, "shape", None) != x.shape:

@@ -59,6 +59,8 @@ def estimate_memory(config: Config) -> MemoryEstimate:
         + 4 * (2 * config.num_local_experts + 1)  # group_sizes, counts, dropped
         + 4 * (config.max_recv_tokens * config.top_k + config.ep_size)  # layout
     )
+    if config.num_nodes > 1:
+        recv += 4 * config.max_node_tokens * config.top_k  # node_topk of the layout
     from_nodes = (config.num_nodes - 1) * config.rail_message_bytes
     return MemoryEstimate(
         messages=config.num_slots * (config.ep_size * config.message_bytes + from_nodes),

@@ -5,6 +5,9 @@
     token of send ----+                 +---> token ---> recv
                    [barrier] compute [barrier]
     arguments --------+                 +---> results
+
+In two tiers, the forward takes the place of the recv for compute in front of it, and that of the
+send for compute behind it.
 """
 
 from __future__ import annotations
@@ -98,12 +101,13 @@ def overlap(pending: Hook[_T], fn: Callable[..., _R], *args: Any) -> tuple[_R, H
 def overlap(pending: Any, fn: Callable[..., _R], *args: Any) -> tuple[_R, Any]:
     """Computes fn(*args) between a send and its recv, in the forward and in the backward pass.
 
+    With a `node_axis` there is a forward between the two, and the compute is before or behind it.
     What `fn` computes from its arguments is held between the two. What `fn` closes over is not held
     there: pass it as an argument. Several calls of `overlap` on one exchange run one after the
     other. Not collective.
 
     Args:
-      pending: what a send returned, or a receive hook.
+      pending: what a send or a forward returned, or a receive hook.
       fn: a function of pytrees of arrays to a pytree of arrays.
       *args: the arguments of `fn`.
 

@@ -50,12 +50,22 @@ def require_gpu_compiler() -> None:
 @functools.cache
 def mesh(target: str = "h200", num_gpus: int = 4) -> Mesh:
     """A mesh of GPUs of one host that are not there, with the one axis "ep"."""
+    return Mesh(_devices(target, 1, num_gpus), ("ep",))
+
+
+@functools.cache
+def mesh_of_nodes(num_nodes: int = 2, num_gpus: int = 4) -> Mesh:
+    """A mesh of GPUs of several hosts that are not there, with the axes "node" and "gpu"."""
+    return Mesh(_devices("h200", num_nodes, num_gpus).reshape(num_nodes, -1), ("node", "gpu"))
+
+
+def _devices(target: str, num_hosts: int, num_gpus: int) -> np.ndarray:
     require_gpu_compiler()
     description = _NEW_FIELDS.sub("", (_TARGETS / f"{target}.txtpb").read_text())
     topology = topologies.get_topology_desc(
-        "", platform="cuda", target_config=description, topology=f"1x1x{num_gpus}"
+        "", platform="cuda", target_config=description, topology=f"1x{num_hosts}x{num_gpus}"
     )
-    return Mesh(np.array(topology.devices), ("ep",))
+    return np.array(topology.devices)
 
 
 def compile_for(

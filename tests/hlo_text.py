@@ -39,6 +39,17 @@ def recv(name: str, token: str, op: str = "dispatch_recv", buffer: int = 1) -> s
     )
 
 
+def forward(
+    name: str, token: str, op: str = "dispatch_forward", buffer: int = 1
+) -> tuple[str, str]:
+    """A forward, and the part of its results that is the token."""
+    return (
+        f"%{name} = (f32[8]{{0}}, s32[4,2]{{1,0}}) custom-call(%{token}), "
+        f'custom_call_target="smf_{op}", {TYPED}, backend_config={{buffer = "axes ep #{buffer}"}}',
+        f"%{name}.t = f32[8]{{0}} get-tuple-element(%{name}), index=0",
+    )
+
+
 def dot(name: str) -> str:
     return (
         f"%{name} = f32[4,4]{{1,0}} dot(%main.p, %main.p), lhs_contracting_dims={{1}}, "

@@ -70,6 +70,15 @@ def mesh_of(ep_size: int) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(np.array(jax.devices()[:ep_size]), ("ep",))
 
 
+def mesh_for(config: Config) -> jax.sharding.Mesh:
+    """A mesh in which the position of a device is its rank. Several nodes are the axis "node"."""
+    if config.num_nodes == 1:
+        return mesh_of(config.ep_size)
+    shape = -1, config.num_nodes, config.node_stride
+    devices = np.array(jax.devices()[: config.ep_size]).reshape(shape)
+    return jax.sharding.Mesh(devices, ("outer", "node", "inner"))
+
+
 def make_config(ep_size: int = SOME_RANKS, **sizes: Any) -> Config:
     """A configuration of small, odd sizes; `sizes` replaces some of them."""
     defaults = {
@@ -83,10 +92,16 @@ def make_config(ep_size: int = SOME_RANKS, **sizes: Any) -> Config:
     return Config(ep_size=ep_size, **(defaults | sizes))
 
 
-def open_buffer(config: Config, mesh: Any = None, axis: Any = "ep", module: Any = smf) -> Any:
+def open_buffer(
+    config: Config, mesh: Any = None, axis: Any = None, module: Any = smf, node_axis: Any = None
+) -> Any:
     """A buffer of the library, or of the reference, with these sizes."""
+    if mesh is None and config.num_nodes > 1:
+        mesh = mesh_for(config)
+        axis, node_axis = mesh.axis_names, "node"
     mesh = mesh_of(config.ep_size) if mesh is None else mesh
-    return module.Buffer.from_config(mesh, axis, config)
+    axis = "ep" if axis is None else axis
+    return module.Buffer.from_config(mesh, axis, config, node_axis=node_axis)
 
 
 def on_ranks(fn: Callable[..., Any], mesh: Any, **kwargs: Any) -> Callable[..., Any]:
@@ -125,7 +140,7 @@ def apis(config: Config) -> tuple[Api, Api]:
 @functools.cache
 def runners(config: Config, program: Callable[..., Any], **kwargs: Any) -> tuple[Any, Any]:
     """`program(api, *args)` compiled for the library and for the reference; compiled once."""
-    mesh = mesh_of(config.ep_size)
+    mesh = mesh_for(config)
     ours, theirs = (functools.partial(program, api) for api in apis(config))
     return on_ranks(ours, mesh, **kwargs), on_ranks(theirs, mesh, **kwargs)
 

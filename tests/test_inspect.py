@@ -8,7 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hlo_text import LOOP, STATE, computation, dot, entry, module, recv, send, while_loop
+from hlo_text import (
+    LOOP,
+    STATE,
+    computation,
+    dot,
+    entry,
+    module,
+    recv,
+    send,
+    while_loop,
+)
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 

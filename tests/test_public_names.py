@@ -77,7 +77,11 @@ def test_a_buffer_of_a_config_has_a_transport_and_a_name():
 
 @pytest.mark.parametrize("module", [smf, reference])
 @pytest.mark.parametrize(
-    "op", ["dispatch", "dispatch_send", "dispatch_recv", "combine", "combine_send", "combine_recv"]
+    "op",
+    [
+        *("dispatch", "dispatch_send", "dispatch_forward", "dispatch_recv"),
+        *("combine", "combine_send", "combine_forward", "combine_recv"),
+    ],
 )
 def test_all_arguments_of_an_op_go_by_position_and_by_keyword(module, op):
     parameters = list(inspect.signature(getattr(module.Buffer, op)).parameters.values())

@@ -47,8 +47,7 @@ def on_ranks(fn, mesh, **kwargs):
 
 
 def buffer_of(config: Config, mesh, axis="ep") -> reference.Buffer:
-    sizes = {key: getattr(config, key) for key in config.__dataclass_fields__ if key != "ep_size"}
-    return reference.Buffer(mesh, axis, **sizes)
+    return reference.Buffer.from_config(mesh, axis, config)
 
 
 @functools.cache

@@ -25,6 +25,7 @@ def dispatches(buffer: smf.Buffer, x: Array, idx: Array, weights: Array) -> None
     squared, hook = smf.overlap(hook, square, x)
     assert_type(squared, Array)
     assert_type(hook, smf.Hook[smf.Received])
+    assert_type(buffer.dispatch_forward(hook), smf.Hook[smf.Received])
     assert_type(hook(), smf.Received)
 
 
@@ -34,6 +35,7 @@ def split_dispatch(buffer: smf.Buffer, x: Array, idx: Array, weights: Array) -> 
     squared, sent = smf.overlap(sent, square, x)
     assert_type(squared, Array)
     assert_type(sent, smf.Sent)
+    assert_type(buffer.dispatch_forward(sent), smf.Sent)
     assert_type(buffer.dispatch_recv(sent), smf.Received)
     assert_type(buffer.dispatch_recv(sent, "tokens"), smf.ReceivedTokens)
     assert_type(buffer.dispatch_recv(sent, output="tokens"), smf.ReceivedTokens)
@@ -48,6 +50,9 @@ def combines(buffer: smf.Buffer, recv: smf.Received) -> None:
     assert_type(buffer.combine(y, layout, return_recv_hook=True), smf.Hook[Array])
     assert_type(buffer.combine(y, layout, weights, True), smf.Hook[Array])
     assert_type(buffer.combine_send(y, layout, weights=weights), smf.Sent)
+    assert_type(buffer.combine_forward(buffer.combine_send(y, layout)), smf.Sent)
+    hook = buffer.combine(y, layout, return_recv_hook=True)
+    assert_type(buffer.combine_forward(hook), smf.Hook[Array])
     assert_type(buffer.combine_recv(buffer.combine_send(y, layout, weights)), Array)
 
 
@@ -57,6 +62,9 @@ def opens(mesh: Mesh) -> None:
     with smf.Buffer(mesh, "ep", hidden=8, num_experts=4, top_k=1, max_tokens=2) as buffer:
         assert_type(buffer, smf.Buffer)
     assert_type(smf.buffer_for("ep", mesh, hidden=8), smf.Buffer)
+    axes = ("node", "gpu")
+    assert_type(smf.Buffer.from_config(mesh, axes, sizes, node_axis="node"), smf.Buffer)
+    assert_type(smf.buffer_for(axes, mesh, node_axis="node", hidden=8), smf.Buffer)
 
 
 def runs_on_the_reference(mesh: Mesh, x: Array, idx: Array, weights: Array) -> None:

@@ -74,8 +74,9 @@ std::optional<Fault> SendRows(const HostCall& call, const TopK& topk, const Pack
   if (const Fault* fault = FaultOf(made)) return Fail(call, call.run, *fault);
   const auto& routes = std::get<Routes>(made);
   const auto pack = [&](Hop hop, const Transport::Parcel& parcel) {
-    if (hop != Hop::kRail)
+    if (hop != Hop::kRail) {
       return pack_rows(config, routes.flat.tokens(parcel.dst), topk, parcel.dst);
+    }
     const int32_t node = NodeOf(config, parcel.dst);
     const TopK sorted{routes.sorted_idx.data(), topk.weights, topk.num_tokens};
     return pack_rows(RailConfig(config), routes.rail.tokens(node), sorted, node);

@@ -28,6 +28,7 @@ class Arrivals:
       token_rows: i32 [R], which of the M tokens is the i-th token row received; -1 past the last.
       num_rows_from: i32 [ep_size], token rows received from each rank.
       counts: i32 [E], rows sent to each local expert.
+      node_topk: as in `Layout`.
     """
 
     x: Any
@@ -36,6 +37,7 @@ class Arrivals:
     token_rows: Array
     num_rows_from: Array
     counts: Array
+    node_topk: Array | None
 
 
 def is_sent_to(config: Config, topk_idx: Array) -> Array:
@@ -51,7 +53,8 @@ def gather(config: Config, axes: tuple[str, ...], sent: Any) -> Arrivals:
     _, num_tokens, top_k = sent.topk_idx.shape
     num_all = config.ep_size * num_tokens
     num_experts = config.num_local_experts
-    local = sent.topk_idx - lax.axis_index(axes).astype(jnp.int32) * num_experts
+    rank = lax.axis_index(axes).astype(jnp.int32)
+    local = sent.topk_idx - rank * num_experts
     expert = jnp.where((local >= 0) & (local < num_experts), local, num_experts)
     has_row = (expert < num_experts).any(-1)
     flat = expert.reshape(num_all, top_k)
@@ -62,7 +65,34 @@ def gather(config: Config, axes: tuple[str, ...], sent: Any) -> Arrivals:
         token_rows=_indices_of(has_row.reshape(-1), config.max_recv_tokens),
         num_rows_from=has_row.sum(-1, dtype=jnp.int32),
         counts=jnp.bincount(flat.reshape(-1), length=num_experts + 1)[:-1].astype(jnp.int32),
+        node_topk=_node_topk(config, rank, sent.topk_idx) if config.num_nodes > 1 else None,
     )
+
+
+def _node_topk(config: Config, rank: Array, topk_idx: Array) -> Array:
+    """`Layout.node_topk` of a rank, from topk_idx [ep_size, T, top_k] of all ranks."""
+    num_nodes, stride = config.num_nodes, config.node_stride
+
+    def node_of(rank: Array) -> Array:
+        return rank // stride % num_nodes
+
+    def local_of(rank: Array) -> Array:
+        return rank // (stride * num_nodes) * stride + rank % stride
+
+    every_rank = jnp.arange(config.ep_size, dtype=jnp.int32)
+    rail = jnp.argsort(local_of(every_rank) != local_of(rank), stable=True)[:num_nodes]
+    idx = topk_idx[rail]
+    owner = idx // config.num_local_experts
+    is_here = (idx >= 0) & (idx < config.num_experts) & (node_of(owner) == node_of(rank))
+    expert = local_of(owner) * config.num_local_experts + idx % config.num_local_experts
+    is_other = jnp.arange(num_nodes) != node_of(rank)
+    is_row = is_here.any(-1) & is_other[:, None]
+    place = jnp.where(is_row, jnp.cumsum(is_row, axis=1) - 1, config.max_tokens)
+    rows = jnp.full((num_nodes, config.max_tokens, config.top_k), -1, jnp.int32)
+    rows = rows.at[jnp.arange(num_nodes)[:, None], place].set(
+        jnp.where(is_here, expert, -1), mode="drop"
+    )
+    return rows.reshape(-1, config.top_k)
 
 
 def _indices_of(mask: Array, size: int) -> Array:
@@ -86,7 +116,9 @@ def by_token(config: Config, topk_idx: Array, arrivals: Arrivals) -> ReceivedTok
         topk_weights=take_rows(jnp.where(here, arrivals.weights, 0), token_rows),
         counts=arrivals.counts,
         num_tokens=num_tokens,
-        layout=Layout(topk_idx, identity[:, None], arrivals.num_rows_from, "tokens"),
+        layout=Layout(
+            topk_idx, identity[:, None], arrivals.num_rows_from, "tokens", arrivals.node_topk
+        ),
     )
 
 
@@ -120,7 +152,7 @@ def by_expert(config: Config, topk_idx: Array, arrivals: Arrivals) -> Received:
         counts=arrivals.counts,
         weights=take_rows(arrivals.weights.reshape(-1), entry),
         dropped=(arrivals.counts - kept).sum(dtype=jnp.int32),
-        layout=Layout(topk_idx, rows, arrivals.num_rows_from, "experts"),
+        layout=Layout(topk_idx, rows, arrivals.num_rows_from, "experts", arrivals.node_topk),
         expert_capacity=config.expert_capacity,
     )
 

@@ -55,9 +55,11 @@ def sum_by_node(addends: Array, num_nodes: int, node_stride: int) -> Array:
     """
     if num_nodes == 1:
         return _sum_and_cast(addends)
-    shape = addends.shape[1:]
-    by_node = jnp.moveaxis(addends.reshape(-1, num_nodes, node_stride, *shape), 1, 2)
-    return _sum_and_cast(_sum_and_cast(by_node.reshape(-1, num_nodes, *shape)))
+    ep_size, *shape = addends.shape
+    outer = ep_size // (num_nodes * node_stride)
+    by_node = jnp.moveaxis(addends.reshape(outer, num_nodes, node_stride, *shape), 1, 2)
+    by_node = by_node.reshape(outer * node_stride, num_nodes, *shape)
+    return _sum_and_cast(_sum_and_cast(by_node))
 
 
 def _sum_and_cast(addends: Array) -> Array:
