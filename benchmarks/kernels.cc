@@ -110,8 +110,7 @@ Phases DispatchPhases(const Config& config, const Rows& rows) {
   Phases phases = {{"route", 0}, {"pack", row * config.max_tokens + wire * packed}};
   if (config.has_two_tiers()) {
     const double forwarded = rows.on_rails + rows.to_other_nodes;
-    phases.insert(phases.end(),
-                  {{"wait for rail", 0}, {"route rail", 0}, {"forward rows", wire * forwarded}});
+    phases.insert(phases.end(), {{"wait + route rail", 0}, {"forward rows", wire * forwarded}});
   }
   const auto capacity = static_cast<double>(config.recv_capacity);
   phases.insert(phases.end(), {{"wait", 0}, {"plan + unpack", wire * received + row * capacity}});

@@ -22,6 +22,8 @@ Interval = tuple[float, float]
 # The phases of our kernels, by the first of these that their names contain. The long names come
 # first: "PackSums" is no "Pack".
 _PHASES = (
+    ("ForwardRows", "forward"),
+    ("ForwardSums", "forward"),
     ("PackSums", "reduce-pack"),
     ("Unpack", "unpack"),
     ("Plan", "unpack"),

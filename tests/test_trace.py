@@ -130,6 +130,10 @@ def test_no_profile(tmp_path):
         ("PlanKernel", "unpack"),
         ("WaitKernel", "wait"),
         ("SumKernel", "sum"),
+        ("ForwardCountKernel", "route"),
+        ("ForwardPlaceKernel", "route"),
+        ("ForwardRowsKernel", "forward"),
+        ("ForwardSumsKernel<bf16, true>", "forward"),
         ("NewKernel", "unknown"),
     ],
 )

@@ -71,10 +71,9 @@ void DispatchForward(const DeviceCall& call, const float* token, const ForwardOu
   LaunchWait(*call.view,
              {.op = call.op, .awaited = Awaited::kRail, .token = token, .token_out = out.token},
              call.stream);
-  EndPhase(call, "wait for rail");
   LaunchForwardRoute(*call.view, {.op = call.op, .node_topk_out = out.node_topk, .is_first = false},
                      call.stream);
-  EndPhase(call, "route rail");
+  EndPhase(call, "wait + route rail");
   LaunchForwardRows(*call.view, call.op, call.stream);
   EndPhase(call, "forward rows");
 }

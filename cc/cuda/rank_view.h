@@ -30,6 +30,11 @@ constexpr int32_t AmongOthers(int32_t node, int32_t other) {
 }
 constexpr int32_t OtherNode(int32_t node, int32_t i) { return i + (i < node ? 0 : 1); }
 
+// The i-th node up the ring of nodes from `node`, among the other nodes.
+constexpr int32_t NextOther(const Config& config, int32_t node, int32_t i) {
+  return (node + i) % (config.num_nodes - 1);
+}
+
 // The other end of a message.
 struct OtherEnd {
   uint8_t rank;         // may be this rank itself
@@ -68,13 +73,17 @@ constexpr OtherEnd OtherEndOf(const Config& config, int32_t rank, int32_t messag
 // The messages of a rank.
 struct MessageTable {
   OtherEnd end[kMaxMessages];
-  // The messages in which a send of token rows sends them, and a recv of sums gets them. First by
-  // lane: ranks of the own node, by place; then rail peers. Then in the order of posting, in which
-  // each rank starts with another destination. Rail messages, which have the longest way, come
-  // first, and the message of this rank to itself is the last one.
+  // The messages in which a send of token rows sends them, and a recv of sums gets them: those of
+  // the ranks of the own node, by place, and then those of rail peers.
   int32_t num_lanes;
   uint8_t of_lane[kMaxRanks];
-  uint8_t posted[kMaxRanks];
+
+  // The orders of messages. In each, every rank starts with another rank. In one tier, ranks are in
+  // a ring: a rank sends up the ring, and so gets messages from down the ring first. In two tiers,
+  // nodes are in a ring, and so are the ranks of a node. Messages with the longest way go first.
+  uint8_t rows_sent[kMaxRanks];      // those of all lanes, this rank's own message last
+  uint8_t sums_sent[kMaxRanks];      // those with sums for each rank, this rank's own last
+  uint8_t rows_received[kMaxRanks];  // those with rows of each rank, this rank's own first
 };
 
 constexpr MessageTable MessagesOf(const Config& config, int32_t rank) {
@@ -84,15 +93,24 @@ constexpr MessageTable MessagesOf(const Config& config, int32_t rank) {
   const int32_t size = config.node_size();
   const int32_t num_others = config.num_nodes - 1;
   const int32_t node = NodeOf(config, rank);
-  for (int32_t i = 0; i < size; ++i) {
-    const int32_t next = (PlaceInNode(config, rank) + 1 + i) % size;
-    table.of_lane[i] = static_cast<uint8_t>(RankAt(config, node, i));
-    table.posted[num_others + i] = static_cast<uint8_t>(RankAt(config, node, next));
-  }
+  const int32_t place = PlaceInNode(config, rank);
   for (int32_t i = 0; i < num_others; ++i) {
-    const int32_t next = AmongOthers(node, (node + 1 + i) % config.num_nodes);
+    const int32_t next = NextOther(config, node, i);
     table.of_lane[size + i] = static_cast<uint8_t>(config.ep_size + i);
-    table.posted[i] = static_cast<uint8_t>(config.ep_size + next);
+    table.rows_sent[i] = static_cast<uint8_t>(config.ep_size + next);
+  }
+  for (int32_t i = 0; i < size; ++i) {
+    const int32_t above = (place + 1 + i) % size;
+    const int32_t below = (place + size - i) % size;
+    table.of_lane[i] = static_cast<uint8_t>(RankAt(config, node, i));
+    table.rows_sent[num_others + i] = static_cast<uint8_t>(RankAt(config, node, above));
+    for (int32_t n = 0; n < config.num_nodes; ++n) {
+      const bool is_own = n == num_others;
+      const int32_t upwards = is_own ? node : OtherNode(node, NextOther(config, node, n));
+      const int32_t downwards = (node + config.num_nodes - n) % config.num_nodes;
+      table.sums_sent[n * size + i] = static_cast<uint8_t>(RankAt(config, upwards, above));
+      table.rows_received[n * size + i] = static_cast<uint8_t>(RankAt(config, downwards, below));
+    }
   }
   return table;
 }

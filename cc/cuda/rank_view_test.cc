@@ -72,15 +72,15 @@ TEST_P(RankViewTest, EachMessageHasAStageOfItsOwn) {
   }
 }
 
-TEST_P(RankViewTest, ASendOfRowsPostsTheMessagesOfAllLanes) {
+TEST_P(RankViewTest, ASendOfRowsSendsTheMessagesOfAllLanes) {
   const Config& config = GetParam();
   for (int32_t rank = 0; rank < config.ep_size; ++rank) {
     const MessageTable table = MessagesOf(config, rank);
     const std::set<int32_t> of_lanes(table.of_lane, table.of_lane + table.num_lanes);
-    const std::set<int32_t> posted(table.posted, table.posted + table.num_lanes);
+    const std::set<int32_t> sent(table.rows_sent, table.rows_sent + table.num_lanes);
     EXPECT_EQ(of_lanes.size(), static_cast<size_t>(table.num_lanes));
-    EXPECT_EQ(of_lanes, posted);
-    EXPECT_EQ(table.posted[table.num_lanes - 1], rank);
+    EXPECT_EQ(of_lanes, sent);
+    EXPECT_EQ(table.rows_sent[table.num_lanes - 1], rank);
     for (const int32_t message : of_lanes) {
       // The message of a lane has the number of its source: that of the rank itself, or on a rail.
       const OtherEnd& end = table.end[message];
@@ -88,6 +88,27 @@ TEST_P(RankViewTest, ASendOfRowsPostsTheMessagesOfAllLanes) {
       if (message < config.ep_size) {
         EXPECT_EQ(end.message, rank);
       }
+    }
+  }
+}
+
+TEST_P(RankViewTest, EachRankIsOnceInEachOrder) {
+  const Config& config = GetParam();
+  for (int32_t rank = 0; rank < config.ep_size; ++rank) {
+    const MessageTable table = MessagesOf(config, rank);
+    const auto check = [&](const uint8_t* order) {
+      EXPECT_EQ(std::set<int32_t>(order, order + config.ep_size).size(),
+                static_cast<size_t>(config.ep_size));
+    };
+    check(table.sums_sent);
+    check(table.rows_received);
+    EXPECT_EQ(table.sums_sent[config.ep_size - 1], rank);
+    EXPECT_EQ(table.rows_received[0], rank);
+    const int32_t num_foreign = config.ep_size - config.node_size();
+    for (int32_t i = 0; i < config.ep_size; ++i) {
+      EXPECT_EQ(NodeOf(config, table.sums_sent[i]) == NodeOf(config, rank), i >= num_foreign);
+      EXPECT_EQ(NodeOf(config, table.rows_received[i]) == NodeOf(config, rank),
+                i < config.node_size());
     }
   }
 }
@@ -105,7 +126,9 @@ TEST(OneTierTest, InOneTierMessagesAreNumberedByRank) {
     EXPECT_EQ(table.end[rank].rank, rank);
     EXPECT_EQ(table.end[rank].message, 2);
     EXPECT_EQ(table.of_lane[rank], rank);
-    EXPECT_EQ(table.posted[rank], (2 + 1 + rank) % 4);
+    EXPECT_EQ(table.rows_sent[rank], (2 + 1 + rank) % 4);
+    EXPECT_EQ(table.sums_sent[rank], (2 + 1 + rank) % 4);
+    EXPECT_EQ(table.rows_received[rank], (2 + 4 - rank) % 4);
   }
 }
 

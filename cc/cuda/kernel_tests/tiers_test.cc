@@ -6,7 +6,6 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <optional>
 #include <random>
 #include <string>
 #include <vector>
@@ -227,6 +226,7 @@ class TierFaultsTest : public testing::Test {
   }
   std::vector<Floats> NumbersOfAll(int64_t count) {
     std::vector<Floats> numbers;
+    numbers.reserve(kCase.ep_size);
     for (int32_t rank = 0; rank < kCase.ep_size; ++rank) numbers.push_back(ops.Numbers(count));
     return numbers;
   }

@@ -93,13 +93,6 @@ __device__ bool Await(const RankView& view, Op op, Awaited awaited, int32_t mess
   return false;
 }
 
-// Rank r sends to r + 1 first, so the message of r - 1 comes first, then that of r - 2, and so on.
-// `distance` is that of a source down the ring from this rank.
-__device__ inline int32_t SourceAt(const RankView& view, int32_t distance) {
-  const int32_t ep_size = view.config.ep_size;
-  return (view.rank - distance + 2 * ep_size) % ep_size;
-}
-
 // Waits until the copy of a posted message is complete. If the copy takes too long, the message is
 // read where it was packed.
 __device__ inline void AwaitCopy(const RankView& view, int32_t message, uint64_t value) {

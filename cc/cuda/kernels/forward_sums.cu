@@ -14,6 +14,25 @@
 namespace jax_sm_free::cuda {
 namespace {
 
+// The other node of the i-th rail message. Each node starts with another one.
+__device__ int32_t RailAt(const RankView& view, int32_t i) {
+  return NextOther(view.config, NodeOf(view.config, view.rank), i);
+}
+
+// The header of the i-th rail message. Like the first message of a combine, the first one goes in
+// parts, so that its transfer can start before it is complete.
+__device__ MessageHeader RailHeader(const RankView& view, Op op, int32_t i) {
+  MessageHeader header = ForwardHeader(view, op, view.state->rail_rows[RailAt(view, i)]);
+  if (i == 0 && op == Op::kCombineForward) {
+    header.first_part = FirstPartRows(header.num_rows, header.row_bytes);
+  }
+  return header;
+}
+
+// The step in which a part of the i-th rail message is summed. Only the first one may have two
+// parts.
+__device__ int StepOf(int32_t i, int part) { return i + part; }
+
 // The messages that are summed. The object is in shared memory. All threads of a block call `Find`.
 struct NodeMessages {
   // What a rank of this node has for another node.
@@ -23,7 +42,7 @@ struct NodeMessages {
   };
   In in[kMaxRanks];  // by other node and place
   int64_t row_stride;
-  int32_t first_row[kMaxRanks + 1];  // rows of the rail messages before, by other node
+  int32_t first_row[kMaxRanks + 1];  // rows of the rail messages before, in order
 
   __device__ void Find(const RankView& view, Op op) {
     const int32_t slot = view.state->current.slot;
@@ -37,8 +56,8 @@ struct NodeMessages {
     if (threadIdx.x == 0) {
       row_stride = LayoutOf(view.config, ForwardHeader(view, op, 0)).row_stride;
       first_row[0] = 0;
-      for (int32_t other = 0; other < num_others; ++other) {
-        first_row[other + 1] = first_row[other] + view.state->rail_rows[other];
+      for (int32_t i = 0; i < num_others; ++i) {
+        first_row[i + 1] = first_row[i] + view.state->rail_rows[RailAt(view, i)];
       }
     }
     __syncthreads();
@@ -54,11 +73,13 @@ class PlaceTerms {
         node_size_(view.config.node_size()),
         own_node_(NodeOf(view.config, view.rank)) {}
 
+  // Each object is asked for rising rows, which may be ahead of those that are summed.
   __device__ Terms operator()(int64_t i) const {
-    int32_t other = 0;
-    while (i >= messages_.first_row[other + 1]) ++other;
+    while (i >= messages_.first_row[rail_ + 1]) ++rail_;
+    const int32_t other = RailAt(view_, rail_);
+    const int64_t rail_row = RailRow(other, i - messages_.first_row[rail_]);
     const int place = threadIdx.x % kWarpSize;
-    const int32_t row = place < node_size_ ? RowsOf(other, i)[place] : -1;
+    const int32_t row = place < node_size_ ? RowsOf(rail_row)[place] : -1;
     Terms terms;
     terms.present = __ballot_sync(kFullWarp, row >= 0);
     if (row >= 0) {
@@ -67,13 +88,13 @@ class PlaceTerms {
     return terms;
   }
 
-  // The rows of the sum in the messages of all places.
-  __device__ const int32_t* RowsOf(int32_t other, int64_t i) const {
-    return view_.row_of + RailRow(other, i) * node_size_;
+  // The rows of a sum in the messages of all places.
+  __device__ const int32_t* RowsOf(int64_t rail_row) const {
+    return view_.row_of + rail_row * node_size_;
   }
-  // The place of row i in arrays of rows of rail messages.
-  __device__ int64_t RailRow(int32_t other, int64_t i) const {
-    return FirstRailRow(view_, OtherNode(own_node_, other)) + i - messages_.first_row[other];
+  // The place of a row of a rail message in arrays of rows of all rail messages.
+  __device__ int64_t RailRow(int32_t other, int64_t row) const {
+    return FirstRailRow(view_, OtherNode(own_node_, other)) + row;
   }
 
  private:
@@ -81,20 +102,21 @@ class PlaceTerms {
   const NodeMessages& messages_;
   int32_t node_size_;
   int32_t own_node_;
+  mutable int32_t rail_ = 0;  // of the last row, in order
 };
 
 // The gradient of a weight is in the message of the rank that owns the expert.
 __device__ void PassWeightGrads(const RankView& view, const ForwardSumsArgs& args,
                                 const NodeMessages& messages, const PlaceTerms& terms_of,
-                                int32_t other, int64_t i, float* out) {
+                                int32_t other, int64_t rail_row, float* out) {
   const int32_t top_k = view.config.top_k;
   const int k = threadIdx.x % kWarpSize;
   if (k >= top_k) return;
-  const int32_t expert = args.node_topk[terms_of.RailRow(other, i) * top_k + k];
+  const int32_t expert = args.node_topk[rail_row * top_k + k];
   float grad = 0;
   if (expert >= 0) {
     const int32_t place = OwnerRank(expert, view.config.num_local_experts());
-    const int64_t row = terms_of.RowsOf(other, i)[place];
+    const int64_t row = terms_of.RowsOf(rail_row)[place];
     grad = messages.in[other * view.config.node_size() + place].weight[row * top_k + k];
   }
   out[k] = grad;
@@ -107,14 +129,18 @@ __device__ void PostRail(const RankView& view, Op op, const Steps& steps) {
   const auto lane = static_cast<int32_t>(threadIdx.x);
   if (lane >= kWarpSize) return;
   if (lane < num_others) {
-    const int32_t message = view.config.ep_size + lane;
-    WriteHeader(view, message, ForwardHeader(view, op, view.state->rail_rows[lane]));
+    const int32_t message = view.config.ep_size + RailAt(view, lane);
+    WriteHeader(view, message, RailHeader(view, op, lane));
     SendNotice(view, message);
   }
   __syncwarp();
-  for (int32_t other = 0; other < num_others; ++other) {
-    steps.Await(other);
-    PostParts(view, lane == 0 ? view.config.ep_size + other : -1, kLastPart);
+  for (int32_t i = 0; i < num_others; ++i) {
+    const int32_t message = view.config.ep_size + RailAt(view, i);
+    const bool in_parts = RailHeader(view, op, i).first_part > 0;
+    for (int part = in_parts ? 0 : kLastPart; part < kNumParts; ++part) {
+      steps.Await(StepOf(i, part));
+      PostParts(view, lane == 0 ? message : -1, part);
+    }
   }
 }
 
@@ -131,30 +157,31 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
   const Steps steps(view.state);
   if (IsWatch()) return PostRail(view, args.op, steps);
   const int32_t num_others = view.config.num_nodes - 1;
-  if (current.failed == kOk) {
-    messages.Find(view, args.op);
-    const bool has_grads = args.op == Op::kDispatchBackwardForward;
-    const PlaceTerms terms_of(view, messages);
-    const Matrix matrix{view.config.dtype, messages.row_stride / int64_t{sizeof(T)}};
-    SumOf<T, kWidth, false, kBulk, PlaceTerms> sum(matrix, messages.first_row[num_others],
-                                                   Workers(), view.state, terms_of);
-    Claim at = sum.Next();
-    for (int32_t other = 0; other < num_others; ++other) {
-      const MessageLayout layout =
-          LayoutOf(view.config, ForwardHeader(view, args.op, view.state->rail_rows[other]));
-      std::byte* message = OutMessage(view, current.slot, view.config.ep_size + other);
-      for (; at.row < messages.first_row[other + 1]; at = sum.Next()) {
-        const int64_t row = at.row - messages.first_row[other];
+  const bool ok = current.failed == kOk;
+  if (ok) messages.Find(view, args.op);
+  const bool has_grads = args.op == Op::kDispatchBackwardForward;
+  const PlaceTerms terms_of(view, messages);
+  const Matrix matrix{view.config.dtype, ok ? messages.row_stride / int64_t{sizeof(T)} : 0};
+  SumOf<T, kWidth, false, kBulk, PlaceTerms> sum(matrix, ok ? messages.first_row[num_others] : 0,
+                                                 Workers(), view.state, terms_of);
+  Claim at = sum.Next();
+  for (int32_t i = 0; i < num_others; ++i) {
+    const int32_t other = RailAt(view, i);
+    const MessageHeader header = RailHeader(view, args.op, i);
+    const MessageLayout layout = LayoutOf(view.config, header);
+    std::byte* message = OutMessage(view, current.slot, view.config.ep_size + other);
+    for (int part = header.first_part > 0 ? 0 : kLastPart; part < kNumParts; ++part) {
+      const int64_t end = part == kLastPart ? header.num_rows : header.first_part;
+      for (; ok && at.row < messages.first_row[i] + end; at = sum.Next()) {
+        const int64_t row = at.row - messages.first_row[i];
         sum.Sum(at, message + layout.rows + row * layout.row_stride);
         if (has_grads && at.segment == 0) {
-          PassWeightGrads(view, args, messages, terms_of, other, at.row,
+          PassWeightGrads(view, args, messages, terms_of, other, terms_of.RailRow(other, row),
                           PartOf<float>(message, layout.weight) + row * view.config.top_k);
         }
       }
-      steps.End(other);
+      steps.End(StepOf(i, part));
     }
-  } else {
-    for (int32_t other = 0; other < num_others; ++other) steps.End(other);
   }
 }
 

@@ -11,6 +11,9 @@
 namespace jax_sm_free::cuda {
 namespace {
 
+// The number of blocks that the registers leave room for.
+constexpr int kMinBlocks = 2;
+
 // Only rows without scales have more than one segment.
 __host__ __device__ Segments SegmentsOf(const PackArgs& args) {
   return {args.rows.scales_bytes == 0 ? args.rows.values_bytes : 1, kCopyWords};
@@ -31,7 +34,7 @@ __device__ void PackSegment(const ConstRows& rows, std::byte* out_row, const Seg
   }
 }
 
-__global__ void __launch_bounds__(kRowThreads)
+__global__ void __launch_bounds__(kRowThreads, kMinBlocks)
     PackKernel(const RankView view, const PackArgs args) {
   const Segments segments = SegmentsOf(args);
   PackParts(view, segments, args.num_tokens, args.leaves_own,

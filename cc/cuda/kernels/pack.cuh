@@ -41,7 +41,7 @@ __device__ inline std::byte* PackOutRow(const RankView& view, const OutRows* out
 // Posts one part after the other. A warp of the watch calls this.
 __device__ inline void PostAllParts(const RankView& view, const Steps& steps, int first_part) {
   const int lane = threadIdx.x % kWarpSize;
-  const int32_t message = lane < view.messages.num_lanes ? view.messages.posted[lane] : -1;
+  const int32_t message = lane < view.messages.num_lanes ? view.messages.rows_sent[lane] : -1;
   for (int part = first_part; part < kNumParts; ++part) {
     steps.Await(part);
     PostParts(view, message, part);

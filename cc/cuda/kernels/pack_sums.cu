@@ -38,7 +38,7 @@ __global__ void BeginPackSumsKernel(const RankView view, const PackSumsArgs args
     header.row_bytes = args.matrix.row_bytes();
     // The first message of the ring goes in parts, so that its transfer can start before it is
     // complete. A message with gradients of weights does not, because these lie before all rows.
-    const bool is_first = dst == (view.rank + 1) % view.config.ep_size && dst != view.rank;
+    const bool is_first = dst == view.messages.sums_sent[0] && dst != view.rank;
     if (is_first && args.weight_grads == nullptr) {
       header.first_part = FirstPartRows(header.num_rows, header.row_bytes);
     }
@@ -67,8 +67,33 @@ struct RingOrder {
   __device__ int64_t row(int64_t i) const { return first + i < end ? first + i : first + i - end; }
 };
 
-// The step in which a part of the message for the i-th rank down the ring is packed. Only the first
-// message may have two parts.
+// The same in two tiers, in the order of MessageTable::sums_sent: the sums that are forwarded come
+// first. Each object is asked for rising numbers of rows: of those whose terms are looked up, which
+// may be ahead of those that are summed.
+class TierOrder {
+ public:
+  const int64_t count;
+
+  __device__ TierOrder(const RankView& view, bool /*leaves_own*/)
+      : count(view.state->first_row[view.config.ep_size]), view_(view) {}
+  __device__ int64_t row(int64_t i) const {
+    while (i >= end_) {
+      const int32_t message = view_.messages.sums_sent[next_++];
+      offset_ = view_.state->first_row[message] - end_;
+      end_ += view_.state->num_rows[message];
+    }
+    return i + offset_;
+  }
+
+ private:
+  const RankView& view_;
+  mutable int32_t next_ = 0;
+  mutable int64_t end_ = 0;     // of the rows of the messages so far
+  mutable int64_t offset_ = 0;  // of the rows of the last one
+};
+
+// The step in which a part of the i-th message, counted from 1, is packed. Only the first message
+// may have two parts.
 __device__ int StepOf(int32_t i, int part) { return i - 1 + part; }
 
 // Posts notices, and each message when it is complete. A warp of the watch calls this.
@@ -78,7 +103,7 @@ __device__ void PostMessages(const RankView& view, const Steps& steps) {
   if (lane < ep_size) SendNotice(view, lane);
   PostParts(view, lane == 0 ? view.rank : -1, kLastPart);  // later kernels read this
   for (int32_t i = 1; i < ep_size; ++i) {
-    const int32_t dst = (view.rank + i) % ep_size;
+    const int32_t dst = view.messages.sums_sent[i - 1];
     const MessageHeader& header = HeaderOf(OutMessage(view, view.state->current.slot, dst));
     for (int part = header.first_part > 0 ? 0 : kLastPart; part < kNumParts; ++part) {
       steps.Await(StepOf(i, part));
@@ -89,7 +114,7 @@ __device__ void PostMessages(const RankView& view, const Steps& steps) {
 
 // Packs the message for one rank after the other. The first message has two parts, so that its
 // first part is sent while the second part is summed.
-template <typename T, int kWidth, bool kWeighted, bool kBulk>
+template <typename T, int kWidth, bool kWeighted, bool kBulk, typename Order>
 __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
     PackSumsKernel(const RankView view, const PackSumsArgs args) {
   AwaitPrevious();
@@ -104,7 +129,7 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
   const int lane = threadIdx.x % kWarpSize;
   const int32_t ep_size = view.config.ep_size;
   const int32_t top_k = view.config.top_k;
-  const RingOrder order(view, args.leaves_own);
+  const Order order(view, args.leaves_own);
   const ExpertTerms experts(view, args.op, args.rows, args.matrix.row_bytes());
   const auto terms_of = [&](int64_t i) { return experts(order.row(i)); };
   SumOf<T, kWidth, kWeighted, kBulk, decltype(terms_of)> sum(args.matrix, order.count, Workers(),
@@ -112,7 +137,7 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
   Claim at = sum.Next();
   int64_t before = 0;  // rows of the messages before this one
   for (int32_t i = 1; i <= ep_size; ++i) {
-    const int32_t dst = (view.rank + i) % ep_size;
+    const int32_t dst = view.messages.sums_sent[i - 1];
     std::byte* message = OutMessage(view, current.slot, dst);
     const MessageHeader& header = HeaderOf(message);
     const MessageLayout layout = LayoutOf(view.config, header);
@@ -121,12 +146,11 @@ __global__ void __launch_bounds__(kSumThreads<kBulk>, kSumBlocks<kBulk>)
       const int64_t rows = part == kLastPart ? header.num_rows : header.first_part;
       const int64_t end = min(before + rows, order.count);
       for (; current.failed == kOk && at.row < end; at = sum.Next()) {
-        const int64_t token_row = order.row(at.row);
-        const int64_t row = token_row - first;
+        const int64_t row = at.row - before;
         sum.Sum(at, message + layout.rows + row * layout.row_stride);
         if (args.weight_grads != nullptr && lane < top_k && at.segment == 0) {
           PartOf<float>(message, layout.weight)[row * top_k + lane] =
-              args.weight_grads[token_row * top_k + lane];
+              args.weight_grads[(first + row) * top_k + lane];
         }
       }
       if (dst != view.rank) steps.End(StepOf(i, part));
@@ -140,14 +164,19 @@ struct Launch {
   const PackSumsArgs& args;
   cudaStream_t stream;
 
-  template <typename T, int kWidth, bool kWeighted, bool kBulk>
+  template <typename T, int kWidth, bool kWeighted, bool kBulk, typename Order>
   void Run() const {
     constexpr int kThreads = kSumThreads<kBulk>;
-    const auto kernel = PackSumsKernel<T, kWidth, kWeighted, kBulk>;
+    const auto kernel = PackSumsKernel<T, kWidth, kWeighted, kBulk, Order>;
     static const int most = FullGrid(kernel, kThreads);
     const Segments segments(args.matrix.row_bytes(), kSumWords<kBulk>);
     const int64_t warps = view.config.max_recv_tokens() * segments.per_row;
     EnqueueBehind(kernel, {BlocksAndWatch(warps, most, kThreads), kThreads}, stream, view, args);
+  }
+  template <typename T, int kWidth, bool kWeighted, bool kBulk>
+  void Run() const {
+    view.config.has_two_tiers() ? Run<T, kWidth, kWeighted, kBulk, TierOrder>()
+                                : Run<T, kWidth, kWeighted, kBulk, RingOrder>();
   }
   template <typename T, int kWidth, bool kWeighted>
   void Run() const {
@@ -173,7 +202,12 @@ struct LoadAll {
   }
   template <typename T, int kWidth, bool kWeighted, bool kBulk>
   void LoadOne() const {
-    if (*error == cudaSuccess) *error = Load(PackSumsKernel<T, kWidth, kWeighted, kBulk>);
+    LoadOne<T, kWidth, kWeighted, kBulk, RingOrder>();
+    LoadOne<T, kWidth, kWeighted, kBulk, TierOrder>();
+  }
+  template <typename T, int kWidth, bool kWeighted, bool kBulk, typename Order>
+  void LoadOne() const {
+    if (*error == cudaSuccess) *error = Load(PackSumsKernel<T, kWidth, kWeighted, kBulk, Order>);
   }
 };
 

@@ -170,7 +170,7 @@ struct LoadAll {
 void LaunchUnpackExpertsDequantized(const RankView& view, const UnpackExpertsArgs& out,
                                     cudaStream_t stream) {
   LaunchPlan(view, out, stream);
-  ForEachTurn(view.config.ep_size, out.all_here, [&](const Turn& turn, const Turn& next) {
+  ForEachTurn(view.config, out.all_here, [&](const Turn& turn, const Turn& next) {
     VisitQuantized(out.format,
                    LaunchExpertsTurn{view, out, out.format.matrix.hidden, turn, next, stream});
   });

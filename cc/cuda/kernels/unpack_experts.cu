@@ -50,7 +50,7 @@ void LaunchUnpackExperts(const RankView& view, const UnpackExpertsArgs& out, cud
   if (!out.format.is_plain()) return LaunchUnpackExpertsDequantized(view, out, stream);
   static const int blocks = FullGrid(UnpackExpertsKernel);
   LaunchPlan(view, out, stream);
-  ForEachTurn(view.config.ep_size, out.all_here, [&](const Turn& turn, const Turn& next) {
+  ForEachTurn(view.config, out.all_here, [&](const Turn& turn, const Turn& next) {
     EnqueueBehind(UnpackExpertsKernel, {blocks, kRowThreads}, stream, view, out, turn, next);
   });
 }

@@ -19,7 +19,7 @@ namespace jax_sm_free::cuda {
 
 // Parts of the messages of some sources. One launch unpacks them.
 struct Turn {
-  // The first source, as a distance down the ring from this rank; and the number of sources.
+  // The first source, in the order of MessageTable::rows_received; and the number of sources.
   int32_t first = 0;
   int32_t count = 0;
   int first_part = 0;
@@ -29,14 +29,24 @@ struct Turn {
 // Calls launch(turn, next) for all turns of a recv. A recv that has waited for all messages has one
 // turn. Other recvs have up to four: the rows of this rank, which are there; the first part of all
 // other messages; the second part of all other messages except the last one to arrive; and the
-// rest.
+// rest. In two tiers, messages within the node have arrived by the time of the recv, and come
+// before those that are forwarded.
 template <typename Launch>
-void ForEachTurn(int32_t ep_size, bool all_here, const Launch& launch) {
+void ForEachTurn(const Config& config, bool all_here, const Launch& launch) {
+  const int32_t ep_size = config.ep_size;
   if (all_here) return launch(Turn{0, ep_size, 0, kLastPart}, Turn{});
-  const std::array<Turn, 4> all = {{{0, 1, 0, kLastPart},
-                                    {1, ep_size - 1, 0, 0},
-                                    {1, ep_size - 2, kLastPart, kLastPart},
-                                    {ep_size - 1, ep_size - 1 > 0 ? 1 : 0, kLastPart, kLastPart}}};
+  const int32_t last = ep_size - 1;
+  const int32_t in_last = last > 0 ? 1 : 0;
+  const int32_t mates = config.node_size() - 1;
+  const std::array<Turn, 4> flat = {{{0, 1, 0, kLastPart},
+                                     {1, last, 0, 0},
+                                     {1, last - 1, kLastPart, kLastPart},
+                                     {last, in_last, kLastPart, kLastPart}}};
+  const std::array<Turn, 4> tiers = {{{0, 1, 0, kLastPart},
+                                      {1, mates, 0, kLastPart},
+                                      {1 + mates, last - mates - 1, 0, kLastPart},
+                                      {last, in_last, 0, kLastPart}}};
+  const std::array<Turn, 4>& all = config.has_two_tiers() ? tiers : flat;
   Turn turn = all[0];
   for (size_t i = 1; i < all.size(); ++i) {
     if (all[i].count <= 0) continue;
@@ -52,7 +62,7 @@ class TurnRows {
   __device__ void Find(const RankView& view, const UnpackExpertsArgs& out, const Turn& turn) {
     const DeviceState* state = view.state;
     for (int32_t i = threadIdx.x; i < turn.count; i += blockDim.x) {
-      const int32_t source = SourceAt(view, turn.first + i);
+      const int32_t source = view.messages.rows_received[turn.first + i];
       const int32_t begin = turn.first_part == 0 ? 0 : state->first_part[source];
       const int32_t end =
           turn.last_part == kLastPart ? state->num_rows[source] : state->first_part[source];
@@ -189,7 +199,7 @@ __device__ void TakeTurn(const RankView& view, const UnpackExpertsArgs& out, con
     Acknowledge(view);
   } else if (current.failed == kOk) {
     AwaitMessages(view, Op::kDispatchRecv, Awaited::kSources, next.last_part, next.count,
-                  [&](int32_t i) { return SourceAt(view, next.first + i); });
+                  [&](int32_t i) { return view.messages.rows_received[next.first + i]; });
   }
 }
 
