@@ -145,8 +145,6 @@ T atomicCAS_system(T* address, std::type_identity_t<T> expected, std::type_ident
 
 // ----------------------------------------------------------------------------- memory and numbers
 
-size_t __cvta_generic_to_shared(const void* address);  // of bulk copies, which nobody launches here
-
 template <typename T>
 T __ldcs(const T* address) {
   return *address;

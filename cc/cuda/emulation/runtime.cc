@@ -1,8 +1,9 @@
-// The functions of CUDA's runtime that launchers call, for a GPU of a few SMs that is older than
-// Hopper.
+// The functions of CUDA's runtime that launchers call, for a GPU of a few SMs. It is older than
+// Hopper, unless the environment has EMULATE_HOPPER.
 
 #include <cuda_runtime_api.h>
 
+#include <cstdlib>
 #include <cstring>
 
 cudaError_t cudaGetDevice(int* device) {
@@ -11,7 +12,8 @@ cudaError_t cudaGetDevice(int* device) {
 }
 
 cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int /*device*/) {
-  *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : 8;
+  static const int major = std::getenv("EMULATE_HOPPER") != nullptr ? 9 : 8;
+  *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : major;
   return cudaSuccess;
 }
 

@@ -122,6 +122,9 @@ INSTANTIATE_TEST_SUITE_P(All, TierSumsTest,
                                          Of(DType::kBFloat16, InTiers({8, 30, 24}, 2, 4)),
                                          Of(DType::kBFloat16, InTiers({8, 30, 11}, 4, 2)),
                                          Of(DType::kFloat16, InTiers({6, 30, 24}, 3, 1)),
+                                         // Rows that bulk copies load.
+                                         Of(DType::kFloat32, InTiers({8, 20, 256}, 4, 2)),
+                                         Of(DType::kBFloat16, InTiers({6, 20, 1800}, 3, 1)),
                                          Of(DType::kFloat16, InTiers({4, 30, 11}, 2, 2))),
                          [](const auto& info) { return "Case" + std::to_string(info.index); });
 

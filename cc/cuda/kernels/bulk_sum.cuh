@@ -1,4 +1,4 @@
-// The sums of sums.cuh, for which bulk copies of Hopper's SMs load rows into shared memory ahead of
+// The sums of sums.cuh, for which bulk copies (bulk_copy.cuh) load rows into shared memory ahead of
 // their use. No register holds data that is in flight, so a few warps keep memory busy.
 
 #ifndef JAX_SM_FREE_CC_CUDA_KERNELS_BULK_SUM_CUH_
@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "cc/cuda/kernels/bulk_copy.cuh"
 #include "cc/cuda/kernels/claims.cuh"
 #include "cc/cuda/kernels/device.cuh"
 #include "cc/cuda/kernels/launch.h"
@@ -39,10 +40,8 @@ class BulkSum {
     barriers_ = barriers;
     notes_ = notes;
     if (threadIdx.x == 0) {
-      for (int stage = 0; stage < kStages; ++stage) {
-        asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(Barrier(stage)) : "memory");
-      }
-      asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+      for (int stage = 0; stage < kStages; ++stage) InitBarrier(barriers_ + stage);
+      FenceBarriers();
     }
     __syncwarp();
     Load();
@@ -130,11 +129,6 @@ class BulkSum {
     return sums;
   }
 
-  __device__ static uint32_t Shared(const void* pointer) {
-    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
-  }
-  __device__ uint32_t Barrier(int stage) const { return Shared(barriers_ + stage); }
-
   // Finds the terms of the next sum. If a claim has a nested sum, that sum comes first.
   __device__ void FindTerms() {
     if (!found_nested_) loading_ = claims_.Next();
@@ -172,7 +166,7 @@ class BulkSum {
     has_terms_ = left_ != 0;
     const bool nested_first = (terms_.nested & ((1U << source) - 1)) != 0;
     if (nested_first) terms_.nested = 0;
-    const uint32_t barrier = Barrier(load_stage_);
+    uint64_t* barrier = barriers_ + load_stage_;
     if (threadIdx.x == source) {
       const bool has_row = terms_.present != 0;
       const bool nested_last = !has_terms_ && terms_.nested != 0;
@@ -180,34 +174,15 @@ class BulkSum {
                              (has_row ? kRow : 0U) | (nested_first ? kNestedFirst : 0U) |
                                  (nested_last ? kNestedLast : 0U) | (has_terms_ ? 0U : kEnds) |
                                  (terms_.poisoned ? kPoisoned : 0U)};
-      asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier),
-                   "r"(has_row ? load_bytes_ : 0)
-                   : "memory");
-      if (has_row) {
-        asm volatile(
-            "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, "
-            "[%3];" ::"r"(Shared(words_[load_stage_])),
-            "l"(terms_.row), "r"(load_bytes_), "r"(barrier)
-            : "memory");
-      }
+      Expect(barrier, has_row ? load_bytes_ : 0);
+      if (has_row) BulkCopy(words_[load_stage_], terms_.row, load_bytes_, barrier);
     }
     load_stage_ = (load_stage_ + 1) % kStages;
     ++num_loaded_;
   }
 
   __device__ void Await(int stage) {
-    uint32_t done = 0;
-    while (done == 0) {
-      asm volatile(
-          "{\n"
-          ".reg .pred p;\n"
-          "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-          "selp.u32 %0, 1, 0, p;\n"
-          "}"
-          : "=r"(done)
-          : "r"(Barrier(stage)), "r"(phases_ >> stage & 1U)
-          : "memory");
-    }
+    AwaitPhase(barriers_ + stage, phases_ >> stage & 1U);
     phases_ ^= 1U << stage;
   }
 
@@ -230,12 +205,6 @@ class BulkSum {
   unsigned left_;
   int32_t load_bytes_;
 };
-
-#if !defined(__CUDACC__) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900)
-inline constexpr bool kHasBulkCopies = false;  // the code exists, but is never launched
-#else
-inline constexpr bool kHasBulkCopies = true;
-#endif
 
 // The class that computes the sums of a kernel.
 template <typename T, int kWidth, bool kWeighted, bool kBulk, typename TermsOf>
