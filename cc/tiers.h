@@ -17,7 +17,7 @@
 //              recv     sums the messages of its own node likewise, and then adds up the nodes.
 //
 // The gradient of a combine goes the way of a dispatch, without routing. The gradient of a dispatch
-// goes the way of a combine. The rounds in which these messages travel are in cc/cpu/rounds.h.
+// goes the way of a combine. The rounds in which these messages travel are in cc/cpu/hop.h.
 //
 // A rail message has the layout of a dispatch message of RailConfig. The experts of a node are
 // numbered by the place of their rank, and then as on that rank: node experts.

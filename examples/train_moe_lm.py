@@ -4,6 +4,9 @@ The experts are spread over the devices, which also share the batch. At the end 
 again with `jax_sm_free.reference` in place of `jax_sm_free`: loss and gradients must agree. The
 exit status is not zero if they do not, or if the loss missed its target.
 
+    python examples/train_moe_lm.py              # one tier: each device sends to each other one
+    python examples/train_moe_lm.py --nodes=2    # two tiers: two nodes of four devices
+
 Several processes train together if the environment says so (docs/multihost.md).
 """
 
@@ -25,11 +28,12 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from moe_lm import data, plot
 from moe_lm import step as step_lib
-from moe_lm.model import ModelConfig, MoeLm, make_backend
+from moe_lm.model import AXES, ModelConfig, MoeLm, make_backend
 
 import jax_sm_free as smf
 from jax_sm_free import reference
 
+_NODES = flags.DEFINE_integer("nodes", 1, "Nodes that share the devices evenly.", lower_bound=1)
 _STEPS = flags.DEFINE_integer("steps", 300, "Training steps.", lower_bound=1)
 _BATCH = flags.DEFINE_integer("batch", 16, "Sequences in a batch, over all devices.")
 _LENGTH = flags.DEFINE_integer("length", 128, "Bytes in a sequence.")
@@ -57,6 +61,14 @@ def _join_processes() -> None:
         names = ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
         place = (int(os.environ[name]) for name in names)
         jax.distributed.initialize(os.environ["JAX_COORDINATOR_ADDRESS"], *place)
+
+
+def _make_mesh() -> Mesh:
+    """All devices, by node. JAX lists the devices of a process, and so of a host, one by one."""
+    devices = np.array(jax.devices())
+    if devices.size % _NODES.value:
+        raise app.UsageError(f"--nodes={_NODES.value} does not divide {devices.size} devices")
+    return Mesh(devices.reshape(_NODES.value, -1), AXES)
 
 
 def _model_config() -> ModelConfig:
@@ -140,12 +152,13 @@ def main(argv) -> int:
         raise app.UsageError(f"unexpected arguments: {argv[1:]}")
     logging.set_verbosity(logging.WARNING)
     _join_processes()
-    mesh = Mesh(np.array(jax.devices()), ("ep",))
+    mesh = _make_mesh()
     if _BATCH.value % mesh.size:
         raise app.UsageError(f"--batch={_BATCH.value} is not divisible by {mesh.size} devices")
     text = data.load_bytes()
     entropy = data.unigram_entropy(text)
-    print(f"{text.size / 1e6:.1f} MB of Python source, {mesh.size} devices")
+    nodes, devices = mesh.devices.shape
+    print(f"{text.size / 1e6:.1f} MB of Python source, {nodes} node(s) of {devices} devices")
     batches = data.batches(text, _BATCH.value, _LENGTH.value, _SEED.value)
     params, loss = _make_loss(smf, mesh)
     params, history = _train(params, loss, batches)

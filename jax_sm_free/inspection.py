@@ -22,6 +22,9 @@ _BUFFER = re.compile(r'\bbuffer\s*=\s*"((?:[^"\\]|\\.)*)"')
 _MATRIX_OPS = frozenset({"dot", "convolution", "ragged-dot", "scaled-dot"})
 _MATRIX_CALL = re.compile(r"gemm|matmul|cublas|cudnn|onednn|triton|mosaic", re.IGNORECASE)
 _NESTING_OPS = ("while", "call", "conditional", "async")
+_RECV: Kind = "recv"
+# The kinds of our other calls, by the end of the name of the op.
+_KINDS: tuple[tuple[str, Kind], ...] = (("_send", "send"), ("_forward", "forward"))
 _BRANCHING_OPS = ("while", "conditional")
 
 
@@ -94,8 +97,7 @@ def _step(module: hlo.Module, place: hlo.Place, buffers: dict[str, int]) -> Step
     if _is_ours(instruction):
         op = instruction.target.removeprefix(_PREFIX)
         name = _BUFFER.search(instruction.attributes.partition("backend_config=")[2])
-        ends: dict[str, Kind] = {"_send": "send", "_forward": "forward"}
-        kind = next((kind for end, kind in ends.items() if op.endswith(end)), "recv")
+        kind = next((kind for end, kind in _KINDS if op.endswith(end)), _RECV)
         buffer = buffers.setdefault(name[1], len(buffers)) if name else None
         return describe(kind, op, buffer=buffer)
     is_gemm = _is_gemm(instruction) or (

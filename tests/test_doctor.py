@@ -30,6 +30,11 @@ TOPICS = ["software", "devices", "peer access", "NVSHMEM", "UCX", "network", "me
 TOPICS += ["self-test", "exchange"]
 
 
+def has_two_nodes(num_ranks):
+    """Whether the self-test also runs in two tiers, of two nodes."""
+    return num_ranks >= 4 and num_ranks % 2 == 0
+
+
 def texts(findings, level):
     return [finding.text for finding in findings if finding.level == level]
 
@@ -54,6 +59,21 @@ def test_command(tmp_path):
     assert found["ready"]
     assert {finding["topic"] for finding in found["processes"][0]} >= set(TOPICS)
     assert f"3 rounds over {jax.device_count()} rank(s)" in run.stdout
+
+
+@pytest.mark.skipif(jax.device_count() % 4 != 0, reason="needs four nodes")
+def test_command_with_nodes():
+    run = run_doctor("--num_nodes=4")
+    assert run.returncode == 0, run.stdout + run.stderr
+    ranks = jax.device_count()
+    assert f"a rank of {ranks} on 4 nodes needs" in run.stdout
+    assert f"in two tiers of 4 nodes x {ranks // 4}: the bits of" in run.stdout
+
+
+def test_nodes_of_different_sizes_are_a_problem():
+    run = run_doctor(f"--num_nodes={jax.device_count() + 1}")
+    assert run.returncode == 1
+    assert "must be divisible by num_nodes" in run.stdout
 
 
 def test_a_problem_is_the_exit_status():
@@ -118,9 +138,10 @@ def test_report_says_once_what_all_found():
 
 
 class WrongOnce(reference.Buffer):
-    """Changes the lowest bit of one number that one rank receives."""
+    """Changes the lowest bit of one number that one rank receives, in two tiers alone if told."""
 
     transport = "wrong"
+    in_two_tiers_alone = False
 
     def __enter__(self):
         return self
@@ -133,9 +154,11 @@ class WrongOnce(reference.Buffer):
 
     def dispatch(self, *args):
         recv = super().dispatch(*args)
+        if self.in_two_tiers_alone and self.config.num_nodes == 1:
+            return recv
         bits = jax.lax.bitcast_convert_type(recv.x[0, 0], jnp.uint32)
         wrong = jax.lax.bitcast_convert_type(bits ^ 1, jnp.float32)
-        last = jax.lax.axis_index("ep") == self.config.ep_size - 1
+        last = jax.lax.axis_index(self.axes) == self.config.ep_size - 1
         x = recv.x.at[0, 0].set(jnp.where(last, wrong, recv.x[0, 0]))
         return type(recv)(**{**vars(recv), "x": x})
 
@@ -145,9 +168,33 @@ def test_self_test_sees_one_wrong_bit(monkeypatch):
     config = support.make_config(ranks, num_experts=2 * ranks)
     assert not texts(exchange.check_against_reference(config, 20.0), "problem")
     monkeypatch.setattr(exchange, "Buffer", WrongOnce)
-    (text,) = texts(exchange.check_against_reference(config, 20.0), "problem")
+    found = texts(exchange.check_against_reference(config, 20.0), "problem")
+    assert len(found) == (2 if has_two_nodes(ranks) else 1)
     # What it makes of that row it sends back to others.
-    assert f"{ranks - 1}] differ" in text
+    assert all(f"{ranks - 1}] differ" in text for text in found)
+
+
+@pytest.mark.skipif(not has_two_nodes(jax.device_count()), reason="needs two nodes of two ranks")
+def test_self_test_runs_two_tiers(monkeypatch):
+    ranks = jax.device_count()
+    monkeypatch.setattr(exchange, "Buffer", WrongOnce)
+    monkeypatch.setattr(WrongOnce, "in_two_tiers_alone", True)
+    one, two = exchange.check_against_reference(support.make_config(ranks, num_experts=ranks), 20.0)
+    assert one.level == "ok"
+    assert "tiers" not in one.text
+    assert two.level == "problem"
+    assert f"in two tiers of 2 nodes x {ranks // 2}: rank(s)" in two.text
+
+
+@pytest.mark.parametrize(
+    ("ranks", "num_nodes", "checked"),
+    [(1, 1, (1,)), (2, 1, (1,)), (4, 1, (1, 2)), (6, 3, (1, 3)), (7, 1, (1,)), (2, 2, (1, 2))],
+)
+def test_nodes_of_the_self_test(monkeypatch, ranks, num_nodes, checked):
+    monkeypatch.setattr(exchange, "_compare", lambda config: config)
+    config = support.make_config(ranks, num_experts=ranks, num_nodes=num_nodes)
+    configs = list(exchange.check_against_reference(config, 20.0))
+    assert tuple(config.num_nodes for config in configs) == checked
 
 
 @pytest.mark.skipif(jax.device_count() == 1, reason="one rank sends nothing")
@@ -173,7 +220,7 @@ def test_a_rank_that_the_others_wait_for_is_named(monkeypatch):
             time.sleep(0.05 if rank == 2 else 0)
             return x
 
-        x = jax.pure_callback(on_host, jax.typeof(x), x, jax.lax.axis_index("ep"))
+        x = jax.pure_callback(on_host, jax.typeof(x), x, jax.lax.axis_index(buffer.axes))
         return dispatch(buffer, x, *args)
 
     monkeypatch.setattr(jax_sm_free.Buffer, "dispatch", late_dispatch)

@@ -14,6 +14,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
+# The experts are spread over both axes of the mesh. With one node, the buffer has one tier.
+NODE_AXIS = "node"
+AXES = (NODE_AXIS, "device")
+
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
@@ -41,7 +45,8 @@ def make_backend(ops: Any, mesh: Any, config: ModelConfig, max_tokens: int) -> B
     """A buffer for `max_tokens` tokens of each rank."""
     buffer = ops.Buffer(
         mesh,
-        "ep",
+        AXES,
+        node_axis=NODE_AXIS,
         hidden=config.hidden,
         num_experts=config.experts,
         top_k=config.top_k,
@@ -71,8 +76,13 @@ class Mlp(nnx.Module):
         self.up = nnx.Linear(config.hidden, config.expert_hidden, use_bias=False, rngs=rngs)
         self.down = nnx.Linear(config.expert_hidden, config.hidden, use_bias=False, rngs=rngs)
 
-    def __call__(self, x: Array) -> Array:
-        return self.down(jax.nn.gelu(self.up(x)))
+    def begin(self, x: Array) -> Array:
+        """The first product, which runs while rows travel between nodes."""
+        return jax.nn.gelu(self.up(x))
+
+    def end(self, h: Array) -> Array:
+        """The second product, which runs while rows travel within a node."""
+        return self.down(h)
 
 
 class Experts(nnx.Module):
@@ -106,7 +116,9 @@ class MoeLayer(nnx.Module):
         weights = weights / weights.sum(-1, keepdims=True)
 
         sent = self.buffer.dispatch_send(x, topk_idx, weights)
-        shared, sent = self.ops.overlap(sent, Mlp.__call__, self.shared, x)
+        h, sent = self.ops.overlap(sent, Mlp.begin, self.shared, x)
+        sent = self.buffer.dispatch_forward(sent)
+        shared, sent = self.ops.overlap(sent, Mlp.end, self.shared, h)
         recv = self.buffer.dispatch_recv(sent)
         y = self.experts(recv.x, recv.group_sizes)
         sent = self.buffer.combine_send(y, recv.layout, weights=recv.weights)

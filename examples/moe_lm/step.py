@@ -13,7 +13,7 @@ from flax import nnx
 from jax import Array, P, lax
 from jax.sharding import Mesh, NamedSharding
 
-from moe_lm.model import ExpertParam
+from moe_lm.model import AXES, ExpertParam
 
 IMBALANCE_WEIGHT = 0.02
 
@@ -29,7 +29,7 @@ class Metrics(NamedTuple):
 def param_specs(params: nnx.State) -> Any:
     """How the parameters lie: the experts' by expert, all others on every rank."""
     return jax.tree.map(
-        lambda param: P("ep") if isinstance(param, ExpertParam) else P(),
+        lambda param: P(AXES) if isinstance(param, ExpertParam) else P(),
         params,
         is_leaf=lambda node: isinstance(node, nnx.Variable),
     )
@@ -47,15 +47,15 @@ def make_loss(graphdef: Any, params: nnx.State, mesh: Mesh) -> Callable[..., Any
     def per_rank(params: nnx.State, batch: Array) -> tuple[Array, Metrics]:
         logits, stats = nnx.merge(graphdef, params)(batch[:, :-1])
         nats = optax.softmax_cross_entropy_with_integer_labels(logits, batch[:, 1:]).mean()
-        loss = lax.pmean(nats + IMBALANCE_WEIGHT * stats.imbalance.mean(), "ep")
-        bits = lax.pmean(nats, "ep") / math.log(2)
-        return loss, Metrics(bits, stats.counts, lax.psum(stats.dropped.sum(), "ep"))
+        loss = lax.pmean(nats + IMBALANCE_WEIGHT * stats.imbalance.mean(), AXES)
+        bits = lax.pmean(nats, AXES) / math.log(2)
+        return loss, Metrics(bits, stats.counts, lax.psum(stats.dropped.sum(), AXES))
 
     return jax.shard_map(
         per_rank,
         mesh=mesh,
-        in_specs=(param_specs(params), P("ep")),
-        out_specs=(P(), Metrics(P(), P(None, "ep"), P())),
+        in_specs=(param_specs(params), P(AXES)),
+        out_specs=(P(), Metrics(P(), P(None, AXES), P())),
     )
 
 

@@ -52,6 +52,7 @@ _SIZES = (
     flags.DEFINE_integer("max_tokens", 4096, "Tokens of a rank and call."),
     flags.DEFINE_integer("recv_capacity", None, "Expert rows of a rank; none: worst case."),
     flags.DEFINE_float("capacity_factor", None, "The same over a balanced load's rows."),
+    flags.DEFINE_integer("num_nodes", 1, "Nodes of two tiers; 1: one tier."),
     flags.DEFINE_integer("num_slots", 2, "Exchanges in flight."),
     flags.DEFINE_integer("expert_alignment", 1, "Rows that groups are padded to."),
     flags.DEFINE_integer("expert_capacity", None, "Rows of each group."),

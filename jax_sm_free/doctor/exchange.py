@@ -20,24 +20,43 @@ from jax_sm_free.config import Config
 from jax_sm_free.doctor import waits
 from jax_sm_free.doctor.findings import Finding, ok, problem
 
-_AXIS = "ep"
+_NODE_AXIS = "node"
+_AXES = (_NODE_AXIS, "device")
 # The reference brings all tokens to each rank, so that the comparison has to be small.
 _MAX_TOKENS, _MAX_HIDDEN = 64, 1024
 _ROUNDS, _TIMED = 3, 10
 
 
 def check_against_reference(config: Config, timeout_s: float) -> Iterator[Finding]:
-    """Compares dispatch and combine of random tokens, at small sizes. Collective."""
-    config = dataclasses.replace(
-        config,
-        hidden=min(config.hidden, _MAX_HIDDEN),
-        max_tokens=min(config.max_tokens, _MAX_TOKENS),
-        recv_capacity=None,
-        timeout_s=timeout_s,
-    )
-    mesh = _mesh()
-    with Buffer.from_config(mesh, _AXIS, config) as buffer:
-        theirs = reference.Buffer.from_config(mesh, _AXIS, config)
+    """Compares dispatch and combine of random tokens, at small sizes. Collective.
+
+    It does so in one tier. Then it does so in two tiers: with the nodes of `config`, or else with
+    two nodes if there are enough ranks.
+    """
+    for num_nodes in _numbers_of_nodes(config):
+        small = dataclasses.replace(
+            config,
+            hidden=min(config.hidden, _MAX_HIDDEN),
+            max_tokens=min(config.max_tokens, _MAX_TOKENS),
+            recv_capacity=None,
+            timeout_s=timeout_s,
+            num_nodes=num_nodes,
+            node_stride=None,
+        )
+        yield _compare(small)
+
+
+def _numbers_of_nodes(config: Config) -> tuple[int, ...]:
+    if config.num_nodes > 1:
+        return 1, config.num_nodes
+    return (1, 2) if config.ep_size >= 4 and config.ep_size % 2 == 0 else (1,)
+
+
+def _compare(config: Config) -> Finding:
+    mesh = _mesh(config.num_nodes)
+    where: dict[str, Any] = {"axis": _AXES, "node_axis": _NODE_AXIS}
+    with Buffer.from_config(mesh, config=config, **where) as buffer:
+        theirs = reference.Buffer.from_config(mesh, config=config, **where)
         runs = [_on_ranks(_round_trip(each), mesh) for each in (buffer, theirs)]
         differing = set()
         for seed in range(_ROUNDS):
@@ -45,17 +64,19 @@ def check_against_reference(config: Config, timeout_s: float) -> Iterator[Findin
             got, want = (jax.block_until_ready(run(*inputs)) for run in runs)
             differing.update(_differing_ranks(got, want))
         buffer.check()
-    text = f"{_ROUNDS} rounds over {config.ep_size} rank(s) by transport {buffer.transport!r}: "
+    text = f"{_ROUNDS} rounds over {config.ep_size} rank(s) by transport {buffer.transport!r}"
+    if config.num_nodes > 1:
+        text += f",\nin two tiers of {config.num_nodes} nodes x {config.node_size}"
     if differing:
-        yield problem(f"{text}rank(s) {sorted(differing)} differ from jax_sm_free.reference")
-    else:
-        yield ok(f"{text}the bits of jax_sm_free.reference")
+        return problem(f"{text}: rank(s) {sorted(differing)} differ from jax_sm_free.reference")
+    return ok(f"{text}: the bits of jax_sm_free.reference")
 
 
 def check_exchange(config: Config, num_bytes: int, timeout_s: float) -> Iterator[Finding]:
     """Times dispatches in which each rank sends about `num_bytes` to others. Collective.
 
-    Every token goes to the next ranks, each of which has one expert.
+    Every token goes to the next ranks, each of which has one expert. All rows go in one tier, so
+    that each link between two ranks carries the same.
     """
     ranks = config.ep_size
     if ranks == 1:
@@ -72,9 +93,10 @@ def check_exchange(config: Config, num_bytes: int, timeout_s: float) -> Iterator
         expert_alignment=1,
         expert_capacity=None,
         timeout_s=timeout_s,
+        num_nodes=1,
     )
     mesh = _mesh()
-    with Buffer.from_config(mesh, _AXIS, small) as buffer:
+    with Buffer.from_config(mesh, _AXES, small) as buffer:
         run = _on_ranks(lambda *args: buffer.dispatch(*args).x[:1], mesh)
         inputs = _next_ranks(small, mesh)
         jax.block_until_ready(run(*inputs))  # compiles
@@ -91,8 +113,8 @@ def check_exchange(config: Config, num_bytes: int, timeout_s: float) -> Iterator
         yield from waits.who_stands_out(waited, spent)
 
 
-def _mesh() -> Mesh:
-    return Mesh(np.array(jax.devices()), (_AXIS,))
+def _mesh(num_nodes: int = 1) -> Mesh:
+    return Mesh(np.array(jax.devices()).reshape(num_nodes, -1), _AXES)
 
 
 def _round_trip(buffer: Any) -> Callable[..., Any]:
@@ -110,7 +132,7 @@ def _on_ranks(fn: Callable[..., Any], mesh: Mesh) -> Callable[..., Any]:
     def per_rank(*args: Any) -> Any:
         return jax.tree.map(lambda out: out[None], fn(*(arg[0] for arg in args)))
 
-    spec = PartitionSpec(_AXIS)
+    spec = PartitionSpec(_AXES)
     return jax.jit(jax.shard_map(per_rank, mesh=mesh, in_specs=spec, out_specs=spec))
 
 
@@ -142,7 +164,7 @@ def _next_ranks(config: Config, mesh: Mesh) -> list[Any]:
 
 def _place(make: Callable[[int], tuple[Any, ...]], mesh: Mesh) -> list[Any]:
     """Arrays with a leading axis of ranks; only those of this process's ranks are made."""
-    sharding = NamedSharding(mesh, PartitionSpec(_AXIS))
+    sharding = NamedSharding(mesh, PartitionSpec(_AXES))
     placed = []
     for part, example in enumerate(make(0)):
         shape = (mesh.size, *example.shape)

@@ -77,9 +77,10 @@ def check_memory(config: Config) -> Iterator[Finding]:
     """Whether there is the memory that a buffer of `config` needs."""
     need = estimate_memory(config)
     outside = need.messages + need.stage
+    nodes = f" on {config.num_nodes} nodes" if config.num_nodes > 1 else ""
     yield note(
-        f"a rank of {config.ep_size} needs {outside / _GIB:.2f} GiB for messages outside XLA's "
-        f"memory, and {need.recv / _GIB:.2f} GiB within\nfor what one dispatch returns "
+        f"a rank of {config.ep_size}{nodes} needs {outside / _GIB:.2f} GiB for messages outside "
+        f"XLA's memory,\nand {need.recv / _GIB:.2f} GiB within for what one dispatch returns "
         f"(recv_capacity {config.recv_capacity})"
     )
     if jax.default_backend() == "gpu":

@@ -22,14 +22,14 @@ def of_all_ranks(stats: BufferStats, mesh: Mesh) -> np.ndarray:
 
     Args:
       stats: of the ranks of this process.
-      mesh: a mesh of one axis, so that there is one group.
+      mesh: a mesh of one group.
     """
     here = {rank.rank: np.array([rank.waited_s], np.float32) for rank in stats.ranks}
 
     def waits_of(index: Any) -> np.ndarray:
         return here[index[0].start or 0]
 
-    by_rank = NamedSharding(mesh, PartitionSpec(*mesh.axis_names))
+    by_rank = NamedSharding(mesh, PartitionSpec(mesh.axis_names))
     waited = jax.make_array_from_callback((mesh.size, mesh.size), by_rank, waits_of)
     everywhere = NamedSharding(mesh, PartitionSpec())
     gathered: Any = jax.jit(lambda waited: waited, out_shardings=everywhere)(waited)

@@ -22,16 +22,19 @@ def take_rows(x: Array, rows: Array) -> Array:
 
 
 def sum_in_order(addends: Array) -> Array:
-    """Sums over the first axis of [N, ...] from first to last, starting at +0.
+    """Sums over the first axis of [N, ...] in float32, from first to last, starting at +0.
 
-    The sum is a loop for two reasons. XLA keeps the order of a loop. And XLA cannot contract a
-    product that made the addends with a sum inside of a loop, which would skip a rounding. (An
+    The sum is a loop for three reasons. XLA keeps the order of a loop. XLA cannot contract a
+    product that made the addends with a sum inside of a loop, which would skip a rounding. And XLA
+    drops a cast to a narrow dtype and back, but not where the way back is inside of a loop. (An
     optimization_barrier would not do: XLA may expand it before it fuses. XLA does inline a loop of
     one turn, but the first sum is exact.) An absent row is a zero, which changes no sum that began
     at +0.
     """
-    zero = jnp.zeros_like(addends, shape=addends.shape[1:])
-    return lax.scan(lambda total, addend: (total + addend, None), zero, addends)[0]
+    zero = jnp.zeros_like(addends, shape=addends.shape[1:], dtype=jnp.float32)
+    return lax.scan(lambda total, addend: (total + addend.astype(zero.dtype), None), zero, addends)[
+        0
+    ]
 
 
 def reduce_rows(y: Array, rows: Array, weights: Array | None) -> Array:
@@ -63,4 +66,4 @@ def sum_by_node(addends: Array, num_nodes: int, node_stride: int) -> Array:
 
 
 def _sum_and_cast(addends: Array) -> Array:
-    return sum_in_order(addends.astype(jnp.float32)).astype(addends.dtype)
+    return sum_in_order(addends).astype(addends.dtype)

@@ -70,11 +70,12 @@ def test_cable_is_cut_and_mended(hosts):
         group.results()
 
 
-def train(tmp_path, **options):
-    """Loss by step in bits and what the demo says of its reference, as process 0 prints them."""
+def train(tmp_path, *, nodes=1, **options):
+    """The last loss of the demo and that of its reference, as process 0 prints them."""
     with launcher.start(
         DEMO,
         *DEMO_FLAGS.split(),
+        f"--nodes={nodes}",
         f"--out={tmp_path}",
         timeout_s=200.0,
         distributed=None,
@@ -94,6 +95,17 @@ def test_trains_as_in_one_process(hosts, tmp_path):
     hosts.slow_down(MEGABITS)
     got = train(tmp_path, num_processes=2, num_devices=2, hosts=hosts.hosts)
     assert got == pytest.approx(want, rel=1e-5)
+
+
+def test_trains_with_hosts_as_nodes(hosts, tmp_path):
+    hosts.slow_down(MEGABITS)
+    got, of_reference = train(tmp_path, nodes=2, num_processes=2, num_devices=2, hosts=hosts.hosts)
+    assert got == pytest.approx(of_reference, rel=1e-5)
+
+
+def test_trains_with_two_nodes_in_one_process(tmp_path):
+    got, of_reference = train(tmp_path, nodes=2, num_processes=1, num_devices=8)
+    assert got == pytest.approx(of_reference, rel=1e-5)
 
 
 def test_a_cut_ends_both_sides(hosts):
