@@ -23,6 +23,7 @@
 #include "cc/operands.h"
 #include "cc/tiers.h"
 #include "cc/token.h"
+#include "cc/wire_format.h"
 
 namespace jax_sm_free::cuda {
 
@@ -30,13 +31,21 @@ inline constexpr int64_t kHidden = 7168;
 inline constexpr int32_t kNumExperts = 256;
 inline constexpr int32_t kTopK = 8;
 inline constexpr int64_t kRowBytes = kHidden * 2;
+inline constexpr int64_t kScaleBytes = ScalesBytes<Float8Block128>(kHidden);
 inline constexpr DType kDType = DType::kBFloat16;
+
+// The rows of a dispatch.
+enum class RowKind {
+  kPlain,     // bfloat16
+  kFloat8,    // bfloat16 that the wire quantises
+  kQuantized  // float8 values, and a float32 scale for each 128 of them
+};
 
 struct Setting {
   int32_t num_tokens = 4096;  // of a rank
   int32_t ep_size = 4;
   int32_t num_nodes = 1;
-  WireFormat wire_format = WireFormat::kPlain;
+  RowKind kind = RowKind::kPlain;
 };
 
 inline Config MakeConfig(const Setting& setting) {
@@ -47,7 +56,8 @@ inline Config MakeConfig(const Setting& setting) {
                 .num_slots = 1,
                 .row_bytes = kRowBytes,
                 .timeout_s = 20,
-                .wire_format = setting.wire_format,
+                .wire_format = setting.kind == RowKind::kFloat8 ? WireFormat::kFloat8Block128
+                                                                : WireFormat::kPlain,
                 .num_nodes = setting.num_nodes,
                 .node_stride = setting.ep_size / setting.num_nodes,
                 .dtype = kDType};
@@ -77,9 +87,12 @@ struct Rank {
   float* topk_weights;
   int32_t* position;
   float* token = Take<float>(kTokenSize);
+  bool has_scales;
   std::byte* x;
+  std::byte* scales;
   std::byte* out;
   std::byte* rows;
+  std::byte* row_scales;
   float* weights;
   int32_t* group_sizes = Take<int32_t>(kNumExperts);
   int32_t* counts = Take<int32_t>(kNumExperts);
@@ -89,14 +102,20 @@ struct Rank {
   int32_t* node_topk;
 
   const RankView& view() const { return buffer->RankOf(0)->view; }
-  ConstRows sent() const { return {x, kRowBytes, nullptr, 0}; }
-  MutableRows received() const { return {rows, kRowBytes, nullptr, 0}; }
+  ConstRows sent() const {
+    if (!has_scales) return {x, kRowBytes, nullptr, 0};
+    return {x, kHidden, scales, kScaleBytes};
+  }
+  MutableRows received() const {
+    if (!has_scales) return {rows, kRowBytes, nullptr, 0};
+    return {rows, kHidden, row_scales, kScaleBytes};
+  }
   ExpertRows expert_rows() const {
     return {rows, weights, {layout_rows, num_rows_from, kTopK, buffer->config().recv_capacity}};
   }
 };
 
-inline std::vector<Rank> MakeRanks(const Config& config) {
+inline std::vector<Rank> MakeRanks(const Config& config, bool has_scales) {
   Neighbours neighbours;
   neighbours.crossbar = std::make_shared<Crossbar>();
   neighbours.group_end =
@@ -124,9 +143,12 @@ inline std::vector<Rank> MakeRanks(const Config& config) {
     rank.topk_weights = Take<float>(num_tokens * kTopK);
     rank.position = Take<int32_t>(1);
     MustSucceed(cudaMemcpy(rank.position, &i, sizeof(i), cudaMemcpyHostToDevice));
+    rank.has_scales = has_scales;
     rank.x = Take<std::byte>(num_tokens * kRowBytes);
+    rank.scales = Take<std::byte>(num_tokens * kScaleBytes);
     rank.out = out;
     rank.rows = Take<std::byte>(config.recv_capacity * kRowBytes);
+    rank.row_scales = Take<std::byte>(config.recv_capacity * kScaleBytes);
     rank.weights = Take<float>(config.recv_capacity);
     rank.layout_rows = Take<int32_t>(config.max_recv_tokens() * kTopK);
     rank.num_rows_from = Take<int32_t>(config.ep_size);

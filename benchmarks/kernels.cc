@@ -2,12 +2,13 @@
 // GPU, one after the other, with nothing beside them.
 //
 //     make CUDA=1 bench-kernels
-//     bazel-bin/benchmarks/kernels [tokens a rank] [ranks] [nodes] [float8]
+//     bazel-bin/benchmarks/kernels [tokens a rank] [ranks] [nodes] [float8 | quantized]
 //
-// With "float8", rows of a dispatch are quantised on the wire. Each time is from an event before
-// the launches of a phase to one behind them, the median of all ranks and rounds. An empty kernel
-// takes what the first row says. The floor of a phase is its bytes at the rate of a copy, which is
-// measured in the same run.
+// With "float8", the wire quantises the bfloat16 rows of a dispatch. With "quantized", the rows of
+// a dispatch are float8 values with scales, which arrive as they were sent. Each time is from an
+// event before the launches of a phase to one behind them, the median of all ranks and rounds. An
+// empty kernel takes what the first row says. The floor of a phase is its bytes at the rate of a
+// copy, which is measured in the same run.
 
 #include <cuda_runtime_api.h>
 
@@ -101,10 +102,10 @@ void Combine(const std::vector<Rank>& ranks, Table& table) {
 // The phases of a dispatch and of a combine, and the bytes that each of them moves.
 using Phases = std::vector<std::pair<std::string, double>>;
 
-Phases DispatchPhases(const Config& config, const Rows& rows) {
-  const double row = kRowBytes;
+Phases DispatchPhases(const Config& config, const Rows& rows, int64_t row_bytes) {
+  const auto row = static_cast<double>(row_bytes);
   const RowFormat format = FormatOf(config);
-  const auto wire = static_cast<double>(format.WireBytes(kRowBytes));
+  const auto wire = static_cast<double>(format.WireBytes(row_bytes));
   const double packed = rows.to_mates + rows.on_rails + (format.is_plain() ? 0 : rows.own_tokens);
   const double received = rows.to_mates + rows.to_other_nodes + rows.own_tokens;
   Phases phases = {{"route", 0}, {"pack", row * config.max_tokens + wire * packed}};
@@ -154,9 +155,11 @@ void TimeAll(const std::vector<Rank>& ranks, Table& times) {
   }
 }
 
+constexpr const char* kKindTexts[] = {"", ", float8 wire", ", float8 rows with scales"};
+
 void Run(const Setting& setting) {
   const Config config = MakeConfig(setting);
-  const std::vector<Rank> ranks = MakeRanks(config);
+  const std::vector<Rank> ranks = MakeRanks(config, setting.kind == RowKind::kQuantized);
   Table warm_up;
   Table table;
   for (int round = -2; round < kRounds; ++round) TimeAll(ranks, round < 0 ? warm_up : table);
@@ -169,14 +172,15 @@ void Run(const Setting& setting) {
       "%s: %d ranks on %d nodes, %d tokens a rank, hidden %d, top-%d of %d, bfloat16%s; copies run "
       "at %.2f TB/s\n",
       properties.name, config.ep_size, config.num_nodes, config.max_tokens,
-      static_cast<int>(kHidden), kTopK, kNumExperts,
-      config.wire_format == WireFormat::kPlain ? "" : ", float8 wire", bytes_per_us / 1e6);
+      static_cast<int>(kHidden), kTopK, kNumExperts, kKindTexts[static_cast<int>(setting.kind)],
+      bytes_per_us / 1e6);
   const double x_bytes = static_cast<double>(config.max_tokens) * kRowBytes;
   table.PrintHead();
   table.Print({{"nothing", 0}, {"copy of x", 2.0 * x_bytes}, {"copy of rows", copied}},
               bytes_per_us);
-  for (const auto& [op, phases] : {std::pair("dispatch", DispatchPhases(config, rows)),
-                                   std::pair("combine", CombinePhases(config, rows))}) {
+  for (const auto& [op, phases] :
+       {std::pair("dispatch", DispatchPhases(config, rows, ranks[0].sent().row_bytes())),
+        std::pair("combine", CombinePhases(config, rows))}) {
     table.Print(phases, bytes_per_us);
     table.PrintSum(op, phases, bytes_per_us);
   }
@@ -190,15 +194,16 @@ int main(int argc, char** argv) {
   if (argc > 1) setting.num_tokens = std::atoi(argv[1]);
   if (argc > 2) setting.ep_size = std::atoi(argv[2]);
   if (argc > 3) setting.num_nodes = std::atoi(argv[3]);
-  const bool float8 = argc > 4 && std::string(argv[4]) == "float8";
-  if (float8) setting.wire_format = jax_sm_free::WireFormat::kFloat8Block128;
+  const std::string kind = argc > 4 ? argv[4] : "";
+  if (kind == "float8") setting.kind = jax_sm_free::cuda::RowKind::kFloat8;
+  if (kind == "quantized") setting.kind = jax_sm_free::cuda::RowKind::kQuantized;
   if (setting.num_tokens < 1 || setting.ep_size < 1 || 256 % setting.ep_size != 0 ||
       setting.ep_size > 32 || setting.num_nodes < 1 || setting.ep_size % setting.num_nodes != 0 ||
-      argc > 5 || (argc > 4 && !float8)) {
+      argc > 5 || (argc > 4 && setting.kind == jax_sm_free::cuda::RowKind::kPlain)) {
     std::fprintf(
         stderr,
         "kernels [tokens a rank] [ranks, up to 32, a power of two] [nodes, a power of two] "
-        "[float8]\n");
+        "[float8 | quantized]\n");
     return 2;
   }
   jax_sm_free::cuda::Run(setting);

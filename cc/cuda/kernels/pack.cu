@@ -27,10 +27,17 @@ __device__ void PackSegment(const ConstRows& rows, std::byte* out_row, const Seg
     WarpCopyToAll(out_row, values, segments.begin(segment), segments.end(segment));
     return;
   }
+  const std::byte* scales = rows.scales + token * rows.scales_bytes;
+  if (rows.values_bytes % 16 == 0 && rows.scales_bytes % 16 == 0) {
+    std::byte* out_scales = out_row == nullptr ? nullptr : out_row + rows.values_bytes;
+    WarpCopyToAll(out_row, values, 0, static_cast<int32_t>(rows.values_bytes / 16));
+    WarpCopyToAll(out_scales, scales, 0, static_cast<int32_t>(rows.scales_bytes / 16));
+    return;
+  }
   for (unsigned left = __ballot_sync(kFullWarp, out_row != nullptr); left != 0; left &= left - 1) {
     std::byte* out = ShufflePointer(out_row, __ffs(static_cast<int>(left)) - 1);
     WarpCopy(out, values, rows.values_bytes);
-    WarpCopy(out + rows.values_bytes, rows.scales + token * rows.scales_bytes, rows.scales_bytes);
+    WarpCopy(out + rows.values_bytes, scales, rows.scales_bytes);
   }
 }
 
