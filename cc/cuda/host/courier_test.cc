@@ -1,105 +1,18 @@
 #include "cc/cuda/host/courier.h"
 
-#include <algorithm>
 #include <cstdint>
 #include <cstring>
 #include <memory>
-#include <optional>
 #include <set>
-#include <string>
 #include <utility>
 #include <variant>
 #include <vector>
 
+#include "cc/cuda/host/courier_testing.h"
 #include "gtest/gtest.h"
 
 namespace jax_sm_free::cuda {
 namespace {
-
-using Bytes = std::vector<std::byte>;
-
-// What a transport was asked for, in order.
-struct Call {
-  enum What { kPut, kPutAndWait, kSignal };
-  What what;
-  int32_t rank;
-  int64_t offset;
-  int64_t bytes = 0;
-  uint64_t value = 0;
-
-  bool operator==(const Call&) const = default;
-};
-
-void PrintTo(const Call& call, std::ostream* out) {
-  *out << "{what " << call.what << ", rank " << call.rank << ", offset " << call.offset
-       << ", bytes " << call.bytes << ", value " << call.value << "}";
-}
-
-// The regions of the other ranks in this process's memory. The bytes of a Put are read as late as
-// they may be: when the signal behind them arrives.
-struct Network {
-  struct Pending {
-    int64_t offset;
-    const std::byte* source;
-    int64_t bytes;
-  };
-
-  explicit Network(const Config& config)
-      : regions(config.ep_size, Bytes(RegionsOf(config).total)), pending(config.ep_size) {}
-
-  std::byte* At(int32_t rank, int64_t offset) { return regions[rank].data() + offset; }
-  uint64_t WordAt(int32_t rank, int64_t offset) {
-    uint64_t word = 0;
-    std::memcpy(&word, At(rank, offset), sizeof(word));
-    return word;
-  }
-
-  std::vector<Bytes> regions;                 // by rank
-  std::vector<std::vector<Pending>> pending;  // by rank
-  std::vector<Call> calls;
-  std::vector<std::unique_ptr<Bytes>> outboxes;
-  size_t most_outboxes = kMaxRanks;
-};
-
-class FakeRegions : public RemoteRegions {
- public:
-  FakeRegions(Network* network, std::set<int32_t> served)
-      : network_(*network), served_(std::move(served)) {}
-
-  bool Serves(int32_t rank) const override { return served_.count(rank) != 0; }
-
-  Result<std::byte*> MakeOutbox(size_t bytes) override {
-    if (network_.outboxes.size() == network_.most_outboxes) {
-      return Fault{.expected = std::to_string(bytes) + " bytes", .seen = "none", .exchange = {}};
-    }
-    return network_.outboxes.emplace_back(std::make_unique<Bytes>(bytes))->data();
-  }
-
-  void Put(int32_t rank, int64_t offset, const std::byte* source, int64_t bytes) override {
-    network_.calls.push_back({Call::kPut, rank, offset, bytes});
-    network_.pending[rank].push_back({offset, source, bytes});
-  }
-
-  void PutAndWait(int32_t rank, int64_t offset, const std::byte* source, int64_t bytes) override {
-    network_.calls.push_back({Call::kPutAndWait, rank, offset, bytes});
-    std::memcpy(network_.At(rank, offset), source, bytes);
-  }
-
-  void PutSignal(int32_t rank, int64_t offset, uint64_t value) override {
-    network_.calls.push_back({Call::kSignal, rank, offset, 0, value});
-    for (const auto& put : std::exchange(network_.pending[rank], {})) {
-      std::memcpy(network_.At(rank, put.offset), put.source, put.bytes);
-    }
-    std::memcpy(network_.At(rank, offset), &value, sizeof(value));
-  }
-
- private:
-  Network& network_;
-  const std::set<int32_t> served_;
-};
-
-constexpr Config kConfig = {
-    .ep_size = 4, .num_experts = 8, .top_k = 2, .max_tokens = 16, .num_slots = 3, .row_bytes = 64};
 
 // Rank 1 of four, which does not reach ranks 2 and 3.
 class CourierTest : public ::testing::Test {
@@ -308,55 +221,6 @@ TEST_F(CourierTest, RanksWithinReachGetNothing) {
   WriteWord(3, AckAt(0), 4);
   EXPECT_TRUE(courier_->Forward(view_));
   for (const Call& call : TakeCalls()) EXPECT_TRUE(courier_->Serves(call.rank));
-}
-
-// In two tiers of two nodes, rank 1 sends three messages to ranks out of reach: one to each rank of
-// its node for each node, and one along its rail.
-TEST(CourierOfTiersTest, EachMessageGoesToThePlaceThatItsOtherEndHasForIt) {
-  Config config = kConfig;
-  config.num_nodes = 2;
-  config.node_stride = 2;
-  const std::set<int32_t> served = {0, 3};
-  Network network(config);
-  auto made = Courier::Make(std::make_unique<FakeRegions>(&network, served), config);
-  const auto courier = std::get<std::shared_ptr<Courier>>(std::move(made));
-  RankView view = ViewOf(config, 1);
-  Bytes own(view.regions.total);
-  for (int32_t rank = 0; rank < config.ep_size; ++rank) view.base[rank] = courier->OutboxOf(rank);
-  view.base[view.rank] = own.data();
-  int num_sent = 0;
-  for (int32_t message = 0; message < view.regions.num_messages; ++message) {
-    const OtherEnd& end = view.messages.end[message];
-    if (served.count(end.rank) == 0) continue;
-    const int32_t slot = 1;
-    const int64_t index = MessageIndex(view, slot, end.message);
-    const auto content = static_cast<std::byte>(message + 1);
-    const uint64_t number = 10 + message;
-    std::byte* outbox = view.base[end.rank];
-    std::memset(outbox + view.regions.notices + index * view.regions.notice_bytes, message + 1,
-                view.regions.notice_bytes);
-    std::memcpy(outbox + view.regions.noticed + index * 8, &number, sizeof(number));
-    EXPECT_TRUE(courier->Forward(view));
-    EXPECT_FALSE(courier->Forward(view));
-    EXPECT_EQ(*network.At(end.rank, view.regions.notices + index * view.regions.notice_bytes),
-              content);
-    EXPECT_EQ(network.WordAt(end.rank, view.regions.noticed + index * 8), number);
-
-    const int64_t stage = StageOffset(view, slot, end.stage);
-    own[stage + 7] = content;
-    courier->Send(view, {.message = message,
-                         .slot = slot,
-                         .begin = 0,
-                         .end = 64,
-                         .common = 64,
-                         .common_at = stage + 64,
-                         .signal = number});
-    const int64_t there = view.regions.recv + index * view.regions.message_bytes;
-    EXPECT_EQ(*network.At(end.rank, there + 7), content);
-    EXPECT_EQ(network.WordAt(end.rank, view.regions.signals + index * 8), number);
-    ++num_sent;
-  }
-  EXPECT_EQ(num_sent, 2 + 1);
 }
 
 }  // namespace

@@ -148,8 +148,9 @@ __device__ void TakeWeightGrads(const RankView& view, const SumArgs& args, int64
   if (k >= top_k) return;
   const int32_t expert = args.topk.idx[token * top_k + k];
   float grad = 0;
-  if (expert >= 0) {
-    const Router router(view);
+  const Router router(view);
+  // The route has raised a fault for an expert that does not exist.
+  if (expert >= 0 && expert < router.num_experts()) {
     const int32_t lane = router.OfKey(router.KeyOf(expert)).lane;
     std::byte* message = InMessage(view, view.state->current.slot, view.messages.of_lane[lane]);
     const MessageLayout layout = LayoutOf(view.config, HeaderOf(message));
