@@ -15,7 +15,8 @@ Config ConfigFor(int32_t ep_size) {
           .num_slots = 2,
           .expert_alignment = 4,
           .row_bytes = kMatrix.row_bytes(),
-          .timeout_s = 60};
+          .timeout_s = 60,
+          .dtype = kMatrix.dtype};
 }
 
 std::shared_ptr<HostBuffer> BufferOf(const Config& config) {
@@ -75,12 +76,20 @@ Layer::Layer(std::shared_ptr<HostBuffer> buffer, int32_t rank, int64_t run, int6
       weights_(Poisoned<float>(config_.recv_capacity)),
       dropped_(Poisoned<int32_t>(1)),
       rows_(Poisoned<int32_t>(config_.max_recv_tokens() * config_.top_k)),
-      num_rows_from_(Poisoned<int32_t>(config_.ep_size)) {}
+      num_rows_from_(Poisoned<int32_t>(config_.ep_size)),
+      node_topk_(Poisoned<int32_t>(int64_t{config_.num_nodes} * config_.max_tokens * config_.top_k,
+                                   kPoisons[1])) {}
 
 std::optional<Fault> Layer::SendDispatch(const Source& source) {
   HostCall call = Call(Op::kDispatchSend);
   call.call_site = 2 * site_;
   return DispatchSend(call, {&rank_, source.topk(), source.rows()}, token_.data());
+}
+
+std::optional<Fault> Layer::ForwardDispatch() {
+  return Awaited(Call(Op::kDispatchForward), [&](const HostCall& call) {
+    DispatchForward(call, token_.data(), {.token = token_.data(), .node_topk = node_topk_.data()});
+  });
 }
 
 std::optional<Fault> Layer::ReceiveDispatch() {
@@ -98,8 +107,13 @@ std::optional<Fault> Layer::SendCombine() {
   const std::vector<std::byte> y = RunExperts();
   HostCall call = Call(Op::kCombineSend);
   call.call_site = 2 * site_ + 1;
-  const LayoutIn layout{rows_.data(), num_rows_from_.data(), config_.top_k, config_.recv_capacity};
-  return SendSums(call, {kMatrix, {y.data(), weights_.data(), layout}}, token_.data());
+  return SendSums(call, {kMatrix, {y.data(), weights_.data(), layout()}}, token_.data());
+}
+
+std::optional<Fault> Layer::ForwardCombine() {
+  return Awaited(Call(Op::kCombineForward), [&](const HostCall& call) {
+    ForwardSums(call, token_.data(), {node_topk_.data()}, token_.data());
+  });
 }
 
 std::optional<Fault> Layer::ReceiveCombine(const Source& source, std::vector<std::byte>& out) {

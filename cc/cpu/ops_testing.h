@@ -10,6 +10,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include "cc/cpu/ops.h"
@@ -47,10 +48,24 @@ class Layer {
  public:
   Layer(std::shared_ptr<HostBuffer> buffer, int32_t rank, int64_t run, int64_t site);
 
+  // The forwards are for buffers of two tiers.
   std::optional<Fault> SendDispatch(const Source& source);
+  std::optional<Fault> ForwardDispatch();
   std::optional<Fault> ReceiveDispatch();
   std::optional<Fault> SendCombine();
+  std::optional<Fault> ForwardCombine();
   std::optional<Fault> ReceiveCombine(const Source& source, std::vector<std::byte>& out);
+
+  // What ReceiveDispatch has written, to compare it with that of another layer.
+  auto dispatched() const {
+    return std::tie(values_, group_sizes_, counts_, weights_, dropped_, rows_, num_rows_from_);
+  }
+  LayoutIn layout() const {
+    return {rows_.data(), num_rows_from_.data(), config_.top_k, config_.recv_capacity};
+  }
+  const std::vector<std::byte>& values() const { return values_; }
+  const std::vector<float>& weights() const { return weights_; }
+  const std::vector<int32_t>& node_topk() const { return node_topk_; }
 
  private:
   HostCall Call(Op op) const { return CallOf(op, buffer_, rank_, run_); }
@@ -67,6 +82,7 @@ class Layer {
   std::vector<float> weights_;
   std::vector<int32_t> dropped_;
   std::vector<int32_t> rows_, num_rows_from_;
+  std::vector<int32_t> node_topk_;
 };
 
 }  // namespace jax_sm_free::testing

@@ -11,26 +11,33 @@ from processes import rank, together
 
 
 def fail_once(
-    how: str, place: str, survivors: int | None, timeout_s: float
+    how: str,
+    place: str,
+    survivors: int | None,
+    timeout_s: float,
+    num_nodes: int = 1,
+    num_acting: int = 1,
 ) -> tuple[str, float, str]:
-    """A good run, one in which the last process acts, and a good run on a new buffer.
+    """A good run, one in which the last processes act, and a good run on a new buffer.
 
     Args:
-      how: what the last process does. "pause": it pauses, and the test kills or stops it. "raise":
-        it raises, pauses and runs again. "raise, go on": it raises and runs again at once.
-      place: of `layers.PLACES`.
+      how: what they do. "pause": they pause, and the test kills or stops them. "raise": they
+        raise, pause and run again. "raise, go on": they raise and run again at once.
+      place: of `layers.PLACES`, or of `layers.PLACES_OF_TIERS`.
       survivors: processes that run on a new buffer afterwards; None for all.
       timeout_s: of the buffer.
+      num_nodes: of the buffer.
+      num_acting: how many processes act.
 
     Returns:
       The error, the seconds it took, and what `check` raised.
     """
-    mesh = layers.mesh_of()
+    mesh = layers.mesh_of(num_nodes=num_nodes)
     buffer = layers.open_buffer(mesh, timeout_s=timeout_s)
     inputs, action = layers.make_inputs(mesh), layers.Action()
     run = layers.on_ranks(mesh, layers.layer_of(buffer, action))
     layers.run_well(run, mesh, inputs)
-    if jax.process_index() == jax.process_count() - 1:
+    if jax.process_index() >= jax.process_count() - num_acting:
         action.place, action.do = place, lambda: act(how, place)
     error, seconds = layers.error_and_seconds(lambda: run(*inputs))
     rank.announce("has failed")
@@ -104,9 +111,9 @@ def end_one_of_two() -> tuple[str, str]:
     return errors[0], errors[1]
 
 
-def run_differently(how: str) -> tuple[str, float]:
+def run_differently(how: str, num_nodes: int = 1) -> tuple[str, float]:
     """The last process runs another program than the others, as their second run."""
-    mesh = layers.mesh_of()
+    mesh = layers.mesh_of(num_nodes=num_nodes)
     inputs = layers.make_inputs(mesh)
     buffer = layers.open_buffer(mesh, num_slots=3)
     layer = layers.layer_of(buffer, layers.Action())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -20,28 +21,42 @@ MARGIN_S = 8.0  # how much later an error may come on a busy machine
 LONG_S = 60.0  # of buffers in tests in which no timeout may pass
 AT_ONCE_S = LONG_S / 2
 TOKENS, HIDDEN, TOP_K = 5, 6, 2
-# Where a process may be made to act in `layer_of`.
+# Where a process may be made to act in `layer_of`. "between" is before the forward of two tiers.
 PLACES = ("before_send", "between", "before_combine")
+PLACES_OF_TIERS = ("before_send", "between", "forwarded", "before_combine")
 
 
-def mesh_of(processes: int | None = None) -> jax.sharding.Mesh:
-    """All devices, or those of the first processes."""
+def mesh_of(processes: int | None = None, num_nodes: int = 1) -> jax.sharding.Mesh:
+    """All devices, or those of the first processes. Several nodes are the axis "node"."""
     devices = [d for d in jax.devices() if processes is None or d.process_index < processes]
+    if num_nodes > 1:
+        return jax.sharding.Mesh(np.array(devices).reshape(num_nodes, -1), ("node", "gpu"))
     return jax.sharding.Mesh(np.array(devices), ("ep",))
 
 
+def axes_of(mesh: jax.sharding.Mesh) -> tuple[str, ...]:
+    """The axes of a buffer over this mesh: all but "dp"."""
+    return tuple(axis for axis in mesh.axis_names if axis != "dp")
+
+
+def ep_size_of(mesh: jax.sharding.Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes_of(mesh))
+
+
 def open_buffer(mesh: jax.sharding.Mesh, **sizes: Any) -> smf.Buffer:
+    """A buffer over all axes but "dp", in two tiers if there is an axis "node"."""
     defaults = {
         "hidden": HIDDEN,
         "num_experts": mesh.size,
         "top_k": TOP_K,
         "max_tokens": TOKENS,
         # Also where all tokens name one expert twice.
-        "recv_capacity": mesh.shape["ep"] * TOKENS * TOP_K,
+        "recv_capacity": ep_size_of(mesh) * TOKENS * TOP_K,
         "dtype": jnp.float32,
         "timeout_s": LONG_S,
+        "node_axis": "node" if "node" in mesh.axis_names else None,
     }
-    return smf.Buffer(mesh, "ep", **(defaults | sizes))
+    return smf.Buffer(mesh, axes_of(mesh), **(defaults | sizes))
 
 
 def make_inputs(mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[Any, ...]:
@@ -50,9 +65,14 @@ def make_inputs(mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[Any, ...]:
     rows = mesh.size * TOKENS
     arrays = (
         rng.integers(-9, 9, (rows, HIDDEN)).astype(np.float32),
-        rng.integers(0, mesh.shape["ep"], (rows, TOP_K)).astype(np.int32),
+        rng.integers(0, ep_size_of(mesh), (rows, TOP_K)).astype(np.int32),
         rng.integers(1, 9, (rows, TOP_K)).astype(np.float32),
     )
+    return over_processes(mesh, *arrays)
+
+
+def over_processes(mesh: jax.sharding.Mesh, *arrays: np.ndarray) -> tuple[Any, ...]:
+    """Arrays that all processes have whole, shared among the devices by their first axis."""
     sharding = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
     return tuple(jax.make_array_from_callback(a.shape, sharding, a.__getitem__) for a in arrays)
 
@@ -85,10 +105,16 @@ def layer_of(buffer: smf.Buffer, action: Action) -> Callable[..., Any]:
 
         return jax.pure_callback(on_host, jax.typeof(value), value)
 
+    def held_at(place: str, x: Any, sent: Any) -> Any:
+        """`sent`, which what follows uses when this process has acted at `place`."""
+        x, sent = sample_programs.after(x, sent)
+        return sample_programs.after(at(place, x), sent)[1]
+
     def layer(x: Any, topk_idx: Any, weights: Any) -> Any:
         sent = buffer.dispatch_send(at("before_send", x), topk_idx, weights)
-        between, sent = sample_programs.after(x, sent)
-        _, sent = sample_programs.after(at("between", between), sent)
+        sent = held_at("between", x, sent)
+        if buffer.node_axis is not None:
+            sent = held_at("forwarded", x, buffer.dispatch_forward(sent))
         recv = buffer.dispatch_recv(sent)
         return buffer.combine(at("before_combine", recv.x), recv.layout, weights=recv.weights)
 
