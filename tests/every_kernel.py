@@ -5,7 +5,8 @@
 
 Rows of whole 16-byte words and others, of all dtypes, on a float8 wire too, forward and backward,
 by experts and by tokens, with and without weights, in messages that leave whole and in parts, with
-few rows in common and with nearly all. It checks no numbers: tests do that.
+few rows in common and with nearly all, in one tier and, on two devices or more, in two. It checks
+no numbers: tests do that.
 """
 
 from __future__ import annotations
@@ -67,6 +68,8 @@ def main() -> None:
         for hidden in (7, 512, 1024):
             run(make(dtype=dtype, hidden=hidden))
             run(make(dtype=dtype, hidden=hidden, wire_dtype=jnp.float8_e4m3fn))
+        for hidden in (7, 512) if ranks % 2 == 0 else ():
+            run(make(dtype=dtype, hidden=hidden, num_nodes=2))
     run_pair(make(dtype=jnp.bfloat16, hidden=512))
     in_parts = functools.partial(make, dtype=jnp.bfloat16, max_tokens=1100, recv_capacity=2000)
     run(in_parts(hidden=2048))
