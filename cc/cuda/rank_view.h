@@ -9,6 +9,9 @@
 //                 where they go.
 //   ep_size + i   goes to the rail peer (m, h), or comes from there. Node m is the i-th other node.
 //
+// On GPUs, rail messages have the layout of other messages: the number of rows for each expert
+// travels in the notice of a message alone.
+//
 // The other end of a message has another number for it. In one tier, that is the rank of this end.
 
 #ifndef JAX_SM_FREE_CC_CUDA_RANK_VIEW_H_

@@ -87,6 +87,7 @@ TEST_P(ScaledRowsTest, BothPartsArrive) {
   const Places places = checker.CheckDispatch();
   std::vector<Parts> sent;
   std::vector<Parts> got;
+  got.reserve(which.ep_size);
   for (int32_t rank = 0; rank < which.ep_size; ++rank) {
     Send(rank, sent.emplace_back(MakeParts(which.num_tokens)));
   }
