@@ -25,8 +25,9 @@ std::vector<int32_t> RoutingOnNode(const Config& config, int32_t node, const Top
     bool goes_there = false;
     for (int32_t k = 0; k < config.top_k; ++k) {
       const int32_t expert = topk.idx[t * config.top_k + k];
-      const int32_t sorted = expert < 0 ? -1 : SortedByNode(config, expert);
-      const bool there = sorted >= 0 && sorted / node_experts == node;
+      const bool is_expert = expert >= 0 && expert < config.num_experts;
+      const int32_t sorted = is_expert ? SortedByNode(config, expert) : -1;
+      const bool there = is_expert && sorted / node_experts == node;
       goes_there |= there;
       routing.push_back(there ? sorted % node_experts : -1);
     }
