@@ -13,25 +13,33 @@ from processes import rank, together
 def fail_once(
     how: str, place: str, survivors: int | None, timeout_s: float
 ) -> tuple[str, float, str]:
-    """A good run, one in which the last process acts, and a good run on a new buffer.
+    """`fail` where the last process acts."""
+    return fail({jax.process_count() - 1: (how, place)}, survivors, timeout_s)
+
+
+def fail(
+    acts: dict[int, tuple[str, str]], survivors: int | None, timeout_s: float, num_nodes: int = 1
+) -> tuple[str, float, str]:
+    """A good run, one in which some processes act, and a good run on a new buffer.
 
     Args:
-      how: what the last process does. "pause": it pauses, and the test kills or stops it. "raise":
-        it raises, pauses and runs again. "raise, go on": it raises and runs again at once.
-      place: of `layers.PLACES`.
+      acts: by process, what it does and at which of `layers.PLACES`. "pause": it pauses, and the
+        test kills or stops it. "announce": it says that it has come there. "raise": it raises,
+        pauses and runs again. "raise, go on": it raises and runs again at once.
       survivors: processes that run on a new buffer afterwards; None for all.
       timeout_s: of the buffer.
+      num_nodes: of the buffer.
 
     Returns:
       The error, the seconds it took, and what `check` raised.
     """
-    mesh = layers.mesh_of()
+    mesh = layers.mesh_of(num_nodes=num_nodes)
     buffer = layers.open_buffer(mesh, timeout_s=timeout_s)
     inputs, action = layers.make_inputs(mesh), layers.Action()
     run = layers.on_ranks(mesh, layers.layer_of(buffer, action))
     layers.run_well(run, mesh, inputs)
-    if jax.process_index() == jax.process_count() - 1:
-        action.place, action.do = place, lambda: act(how, place)
+    how, place = acts.get(jax.process_index(), ("", ""))
+    action.place, action.do = place, lambda: act(how, place)
     error, seconds = layers.error_and_seconds(lambda: run(*inputs))
     rank.announce("has failed")
     if how == "raise" and "process died" in error:
@@ -41,14 +49,14 @@ def fail_once(
     assert kept in again or "process died" in error, (kept, again)
     buffer.close()
     if survivors is None or jax.process_index() < survivors:
-        layers.check_new_buffer(survivors)
+        layers.check_new_buffer(survivors, num_nodes if survivors is None else 1)
     return error, seconds, kept
 
 
 def act(how: str, place: str) -> None:
     if how.startswith("raise"):
         raise RuntimeError("this process died")
-    rank.pause(place)
+    {"pause": rank.pause, "announce": rank.announce}[how](place)
 
 
 def stop_shortly() -> None:
@@ -104,9 +112,9 @@ def end_one_of_two() -> tuple[str, str]:
     return errors[0], errors[1]
 
 
-def run_differently(how: str) -> tuple[str, float]:
+def run_differently(how: str, num_nodes: int = 1) -> tuple[str, float]:
     """The last process runs another program than the others, as their second run."""
-    mesh = layers.mesh_of()
+    mesh = layers.mesh_of(num_nodes=num_nodes)
     inputs = layers.make_inputs(mesh)
     buffer = layers.open_buffer(mesh, num_slots=3)
     layer = layers.layer_of(buffer, layers.Action())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from typing import Any
@@ -24,24 +25,37 @@ TOKENS, HIDDEN, TOP_K = 5, 6, 2
 PLACES = ("before_send", "between", "before_combine")
 
 
-def mesh_of(processes: int | None = None) -> jax.sharding.Mesh:
-    """All devices, or those of the first processes."""
+def mesh_of(processes: int | None = None, num_nodes: int = 1) -> jax.sharding.Mesh:
+    """All devices, or those of the first processes. Several nodes are the axis "node"."""
     devices = [d for d in jax.devices() if processes is None or d.process_index < processes]
-    return jax.sharding.Mesh(np.array(devices), ("ep",))
+    if num_nodes == 1:
+        return jax.sharding.Mesh(np.array(devices), ("ep",))
+    return jax.sharding.Mesh(np.array(devices).reshape(num_nodes, -1), ("node", "ep"))
+
+
+def axes_of(mesh: jax.sharding.Mesh) -> tuple[str, ...]:
+    """The axes of a buffer: all but "dp"."""
+    return tuple(axis for axis in mesh.axis_names if axis != "dp")
+
+
+def group_size(mesh: jax.sharding.Mesh) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes_of(mesh))
 
 
 def open_buffer(mesh: jax.sharding.Mesh, **sizes: Any) -> smf.Buffer:
+    """A buffer of two tiers where the mesh has an axis "node"."""
     defaults = {
         "hidden": HIDDEN,
         "num_experts": mesh.size,
         "top_k": TOP_K,
         "max_tokens": TOKENS,
         # Also where all tokens name one expert twice.
-        "recv_capacity": mesh.shape["ep"] * TOKENS * TOP_K,
+        "recv_capacity": group_size(mesh) * TOKENS * TOP_K,
         "dtype": jnp.float32,
         "timeout_s": LONG_S,
+        "node_axis": "node" if "node" in mesh.axis_names else None,
     }
-    return smf.Buffer(mesh, "ep", **(defaults | sizes))
+    return smf.Buffer(mesh, axes_of(mesh), **(defaults | sizes))
 
 
 def make_inputs(mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[Any, ...]:
@@ -50,7 +64,7 @@ def make_inputs(mesh: jax.sharding.Mesh, seed: int = 0) -> tuple[Any, ...]:
     rows = mesh.size * TOKENS
     arrays = (
         rng.integers(-9, 9, (rows, HIDDEN)).astype(np.float32),
-        rng.integers(0, mesh.shape["ep"], (rows, TOP_K)).astype(np.int32),
+        rng.integers(0, group_size(mesh), (rows, TOP_K)).astype(np.int32),
         rng.integers(1, 9, (rows, TOP_K)).astype(np.float32),
     )
     sharding = jax.NamedSharding(mesh, jax.P(mesh.axis_names))
@@ -119,9 +133,9 @@ def run_well(run: Callable[..., Any], mesh: jax.sharding.Mesh, inputs: tuple[Any
     together.meet(mesh)
 
 
-def check_new_buffer(processes: int | None = None) -> None:
+def check_new_buffer(processes: int | None = None, num_nodes: int = 1) -> None:
     """Opens a buffer over the first processes and runs the layer."""
-    mesh = mesh_of(processes)
+    mesh = mesh_of(processes, num_nodes)
     with open_buffer(mesh) as buffer:
         inputs = make_inputs(mesh)
         check(on_ranks(mesh, layer_of(buffer, Action()))(*inputs), inputs)

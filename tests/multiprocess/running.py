@@ -30,9 +30,9 @@ def run_after_others_were_compiled() -> None:
         buffer.check()
 
 
-def run_many(num_runs: int, in_flight: int) -> None:
+def run_many(num_runs: int, in_flight: int, num_nodes: int = 1) -> None:
     """Two buffers of different sizes, in turn, with several runs in flight."""
-    mesh = layers.mesh_of()
+    mesh = layers.mesh_of(num_nodes=num_nodes)
     with (
         layers.open_buffer(mesh) as one,
         layers.open_buffer(mesh, num_experts=2 * mesh.size) as two,

@@ -21,8 +21,16 @@ PARTS = {
     "flights": ("flight", "broken_rules"),
     "stress": ("stress",),
     "faults": ("faults", "routing"),
+    "tiers": ("tiers", "tiers_gradients"),
 }
-PLACES = {"apis": (2, 1), "numbers": (2, 2), "flights": (2, 2), "stress": (4, 1), "faults": (2, 4)}
+PLACES = {
+    "apis": (2, 1),
+    "numbers": (2, 2),
+    "flights": (2, 2),
+    "stress": (4, 1),
+    "faults": (2, 4),
+    "tiers": (2, 4),
+}
 
 
 @pytest.mark.cpu_only
