@@ -32,7 +32,7 @@ PLACES = {
     "tiers": (2, 2),
 }
 # Of the tests of a part, those with one of these words in their names; else all.
-SELECTED = {"tiers": "between_nodes or float8 or forward or in_flight or tiers_stats"}
+SELECTED = {"tiers": "between_nodes or float8 or in_flight or tiers_stats"}
 
 
 @pytest.mark.cpu_only
