@@ -33,6 +33,12 @@ def test_results_are_those_of_one_tier_and_of_the_reference(name):
     launcher.run(tiers.check_against_reference, shape, axes, timeout_s=120, **places)
 
 
+@pytest.mark.long
+def test_each_node_is_a_host(hosts):
+    places = {"num_processes": 2, "num_devices": 4, "hosts": hosts.hosts}
+    launcher.run(tiers.check_against_reference, *BY_NODE, timeout_s=120, **places)
+
+
 @pytest.mark.parametrize(("num_processes", "num_devices"), [(2, 2), (4, 1)])
 def test_many_runs_beside_one_tier(num_processes, num_devices):
     places = {"num_processes": num_processes, "num_devices": num_devices}
