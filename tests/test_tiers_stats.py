@@ -1,4 +1,4 @@
-"""`Buffer.stats` in two tiers: a token crosses to each node once, and ranks carry for others."""
+"""`Buffer.stats` of two tiers: bytes by the ranks that carry them, and few over node boundaries."""
 
 from __future__ import annotations
 
@@ -6,109 +6,112 @@ import dataclasses
 
 import numpy as np
 import pytest
+import sample_inputs
+import sample_programs
 import support
-from sample_inputs import ROUTINGS, layer_inputs
-from support import make_config
 from test_stats import assert_counts, counted, dispatch, rows_between, train
 
-pytestmark = pytest.mark.skipif(support.MAX_RANKS < 4, reason="needs four ranks")
-
 NUM_RANKS = support.MAX_RANKS
-# (num_nodes, node_stride): nodes of several ranks, in the order of ranks and in turn.
-PLACES = [
-    (num_nodes, stride)
-    for num_nodes in support.EP_SIZES[1:-1]
-    for stride in (1, NUM_RANKS // num_nodes)
+pytestmark = [
+    pytest.mark.cpu_only,
+    pytest.mark.skipif(NUM_RANKS < 4, reason="needs four devices"),
 ]
 
 
-def config_of(num_nodes, stride):
-    return make_config(
-        NUM_RANKS, num_experts=2 * NUM_RANKS, top_k=4, num_nodes=num_nodes, node_stride=stride
+def config_of(num_nodes, node_stride=None):
+    return support.make_config(
+        NUM_RANKS,
+        num_nodes=num_nodes,
+        node_stride=node_stride,
+        num_experts=2 * NUM_RANKS,
+        top_k=5,
+        recv_capacity=40 * NUM_RANKS,
     )
 
 
-def node_of(config, ranks):
-    return ranks // config.node_stride % config.num_nodes
+# Nodes of all devices but one axis: 2 nodes x 4 and 4 nodes x 2 of eight devices.
+CONFIGS = [
+    config_of(num_nodes, stride)
+    for num_nodes in sorted({2, NUM_RANKS // 2})
+    for stride in sorted({1, NUM_RANKS // num_nodes})
+]
+of_configs = pytest.mark.parametrize(
+    "config", CONFIGS, ids=lambda config: f"{config.num_nodes}_nodes_stride_{config.node_stride}"
+)
 
 
-def place_of(config, ranks):
-    """The place of a rank within its node."""
-    return np.asarray([np.sum(node_of(config, np.arange(r)) == node_of(config, r)) for r in ranks])
+def node_of(config, rank):
+    return rank // config.node_stride % config.num_nodes
 
 
-def crossings(config, topk_idx):
-    """Tokens of each rank with an expert on each node: [ep_size, num_nodes]."""
-    owners = np.where(topk_idx < 0, -1, topk_idx // config.num_local_experts)
-    nodes = np.where(owners < 0, -1, node_of(config, owners))
+def other_node(config):
+    """Whether two ranks are on different nodes: [ep_size, ep_size]."""
+    nodes = node_of(config, np.arange(config.ep_size))
+    return nodes[:, None] != nodes
+
+
+def tokens_for_nodes(config, topk_idx):
+    """Tokens of each rank that have an expert on each node: [ep_size, num_nodes]."""
+    nodes = node_of(config, topk_idx // config.num_local_experts)
+    nodes = np.where(topk_idx < 0, -1, nodes)
     return np.stack([(nodes == node).any(2).sum(1) for node in range(config.num_nodes)], 1)
 
 
-def carried(config, topk_idx):
-    """Rows that each rank carries to each in a dispatch: [ep_size, ep_size]."""
-    flat, to_node = rows_between(config, topk_idx), crossings(config, topk_idx)
-    ranks = np.arange(config.ep_size)
-    nodes, places = node_of(config, ranks), place_of(config, ranks)
+def rows_carried(config, topk_idx):
+    """Rows that each rank hands to each other in a dispatch of two tiers: [ep_size, ep_size]."""
+    flat, by_node = rows_between(config, topk_idx), tokens_for_nodes(config, topk_idx)
+    stride, num_nodes = config.node_stride, config.num_nodes
     rows = np.zeros_like(flat)
-    for src in ranks:
-        for dst in ranks:
-            if nodes[src] != nodes[dst]:
-                rows[src, dst] = to_node[src, nodes[dst]] * (places[src] == places[dst])
-            else:  # its own, and those of its rail peers
-                rows[src, dst] = flat[places == places[src], dst].sum()
+    for rank in range(config.ep_size):
+        first = rank - node_of(config, rank) * stride
+        rail = [first + node * stride for node in range(num_nodes)]
+        for peer in range(config.ep_size):
+            if node_of(config, peer) == node_of(config, rank):
+                rows[rank, peer] = flat[rail, peer].sum()  # its own, and those that it forwards
+            elif peer in rail:
+                rows[rank, peer] = by_node[rank, node_of(config, peer)]
     return rows
 
 
-def between_nodes(config, sent):
-    """The part of [ep_size, ep_size] that crosses nodes."""
-    nodes = node_of(config, np.arange(config.ep_size))
-    return sent[nodes[:, None] != nodes].sum()
+def layer_inputs(config):
+    inputs = sample_inputs.make_inputs(config)
+    return *inputs, sample_inputs.make_rows(config, config.recv_capacity, 0)
 
 
-@pytest.mark.parametrize(("num_nodes", "stride"), PLACES)
-@pytest.mark.parametrize("how", ["uniform", "all_to_one_rank", "one_rank_sends_nothing"])
-def test_bytes_of_a_dispatch(how, num_nodes, stride):
-    assert how in ROUTINGS
-    config = config_of(num_nodes, stride)
+@of_configs
+def test_a_dispatch_sends_a_token_once_to_each_other_node(config):
     inputs = layer_inputs(config)
-    topk_idx = inputs[1]
-    ROUTINGS[how](topk_idx, config)
+    row_bytes = 4 * config.hidden
     buffer = support.apis(config)[0].buffer
+    flat = support.apis(dataclasses.replace(config, num_nodes=1, node_stride=None))[0].buffer
     stats, _ = counted(buffer, dispatch, *inputs)
-    row_bytes = config.hidden * 4
-    sent = carried(config, topk_idx) * row_bytes
-    assert_counts(stats, buffer, (1, 0, 0, 0), sent, sent.T)
-
-    nodes = node_of(config, np.arange(config.ep_size))
-    pairs = crossings(config, topk_idx)[nodes[:, None] != np.arange(num_nodes)].sum()
-    assert between_nodes(config, sent) == pairs * row_bytes
-    flat_buffer = support.apis(dataclasses.replace(config, num_nodes=1))[0].buffer
-    flat_stats, _ = counted(flat_buffer, dispatch, *inputs)
-    flat = rows_between(config, topk_idx) * row_bytes
-    assert_counts(flat_stats, flat_buffer, (1, 0, 0, 0), flat, flat.T)
-    if how == "uniform":
-        assert between_nodes(config, sent) < between_nodes(config, flat)
+    flat_stats, _ = counted(flat, dispatch, *inputs)
+    is_other_node, by_node = other_node(config), tokens_for_nodes(config, inputs[1])
+    for rank, flat_rank in zip(stats.ranks, flat_stats.ranks, strict=True):
+        remote = is_other_node[rank.rank]
+        own = node_of(config, rank.rank)
+        pairs = by_node[rank.rank].sum() - by_node[rank.rank, own]
+        sent = np.asarray(rank.bytes_sent)[remote].sum()
+        assert sent == pairs * row_bytes
+        assert sent < np.asarray(flat_rank.bytes_sent)[remote].sum()
 
 
-@pytest.mark.parametrize(("num_nodes", "stride"), PLACES)
-def test_bytes_of_a_layer_and_its_gradients(num_nodes, stride):
-    """A combine brings each row of a rail back on the same rail, and so do the gradients."""
-    config = config_of(num_nodes, stride)
+# Programs, and how many exchanges of each kind they have.
+PROGRAMS = {
+    dispatch: (1, 0, 0, 0),
+    sample_programs.layer: (1, 1, 0, 0),
+    train: (1, 1, 1, 1),
+}
+
+
+@of_configs
+@pytest.mark.parametrize("program", PROGRAMS, ids=lambda program: program.__name__)
+def test_bytes_are_counted_by_the_rank_that_carries_them(config, program):
     inputs = layer_inputs(config)
     buffer = support.apis(config)[0].buffer
-    stats, _ = counted(buffer, train, *inputs)
-    there = carried(config, inputs[1])
-    sent = (there + there.T) * 2 * config.hidden * 4
-    assert_counts(stats, buffer, (1, 1, 1, 1), sent, sent.T)
-
-
-@pytest.mark.parametrize(("num_nodes", "stride"), PLACES)
-def test_ranks_wait_for_those_that_carry(num_nodes, stride):
-    config = config_of(num_nodes, stride)
-    buffer = support.apis(config)[0].buffer
-    stats, _ = counted(buffer, train, *layer_inputs(config))
-    ranks = np.arange(config.ep_size)
-    nodes, places = node_of(config, ranks), place_of(config, ranks)
-    for rank in stats.ranks:
-        carries = (nodes == nodes[rank.rank]) | (places == places[rank.rank])
-        assert not np.asarray(rank.waited_s)[~carries].any()
+    stats, _ = counted(buffer, program, *inputs)
+    there = rows_carried(config, inputs[1]) * 4 * config.hidden
+    dispatches, combines, dispatches_back, combines_back = PROGRAMS[program]
+    # A dispatch and the gradient of a combine go there, the other two come back.
+    sent = there * (dispatches + combines_back) + there.T * (combines + dispatches_back)
+    assert_counts(stats, buffer, PROGRAMS[program], sent, sent.T)
