@@ -49,7 +49,7 @@ void WriteNodeTopK(const Config& config, int32_t node, const Message* rail, int3
 
 TopK RailRows(const Config& config, int32_t node, const int32_t* node_topk) {
   const int64_t top_k = config.top_k;
-  const int32_t* first = node_topk + node * config.max_tokens * top_k;
+  const int32_t* first = node_topk + int64_t{node} * config.max_tokens * top_k;
   int64_t num_rows = 0;
   const auto is_used = [&](int64_t row) {
     const int32_t* experts = first + row * top_k;
@@ -95,6 +95,7 @@ Result<Message> SumWithinNode(const Config& config, const SumsFor& sums, Kind ki
                               const Matrix& matrix, const TopK& topk,
                               std::vector<Message>& messages, BlockPool::Block block) {
   std::vector<Message> by_place;
+  by_place.reserve(config.node_size());
   for (int32_t place = 0; place < config.node_size(); ++place) {
     by_place.push_back(std::move(messages[RankAt(config, sums.node, place)]));
   }

@@ -98,6 +98,7 @@ std::optional<Fault> SumOverNodes(const HostCall& call, const SumsOut& out,
                                       out.matrix, own_rows, messages, call.rank->pool.Take());
   if (Fault* fault = std::get_if<Fault>(&sum)) return *fault;
   std::vector<Message> by_node;
+  by_node.reserve(config.num_nodes);
   for (int32_t node = 0; node < config.num_nodes; ++node) {
     by_node.push_back(std::move(node == own_node ? std::get<Message>(sum)
                                                  : messages[RankAt(config, node, own_place)]));
