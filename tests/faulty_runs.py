@@ -67,7 +67,8 @@ def go_on(
     if support.BUFFERS_GO_ON:
         return buffer, run
     buffer.close()
-    buffer = support.open_buffer(buffer.config, buffer.mesh)
+    where = buffer.mesh, buffer.axes
+    buffer = support.open_buffer(buffer.config, *where, node_axis=buffer.node_axis)
     return buffer, compiled(buffer)
 
 

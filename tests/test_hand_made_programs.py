@@ -100,7 +100,8 @@ def run(buffer: smf.Buffer, op: str, operands: Any, results: Any, name: str = ""
         arrays = [jnp.ones(shape, dtype) for _, shape, dtype in operands]
         return [out[None] for out in function(*arrays, buffer=name)]
 
-    mapped = jax.shard_map(call, mesh=buffer.mesh, in_specs=(), out_specs=P("ep"), check_vma=False)
+    spec = P(buffer.mesh.axis_names)
+    mapped = jax.shard_map(call, mesh=buffer.mesh, in_specs=(), out_specs=spec, check_vma=False)
     return faulty_runs.error_of(jax.jit(mapped))
 
 

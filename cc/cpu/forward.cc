@@ -4,6 +4,7 @@
 #include <cstring>
 #include <utility>
 
+#include "cc/fault_texts.h"
 #include "cc/routing.h"
 #include "cc/tiers.h"
 
@@ -17,7 +18,7 @@ std::vector<int32_t> SortByNode(const Config& config, const TopK& topk) {
   return sorted;
 }
 
-std::vector<int32_t> RoutingOnNode(const Config& config, int32_t node, const TopK& topk) {
+Result<std::vector<int32_t>> RoutingOnNode(const Config& config, int32_t node, const TopK& topk) {
   const int32_t node_experts = NodeConfig(config).num_experts;
   std::vector<int32_t> routing;
   for (int64_t t = 0; t < topk.num_tokens; ++t) {
@@ -25,6 +26,9 @@ std::vector<int32_t> RoutingOnNode(const Config& config, int32_t node, const Top
     bool goes_there = false;
     for (int32_t k = 0; k < config.top_k; ++k) {
       const int32_t expert = topk.idx[t * config.top_k + k];
+      if (expert < -1 || expert >= config.num_experts) {
+        return IndexOutOfRange(config.num_experts, expert, t, k);
+      }
       const int32_t sorted = expert < 0 ? -1 : SortedByNode(config, expert);
       const bool there = sorted >= 0 && sorted / node_experts == node;
       goes_there |= there;
@@ -45,7 +49,7 @@ void WriteNodeTopK(const Config& config, int32_t node, const Message* rail, int3
 
 TopK RailRows(const Config& config, int32_t node, const int32_t* node_topk) {
   const int64_t top_k = config.top_k;
-  const int32_t* first = node_topk + node * config.max_tokens * top_k;
+  const int32_t* first = node_topk + int64_t{node} * config.max_tokens * top_k;
   int64_t num_rows = 0;
   const auto is_used = [&](int64_t row) {
     const int32_t* experts = first + row * top_k;
@@ -91,6 +95,7 @@ Result<Message> SumWithinNode(const Config& config, const SumsFor& sums, Kind ki
                               const Matrix& matrix, const TopK& topk,
                               std::vector<Message>& messages, BlockPool::Block block) {
   std::vector<Message> by_place;
+  by_place.reserve(config.node_size());
   for (int32_t place = 0; place < config.node_size(); ++place) {
     by_place.push_back(std::move(messages[RankAt(config, sums.node, place)]));
   }

@@ -18,8 +18,9 @@ namespace jax_sm_free {
 std::vector<int32_t> SortByNode(const Config& config, const TopK& topk);
 
 // The routing of the tokens that have an expert on `node`, in their order: node experts, and -1 for
-// others. These tokens are the rows of a rail message.
-std::vector<int32_t> RoutingOnNode(const Config& config, int32_t node, const TopK& topk);
+// others. These tokens are the rows of a rail message. A fault (without op and rank) if an index
+// lies outside [-1, num_experts).
+Result<std::vector<int32_t>> RoutingOnNode(const Config& config, int32_t node, const TopK& topk);
 
 // Writes the routing of a rail message from `node` into node_topk [num_nodes * max_tokens, top_k].
 // Null stands for no message.

@@ -86,6 +86,17 @@ constexpr int32_t CarrierOf(const Config& config, Hop hop, int32_t number, int32
   return RankAt(config, NodeOf(config, dst), PlaceInNode(config, number));
 }
 
+// How much longer a recv of two tiers waits than its forward. A rank that is silent keeps others
+// from forwarding, and these keep further ones from receiving. Of all these waits, those of the
+// forwards end first, so that the fault names the rank that is silent.
+inline constexpr double kRecvWaitsLongerSeconds = 0.5;
+
+// How long a receiver waits for the messages of a round.
+constexpr double TimeoutOf(const Config& config, Hop hop) {
+  const bool is_behind_forward = hop == Hop::kSpread || hop == Hop::kHome;
+  return config.timeout_s + (is_behind_forward ? kRecvWaitsLongerSeconds : 0.0);
+}
+
 // The configuration whose layout a message has.
 constexpr Config ConfigOf(const Config& config, Hop hop) {
   return hop == Hop::kRail ? RailConfig(config) : config;

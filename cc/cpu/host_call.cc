@@ -51,7 +51,7 @@ void Await(const HostCall& call, const Exchange& exchange, Then then, std::funct
       auto& messages = std::get<std::vector<Message>>(arrival);
       CountReceived(call, exchange.key.hop, messages);
       fault = then(messages);
-      if (fault) fault = Fail(call, exchange.key.run, *fault);
+      if (fault && fault->op.empty()) fault = Fail(call, exchange.key.run, *fault);
     }
     arrival = Fault{};  // returns the blocks before the program continues
     end();

@@ -53,7 +53,7 @@ std::optional<Fault> SendRound(const HostCall& call, ExchangeKey key, Hop hop,
 
 // Waits for the messages of the round that exchange.key names. Calls `then` with them, by number
 // (cc/cpu/hop.h), and `end` when they are gone. Both happen before call.done. A fault of `then`
-// ends the run.
+// ends the run, unless it has an op: then it is the fault with which the run has ended before.
 using Then = std::function<std::optional<Fault>(std::vector<Message>& messages)>;
 void Await(const HostCall& call, const Exchange& exchange, Then then, std::function<void()> end);
 

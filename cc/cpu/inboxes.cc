@@ -21,7 +21,8 @@ Inboxes::Inboxes(const Config& config, std::vector<int32_t> num_here, OnFail on_
       num_here_(std::move(num_here)),
       sees_all_ranks_(num_here_.size() > 1 || num_here_.front() == config.ep_size),
       on_fail_(std::move(on_fail)),
-      all_groups_(static_cast<int32_t>(num_here_.size()), config.ep_size, config.timeout_s),
+      all_groups_(static_cast<int32_t>(num_here_.size()), config.ep_size,
+                  TimeoutOf(config, LastHop(config, Kind::kDispatch))),
       rounds_(num_here_.size()),
       losses_(num_here_.size() * config.ep_size),
       waits_(losses_.size(), config.ep_size) {}
@@ -296,8 +297,9 @@ void Inboxes::Lose(int32_t member, const std::string& reason, int64_t end) {
 }
 
 void Inboxes::ArmTimer(Inbox& inbox, int32_t member, double waited) {
+  const double timeout_s = TimeoutOf(config_, inbox.exchange.key.hop);
   const double until =
-      waited < kSlowWaitSeconds ? std::min(kSlowWaitSeconds, config_.timeout_s) : config_.timeout_s;
+      waited < kSlowWaitSeconds ? std::min(kSlowWaitSeconds, timeout_s) : timeout_s;
   auto expire = [weak = weak_from_this(), key = inbox.exchange.key, member, until] {
     if (const std::shared_ptr<Inboxes> self = weak.lock()) self->OnTimer(key, member, until);
   };
@@ -313,7 +315,7 @@ void Inboxes::OnTimer(const ExchangeKey& key, int32_t member, double waited) {
     fault = FaultOfWait(*inbox, member,
                         MissingMessages(MissingRanks(key, *inbox, RankOf(member)),
                                         NumCarriers(config_, key.hop), config_.timeout_s, waited));
-    if (waited < config_.timeout_s) {
+    if (waited < TimeoutOf(config_, key.hop)) {
       TellSlowWait(fault);
       ArmTimer(*inbox, member, waited);
       return;

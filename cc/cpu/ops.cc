@@ -90,12 +90,15 @@ std::optional<Fault> SumOverNodes(const HostCall& call, const SumsOut& out,
   const Config& config = call.config();
   const int32_t own_node = NodeOf(config, call.rank->rank);
   const int32_t own_place = PlaceInNode(config, call.rank->rank);
-  const std::vector<int32_t> own = RoutingOnNode(config, own_node, out.topk);
+  const Result<std::vector<int32_t>> routing = RoutingOnNode(config, own_node, out.topk);
+  if (const Fault* fault = FaultOf(routing)) return *fault;
+  const auto& own = std::get<std::vector<int32_t>>(routing);
   const TopK own_rows{own.data(), nullptr, static_cast<int64_t>(own.size()) / config.top_k};
   Result<Message> sum = SumWithinNode(config, {call.rank->rank, own_node}, KindOf(call.op),
                                       out.matrix, own_rows, messages, call.rank->pool.Take());
   if (Fault* fault = std::get_if<Fault>(&sum)) return *fault;
   std::vector<Message> by_node;
+  by_node.reserve(config.num_nodes);
   for (int32_t node = 0; node < config.num_nodes; ++node) {
     by_node.push_back(std::move(node == own_node ? std::get<Message>(sum)
                                                  : messages[RankAt(config, node, own_place)]));

@@ -14,7 +14,9 @@
 #include "cc/cpu/cable_testing.h"
 #include "cc/cpu/call_site.h"
 #include "cc/cpu/exchange.h"
+#include "cc/cpu/hop.h"
 #include "cc/cpu/message.h"
+#include "cc/cpu/wire_note.h"
 #include "gtest/gtest.h"
 
 namespace jax_sm_free {
@@ -42,12 +44,14 @@ class SpanningBufferTest : public ::testing::Test {
   static constexpr int32_t kRanksOf = 2;
   static constexpr int32_t kRanks = kProcesses * kRanksOf;
 
-  void Open(double timeout_s = kNever, int32_t num_groups = 1) {
+  void Open(double timeout_s = kNever, int32_t num_groups = 1, int32_t num_nodes = 1) {
     config_ = {.ep_size = kRanks / num_groups,
                .num_experts = kRanks,
                .num_slots = 2,
                .row_bytes = sizeof(Note),
-               .timeout_s = timeout_s};
+               .timeout_s = timeout_s,
+               .num_nodes = num_nodes,
+               .node_stride = kRanks / num_groups / num_nodes};
     cable_.ends.resize(kProcesses);
     SpanningBuffer::Processes processes{.self = 0, .count = kProcesses, .of_rank = {}};
     processes.of_rank.resize(num_groups);
@@ -282,6 +286,48 @@ TEST_F(SpanningBufferTest, ClosingEndsWhoWaitsHere) {
   const Transport::Arrival arrival = waits.get();
   ASSERT_NE(FaultOf(arrival), nullptr);
   EXPECT_PRED_FORMAT2(IsSubstring, "it was closed", FaultOf(arrival)->Describe());
+}
+
+// Two tiers, in which each process is a node.
+class TiersOverProcessesTest : public SpanningBufferTest {
+ protected:
+  // What arrives at rank 0 in a round in which processes send it messages of these numbers.
+  Transport::Arrival Arrived(Hop hop, const std::vector<std::pair<int32_t, int32_t>>& sent) {
+    Open(kNever, 1, kProcesses);
+    Exchange exchange = std::get<Exchange>(RankOf(0).ledger.Begin(Op::kDispatchSend, 1, 5));
+    exchange.key.hop = hop;
+    std::future<Transport::Arrival> arrival = Receive(0, exchange);
+    for (const auto& [process, number] : sent) {
+      const CallSite site{.number = 5, .program = "jit_f", .call = "dispatch_send 0"};
+      const MessageNote note{.src = number, .dst = 0, .key = exchange.key, .site = site};
+      const Message message = Pack(exchange.key, number, 0);
+      cable_.ends[process]->Send(0, Encode({.buffer = 7, .body = note}), message.bytes(), [] {});
+    }
+    return arrival.get();
+  }
+
+  void ExpectRefused(const Transport::Arrival& arrival, const std::string& text) {
+    ASSERT_NE(FaultOf(arrival), nullptr);
+    EXPECT_PRED_FORMAT2(IsSubstring, "receive on rank 0 of node 0", FaultOf(arrival)->Describe());
+    EXPECT_PRED_FORMAT2(IsSubstring, text, FaultOf(arrival)->Describe());
+  }
+};
+
+TEST_F(TiersOverProcessesTest, RailMessagesComeFromTheRailPeers) {
+  const Transport::Arrival arrival = Arrived(Hop::kRail, {{1, 2}, {2, 4}});
+  EXPECT_EQ(FaultOf(arrival), nullptr);
+}
+
+TEST_F(TiersOverProcessesTest, AMessageByAProcessThatDoesNotCarryItIsRefused) {
+  ExpectRefused(Arrived(Hop::kRail, {{2, 2}}), "one from member 2 to member 0 by process 2");
+}
+
+TEST_F(TiersOverProcessesTest, OnlyTheOwnNodeForwardsTheMessagesOfOthers) {
+  ExpectRefused(Arrived(Hop::kSpread, {{1, 3}}), "one from member 3 to member 0 by process 1");
+}
+
+TEST_F(TiersOverProcessesTest, ARailMessageOfAnotherRailIsRefused) {
+  ExpectRefused(Arrived(Hop::kRail, {{1, 3}}), "one from member 3 to member 0 by process 1");
 }
 
 }  // namespace

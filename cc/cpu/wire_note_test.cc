@@ -7,6 +7,7 @@
 #include <variant>
 #include <vector>
 
+#include "cc/cpu/hop.h"
 #include "cc/cpu/wire.h"
 #include "gtest/gtest.h"
 
@@ -17,7 +18,7 @@ WireNote Message() {
   return {.buffer = 5,
           .body = MessageNote{.src = 1,
                               .dst = 2,
-                              .key = {.run = 10, .call_site = 11, .count = 12},
+                              .key = {.run = 10, .call_site = 11, .count = 12, .hop = Hop::kGather},
                               .site = {.number = 11,
                                        .program = "jit_f",
                                        .call = "dispatch_send 0 (float32[6, 7])",
@@ -72,6 +73,14 @@ TEST(WireNoteTest, LongTextsOfAFaultAreCutToWhatAWireTakes) {
   const std::optional<WireNote> note = Decode(bytes);
   ASSERT_TRUE(note.has_value());
   EXPECT_EQ(std::get<Fault>(note->body).expected, std::string(360, 'x'));
+}
+
+TEST(WireNoteTest, ARoundThatDoesNotExistIsNoNote) {
+  for (const int32_t hop : {-1, kNumHops}) {
+    WireNote message = Message();
+    std::get<MessageNote>(message.body).key.hop = static_cast<Hop>(hop);
+    EXPECT_FALSE(Decode(Encode(message)).has_value()) << "hop " << hop;
+  }
 }
 
 TEST(WireNoteTest, OtherBytesAreNoNote) {

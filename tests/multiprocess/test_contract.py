@@ -21,8 +21,18 @@ PARTS = {
     "flights": ("flight", "broken_rules"),
     "stress": ("stress",),
     "faults": ("faults", "routing"),
+    "tiers": ("tiers", "tiers_stats"),
 }
-PLACES = {"apis": (2, 1), "numbers": (2, 2), "flights": (2, 2), "stress": (4, 1), "faults": (2, 4)}
+PLACES = {
+    "apis": (2, 1),
+    "numbers": (2, 2),
+    "flights": (2, 2),
+    "stress": (4, 1),
+    "faults": (2, 4),
+    "tiers": (2, 2),
+}
+# Of the tests of a part, those with one of these words in their names; else all.
+SELECTED = {"tiers": "between_nodes or float8 or in_flight or tiers_stats"}
 
 
 @pytest.mark.cpu_only
@@ -47,6 +57,7 @@ def test_over_gpu_processes(num_processes, part):
 def run(part: str, **places: Any) -> None:
     # -x: after a failure the processes no longer run the same tests.
     options = ["-qx", "-p", "over_processes", "-p", "no:cacheprovider", "-p", "no:xdist"]
+    options += ["-k", SELECTED.get(part, "")]
     folders = [str(TESTS), str(pathlib.Path(__file__).parent), *filter(None, sys.path)]
     with launcher.start(
         "pytest",

@@ -33,6 +33,12 @@ def test_results_are_those_of_one_tier_and_of_the_reference(name):
     launcher.run(tiers.check_against_reference, shape, axes, timeout_s=120, **places)
 
 
+@pytest.mark.long
+def test_each_node_is_a_host(hosts):
+    places = {"num_processes": 2, "num_devices": 4, "hosts": hosts.hosts}
+    launcher.run(tiers.check_against_reference, *BY_NODE, timeout_s=120, **places)
+
+
 @pytest.mark.parametrize(("num_processes", "num_devices"), [(2, 2), (4, 1)])
 def test_many_runs_beside_one_tier(num_processes, num_devices):
     places = {"num_processes": num_processes, "num_devices": num_devices}
@@ -40,6 +46,23 @@ def test_many_runs_beside_one_tier(num_processes, num_devices):
 
 
 # ---------------------------------------------------------------------------- what goes wrong
+
+
+# Who may be the first to end its wait if rank 3 of 4 does not go on. Ranks that wait for it keep
+# rank 0 waiting: rank 1 forwards to rank 0, and rank 2 sums for rank 0.
+NEVER_SENT = (
+    r"dispatch_(forward on rank 1 of node 0|recv on rank 2 of node 1), peer rank 3 of node 1: "
+    r".*none from rank 3"
+    r"|dispatch_recv on rank 0 of node 0, peer rank 1 of node 0: .*none from rank 1"
+)
+NEVER_FORWARDED = (
+    r"(dispatch_recv on rank 2 of node 1|combine_(forward|recv) on rank 1 of node 0), "
+    r"peer rank 3 of node 1: .*none from rank 3"
+    r"|combine_(forward|recv) on rank 0 of node 0, peer rank [12] of node [01]: "
+    r".*none from rank [12]"
+    # A process that is stopped may not have put all that it has sent on the wire.
+    rf"|{NEVER_SENT}"
+)
 
 
 def assert_named(results, *patterns, seconds):
@@ -103,15 +126,9 @@ def test_a_process_that_neither_sends_nor_forwards_is_named(place, how):
             group[3].go_on()
         group[3].resume()
         *others, late = group.results()
-    if place == "before_send":
-        waits, peer = r"dispatch_(forward|recv) on rank [12] of node [01]", 3
-    else:
-        # Rank 2 waits for what rank 3 forwards. Rank 1 waits for sums of rank 3, and rank 0 for
-        # sums of rank 2, and may be the first to end its wait.
-        waits, peer = r"(dispatch|combine)_(forward|recv) on rank [012] of node [01]", "[23]"
-    named = (rf"{waits}, peer rank {peer} of node 1: ", f"none from rank {peer}")
-    assert_named(others, *named, seconds=layers.TIMEOUT_S + LATER_S)
-    assert_matches(late[0], *named)
+    named = NEVER_SENT if place == "before_send" else NEVER_FORWARDED
+    assert_named(others, named, seconds=layers.TIMEOUT_S + LATER_S)
+    assert_matches(late[0], named)
 
 
 def test_a_process_that_raises_before_its_send_is_named():
@@ -122,12 +139,7 @@ def test_a_process_that_raises_before_its_send_is_named():
         group[3].resume()
         *others, died = group.results()
     assert_matches(died[0], "this process died")
-    assert_named(
-        others,
-        r"dispatch_(forward|recv) on rank [12] of node [01], peer rank 3 of node 1: ",
-        "none from rank 3",
-        seconds=layers.TIMEOUT_S + LATER_S,
-    )
+    assert_named(others, NEVER_SENT, seconds=layers.TIMEOUT_S + LATER_S)
 
 
 @pytest.mark.parametrize(
