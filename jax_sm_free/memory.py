@@ -64,7 +64,7 @@ def estimate_memory(config: Config) -> MemoryEstimate:
     from_nodes = (config.num_nodes - 1) * config.rail_message_bytes
     return MemoryEstimate(
         messages=config.num_slots * (config.ep_size * config.message_bytes + from_nodes),
-        stage=config.num_slots * ((config.ep_size - 1) * config.message_bytes + from_nodes),
+        stage=config.num_slots * (config.ep_size - 1) * config.message_bytes,
         recv=recv,
     )
 

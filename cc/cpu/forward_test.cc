@@ -16,6 +16,13 @@
 namespace jax_sm_free {
 namespace {
 
+// RoutingOnNode of indices that all are experts or -1.
+std::vector<int32_t> RoutingOf(const Config& config, int32_t node, const TopK& topk) {
+  Result<std::vector<int32_t>> routing = RoutingOnNode(config, node, topk);
+  EXPECT_EQ(FaultOf(routing), nullptr);
+  return FaultOf(routing) == nullptr ? std::get<0>(std::move(routing)) : std::vector<int32_t>();
+}
+
 using testing::Decode;
 using testing::Encode;
 using testing::PoisonedPool;
@@ -114,7 +121,7 @@ TEST_P(ForwardTest, RoutingOnNodeHasTheTokensThatHaveAnExpertThere) {
       std::transform(first, last, std::back_inserter(want),
                      [&](int32_t e) { return IsOnNode(e, node) ? NodeExpert(e) : -1; });
     }
-    EXPECT_EQ(RoutingOnNode(config_, node, source.topk()), want);
+    EXPECT_EQ(RoutingOf(config_, node, source.topk()), want);
   }
 }
 
@@ -136,7 +143,7 @@ TEST_P(ForwardTest, NodeTopKHasTheRoutingOfEachRailMessage) {
   WriteNodeTopK(config_, here, nullptr, node_topk.data());
 
   for (int32_t node = 0; node < here; ++node) {
-    std::vector<int32_t> want = RoutingOnNode(config_, here, sources[node].topk());
+    std::vector<int32_t> want = RoutingOf(config_, here, sources[node].topk());
     const TopK rows = RailRows(config_, node, node_topk.data());
     EXPECT_EQ(rows.num_tokens * config_.top_k, static_cast<int64_t>(want.size()));
     EXPECT_EQ(rows.idx, node_topk.data() + node * block);
@@ -219,8 +226,8 @@ class SumsTest : public ForwardTest {
   // What the ranks of a node have for `sums.rank`, by number. `values_` gets the values by place
   // and row, and `grads_` the gradients of weights.
   std::vector<Message> Make(const SumsFor& sums, Kind kind) {
-    experts_ = RoutingOnNode(config_, NodeOf(config_, sums.rank),
-                             RandomSource(config_, config_.max_tokens, 0, 0, random_).topk());
+    experts_ = RoutingOf(config_, NodeOf(config_, sums.rank),
+                         RandomSource(config_, config_.max_tokens, 0, 0, random_).topk());
     std::vector<Message> messages(config_.ep_size);
     values_.assign(config_.node_size(), {});
     grads_.assign(config_.node_size(), {});
