@@ -89,7 +89,7 @@ TEST_F(InboxesTiersTest, ARankThatCarriesIsNamedOnce) {
   Open(kSoon);
   const Arrival arrival = Receive(Hop::kSpread, 0).get();
   ASSERT_NE(FaultOf(arrival), nullptr);
-  EXPECT_EQ(FaultOf(arrival)->seen, "0 after 0.05 s, none from rank 0, 1");
+  EXPECT_EQ(FaultOf(arrival)->seen, "0 after 0.55 s, none from rank 0, 1");
 }
 
 TEST_F(InboxesTiersTest, ASecondMessageOfOneNumberNamesTheRankThatCarries) {
