@@ -7,6 +7,7 @@ import time
 
 import layers
 import pytest
+import tiers
 
 from processes import launcher, pair
 
@@ -106,6 +107,31 @@ def test_trains_with_hosts_as_nodes(hosts, tmp_path):
 def test_trains_with_two_nodes_in_one_process(tmp_path):
     got, of_reference = train(tmp_path, nodes=2, num_processes=1, num_devices=8)
     assert got == pytest.approx(of_reference, rel=1e-5)
+
+
+def bytes_over_cable(hosts, node_axis):
+    """What the first of two hosts with two ranks each sends in three dispatches to all ranks."""
+    args = (3, TOKENS, HIDDEN, len(hosts.hosts), node_axis)
+    with launcher.start(tiers.dispatch_to_all, *args, num_processes=4, hosts=hosts.hosts) as group:
+        for rank in group:
+            rank.wait_for("before")
+        before = hosts.num_bytes()
+        for rank in group:
+            rank.resume()
+        for rank in group:
+            rank.wait_for("behind")
+        num_bytes = hosts.num_bytes() - before
+        for rank in group:
+            rank.resume()
+        group.results()
+    return num_bytes
+
+
+def test_in_two_tiers_a_token_crosses_the_cable_once(hosts):
+    """And in one tier once for each rank of the other host."""
+    once = 3 * 2 * TOKENS * HIDDEN * 4
+    assert bytes_over_cable(hosts, "node") == pytest.approx(once, rel=0.1)
+    assert bytes_over_cable(hosts, None) == pytest.approx(2 * once, rel=0.1)
 
 
 def test_a_cut_ends_both_sides(hosts):

@@ -14,7 +14,7 @@ import numpy as np
 
 import jax_sm_free as smf
 from jax_sm_free import reference
-from processes import together
+from processes import rank, together
 
 
 def check_against_reference(shape: dict[str, int], axes: tuple[str, ...]) -> None:
@@ -117,3 +117,36 @@ def run_many(num_runs: int, in_flight: int, num_nodes: int) -> None:
                 pending.clear()
         tiers.check()
         flat.check()
+
+
+def dispatch_to_all(
+    num_runs: int, tokens: int, hidden: int, num_hosts: int, node_axis: str | None
+) -> None:
+    """Every token goes to every rank. Pauses before and behind the runs.
+
+    Processes take the hosts in turn, and a node is a host.
+    """
+    by_turn = np.array(jax.devices()).reshape(-1, num_hosts)
+    mesh = jax.sharding.Mesh(by_turn.T, ("node", "gpu"))
+    sizes = {"hidden": hidden, "max_tokens": tokens, "top_k": mesh.size}
+    axes = mesh.axis_names
+    with smf.Buffer(
+        mesh, axes, node_axis=node_axis, num_experts=mesh.size, dtype=jnp.float32, **sizes
+    ) as buffer:
+
+        def received(x: Any) -> Any:
+            everyone = jnp.broadcast_to(jnp.arange(mesh.size), (tokens, mesh.size))
+            return buffer.dispatch(x, everyone, jnp.ones((tokens, mesh.size))).x
+
+        x = np.arange(mesh.size * tokens, dtype=np.float32)[:, None] + np.zeros(hidden, np.float32)
+        sharding = jax.NamedSharding(mesh, jax.P(axes))
+        given = jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
+        run = jax.jit(
+            jax.shard_map(received, mesh=mesh, in_specs=jax.P(axes), out_specs=jax.P(axes))
+        )
+        together.compile_and_meet(run, mesh, given)
+        rank.pause("before")
+        for _ in range(num_runs):
+            for shard in run(given).addressable_shards:
+                np.testing.assert_array_equal(np.asarray(shard.data), x)
+        rank.pause("behind")
