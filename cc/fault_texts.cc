@@ -136,6 +136,12 @@ Fault LayoutRowsDiffer(int64_t num_rows, int64_t seen) {
   return Texts("layout.rows in [-1, " + std::to_string(num_rows) + ")", std::to_string(seen));
 }
 
+Fault NodeTopKDiffers(int32_t num_node_experts, int64_t expert, int64_t row, int64_t k) {
+  return Texts(
+      "layout.node_topk in [-1, " + std::to_string(num_node_experts) + ")",
+      std::to_string(expert) + " at row " + std::to_string(row) + ", k " + std::to_string(k));
+}
+
 Fault LayoutCountDiffers(int32_t source, int64_t max_tokens, int64_t seen) {
   return Texts("layout.num_rows_from in [0, " + std::to_string(max_tokens) + "]",
                std::to_string(seen), source);

@@ -56,6 +56,8 @@ Fault PositionDiffers(int64_t position, int64_t seen);
 
 // The fault of a layout that no dispatch of this buffer has returned.
 Fault LayoutRowsDiffer(int64_t num_rows, int64_t seen);
+// `row` is that of layout.node_topk.
+Fault NodeTopKDiffers(int32_t num_node_experts, int64_t expert, int64_t row, int64_t k);
 Fault LayoutCountDiffers(int32_t source, int64_t max_tokens, int64_t seen);
 
 // The fault of a message from a rank that is not in the same exchange.

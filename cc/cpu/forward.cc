@@ -47,16 +47,23 @@ void WriteNodeTopK(const Config& config, int32_t node, const Message* rail, int3
   std::fill_n(out + num_used, num_entries - num_used, -1);
 }
 
-TopK RailRows(const Config& config, int32_t node, const int32_t* node_topk) {
+Result<TopK> RailRows(const Config& config, int32_t node, const int32_t* node_topk) {
+  const int32_t num_experts = NodeConfig(config).num_experts;
   const int64_t top_k = config.top_k;
-  const int32_t* first = node_topk + int64_t{node} * config.max_tokens * top_k;
-  int64_t num_rows = 0;
-  const auto is_used = [&](int64_t row) {
-    const int32_t* experts = first + row * top_k;
-    return std::any_of(experts, experts + top_k, [](int32_t expert) { return expert != -1; });
-  };
-  while (num_rows < config.max_tokens && is_used(num_rows)) ++num_rows;
-  return {.idx = first, .weights = nullptr, .num_tokens = num_rows};
+  const int64_t first_row = int64_t{node} * config.max_tokens;
+  const int32_t* first = node_topk + first_row * top_k;
+  for (int64_t row = 0; row < config.max_tokens; ++row) {
+    bool is_used = false;
+    for (int64_t k = 0; k < top_k; ++k) {
+      const int32_t expert = first[row * top_k + k];
+      if (expert < -1 || expert >= num_experts) {
+        return NodeTopKDiffers(num_experts, expert, first_row + row, k);
+      }
+      is_used |= expert >= 0;
+    }
+    if (!is_used) return TopK{.idx = first, .weights = nullptr, .num_tokens = row};
+  }
+  return TopK{.idx = first, .weights = nullptr, .num_tokens = config.max_tokens};
 }
 
 Message ForwardRows(const Config& config, const Message& rail, const std::vector<int32_t>& rows,

@@ -26,8 +26,9 @@ Result<std::vector<int32_t>> RoutingOnNode(const Config& config, int32_t node, c
 // Null stands for no message.
 void WriteNodeTopK(const Config& config, int32_t node, const Message* rail, int32_t* node_topk);
 
-// The routing of the rows of the rail message from `node`: rows of node_topk.
-TopK RailRows(const Config& config, int32_t node, const int32_t* node_topk);
+// The routing of the rows of the rail message from `node`: rows of node_topk. A fault (without op
+// and rank) if one of these rows names a node expert that does not exist.
+Result<TopK> RailRows(const Config& config, int32_t node, const int32_t* node_topk);
 
 // The flat message, from the source of a rail message to the rank with this place. `rows` are the
 // rows of the rail message that go there.

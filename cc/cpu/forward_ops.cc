@@ -61,14 +61,14 @@ Result<RailRoutes> RoutesOf(const HostCall& call, const int32_t* node_topk,
   const Config& config = call.config();
   RailRoutes routes(config.ep_size);
   const auto find = [&](int32_t node, int32_t number) -> std::optional<Fault> {
-    const TopK rows = RailRows(config, node, node_topk);
+    const Result<TopK> found = RailRows(config, node, node_topk);
+    if (const Fault* fault = FaultOf(found)) return *fault;
+    const auto& rows = std::get<TopK>(found);
     const Message& rail = messages[number];
     if (auto fault = CheckMessage(rail, number, rows.num_tokens, rail.header().row_bytes)) {
       return fault;
     }
-    Result<Route> route = Route::Make(NodeConfig(config), rows);
-    if (const Fault* fault = FaultOf(route)) return *fault;
-    routes[number] = std::get<Route>(std::move(route));
+    routes[number] = std::get<Route>(Route::Make(NodeConfig(config), rows));
     return std::nullopt;
   };
   if (auto fault = ForEachRail(call, find)) return *std::move(fault);
@@ -126,9 +126,10 @@ void ForwardSums(const HostCall& call, const float* token, const ForwardIn& in, 
     const auto sum_up = [&](int32_t node, int32_t number) -> std::optional<Fault> {
       const int64_t row_bytes = messages[number].header().row_bytes;
       const Matrix matrix{config.dtype, row_bytes / ElementBytes(config.dtype)};
-      Result<Message> sum =
-          SumWithinNode(config, {call.rank->rank, node}, KindOf(call.op), matrix,
-                        RailRows(config, node, in.node_topk), messages, call.rank->pool.Take());
+      const Result<TopK> rows = RailRows(config, node, in.node_topk);
+      if (const Fault* fault = FaultOf(rows)) return *fault;
+      Result<Message> sum = SumWithinNode(config, {call.rank->rank, node}, KindOf(call.op), matrix,
+                                          std::get<TopK>(rows), messages, call.rank->pool.Take());
       if (const Fault* fault = FaultOf(sum)) return *fault;
       (*sums)[number] = std::get<Message>(std::move(sum));
       return std::nullopt;

@@ -41,6 +41,16 @@ Fault Timeout(const FaultRecord& record, const Config& config, double waited_s) 
   return fault;
 }
 
+// A route has met an index of an expert that does not exist.
+Fault BadIndex(const FaultRecord& record, const Config& config) {
+  const int64_t row = record.detail / config.top_k;
+  const int64_t k = record.detail % config.top_k;
+  if (!IsForward(static_cast<Op>(record.op))) {
+    return IndexOutOfRange(config.num_experts, record.seen, row, k);
+  }
+  return NodeTopKDiffers(NodeConfig(config).num_experts, record.seen, row, k);
+}
+
 Fault AckTimeout(const FaultRecord& record, const Config& config) {
   const std::string peer = std::to_string(record.peer);
   return {.peer = record.peer,
@@ -79,10 +89,7 @@ Fault Explain(const FaultRecord& record, const RankView& view, double waited_s) 
     case FaultCode::kTokenKind:
       return TokenOfAnotherKind(static_cast<Kind>(record.expected), static_cast<Kind>(record.seen));
     case FaultCode::kIndex:
-      return IndexOutOfRange(IsForward(static_cast<Op>(record.op)) ? NodeConfig(config).num_experts
-                                                                   : config.num_experts,
-                             record.seen, record.detail / config.top_k,
-                             record.detail % config.top_k);
+      return BadIndex(record, config);
     case FaultCode::kPosition:
       return PositionDiffers(record.expected, record.seen);
     case FaultCode::kLayout:

@@ -113,8 +113,8 @@ TEST(StatusFaultTest, InTwoTiersFaultsNameNodes) {
   record.seen = 4;
   record.detail = 9;
   EXPECT_EQ(text(record),
-            "jax_sm_free: combine_forward on rank 2 of node 1: expected topk_idx in [-1, 4), seen "
-            "4 at token 4, k 1 [combine exchange 12, slot 1]");
+            "jax_sm_free: combine_forward on rank 2 of node 1: expected layout.node_topk in "
+            "[-1, 4), seen 4 at row 4, k 1 [combine exchange 12, slot 1]");
 }
 
 TEST(StatusFaultTest, IndexNamesTokenAndK) {
