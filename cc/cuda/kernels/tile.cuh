@@ -28,13 +28,17 @@ struct Entry {
 class FlatRouter {
  public:
   __device__ explicit FlatRouter(const RankView& view)
-      : num_experts_(view.config.num_experts), num_local_(view.config.num_local_experts()) {}
+      : FlatRouter(view.config.num_experts, view.config.num_local_experts()) {}
 
   __device__ int32_t num_experts() const { return num_experts_; }
   __device__ int32_t KeyOf(int32_t expert) const { return expert; }
   __device__ Entry OfKey(int32_t key) const {
     return {key, OwnerRank(key, num_local_), LocalExpert(key, num_local_)};
   }
+
+ protected:
+  __device__ FlatRouter(int32_t num_experts, int32_t num_local)
+      : num_experts_(num_experts), num_local_(num_local) {}
 
  private:
   int32_t num_experts_;
@@ -69,21 +73,11 @@ class TierRouter {
 };
 
 // The same for the node experts of a rail message: the lane of an expert is the place of its rank.
-class PlaceRouter {
+class PlaceRouter : public FlatRouter {
  public:
   __device__ explicit PlaceRouter(const RankView& view)
-      : num_experts_(view.config.node_size() * view.config.num_local_experts()),
-        num_local_(view.config.num_local_experts()) {}
-
-  __device__ int32_t num_experts() const { return num_experts_; }
-  __device__ int32_t KeyOf(int32_t expert) const { return expert; }
-  __device__ Entry OfKey(int32_t key) const {
-    return {key, OwnerRank(key, num_local_), LocalExpert(key, num_local_)};
-  }
-
- private:
-  int32_t num_experts_;
-  int32_t num_local_;
+      : FlatRouter(view.config.node_size() * view.config.num_local_experts(),
+                   view.config.num_local_experts()) {}
 };
 
 // A tile of tokens, which a block routes. Each thread has one (token, k).
