@@ -3,23 +3,17 @@
 #include <set>
 #include <utility>
 
+#include "cc/tiers_testing.h"
 #include "gtest/gtest.h"
 
 namespace jax_sm_free {
 namespace {
 
-struct Case {
-  int32_t num_nodes;
-  int32_t node_size;
-  int32_t node_stride;
-};
+using testing::Nodes;
 
-class TiersTest : public ::testing::TestWithParam<Case> {
+class TiersTest : public ::testing::TestWithParam<Nodes> {
  protected:
-  const Config config_{.ep_size = GetParam().num_nodes * GetParam().node_size,
-                       .num_experts = 3 * GetParam().num_nodes * GetParam().node_size,
-                       .num_nodes = GetParam().num_nodes,
-                       .node_stride = GetParam().node_stride};
+  const Config config_ = GetParam().AddTo({.num_experts = 3 * GetParam().ep_size()});
 };
 
 TEST_P(TiersTest, EachRankHasOnePlaceOnOneNode) {
@@ -65,9 +59,9 @@ TEST_P(TiersTest, SortedExpertsAreThoseOfTheNodesInTurn) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, TiersTest,
-                         ::testing::Values(Case{1, 4, 4}, Case{1, 4, 1}, Case{2, 4, 4},
-                                           Case{2, 4, 1}, Case{4, 2, 2}, Case{3, 1, 1},
-                                           Case{2, 6, 2}, Case{2, 6, 3}));
+                         ::testing::Values(Nodes{1, 4, 4}, Nodes{1, 4, 1}, Nodes{2, 4, 4},
+                                           Nodes{2, 4, 1}, Nodes{4, 2, 2}, Nodes{3, 1, 1},
+                                           Nodes{2, 6, 2}, Nodes{2, 6, 3}));
 
 // Counts of 64 node experts, in the place of counts of 8 experts.
 TEST(TiersTest, ARailMessageHasMoreCountsThanAnother) {

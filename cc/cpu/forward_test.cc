@@ -11,6 +11,7 @@
 #include "cc/cpu/testing.h"
 #include "cc/routing.h"
 #include "cc/tiers.h"
+#include "cc/tiers_testing.h"
 #include "gtest/gtest.h"
 
 namespace jax_sm_free {
@@ -25,6 +26,7 @@ std::vector<int32_t> RoutingOf(const Config& config, int32_t node, const TopK& t
 
 using testing::Decode;
 using testing::Encode;
+using testing::Nodes;
 using testing::PoisonedPool;
 using testing::Random;
 using testing::RandomSource;
@@ -35,22 +37,13 @@ using testing::Visits;
 
 constexpr Matrix kMatrix{.dtype = DType::kBFloat16, .hidden = 5};
 
-struct Case {
-  int32_t num_nodes;
-  int32_t node_size;
-  int32_t node_stride;
-};
-
-class ForwardTest : public ::testing::TestWithParam<Case> {
+class ForwardTest : public ::testing::TestWithParam<Nodes> {
  protected:
-  const Config config_{.ep_size = GetParam().num_nodes * GetParam().node_size,
-                       .num_experts = 3 * GetParam().num_nodes * GetParam().node_size,
-                       .top_k = 4,
-                       .max_tokens = 9,
-                       .row_bytes = kMatrix.row_bytes(),
-                       .num_nodes = GetParam().num_nodes,
-                       .node_stride = GetParam().node_stride,
-                       .dtype = kMatrix.dtype};
+  const Config config_ = GetParam().AddTo({.num_experts = 3 * GetParam().ep_size(),
+                                           .top_k = 4,
+                                           .max_tokens = 9,
+                                           .row_bytes = kMatrix.row_bytes(),
+                                           .dtype = kMatrix.dtype});
   const Config rail_ = RailConfig(config_);
   const Config node_ = NodeConfig(config_);
   Random random_;
@@ -85,16 +78,17 @@ class ForwardTest : public ::testing::TestWithParam<Case> {
   Route RouteWithinNode(const Message& rail, int32_t from_node) {
     node_topk_.assign(int64_t{config_.num_nodes} * config_.max_tokens * config_.top_k, 99);
     WriteNodeTopK(config_, from_node, &rail, node_topk_.data());
-    return std::get<Route>(Route::Make(node_, RailRows(config_, from_node, node_topk_.data())));
+    return std::get<Route>(
+        Route::Make(node_, std::get<TopK>(RailRows(config_, from_node, node_topk_.data()))));
   }
 
   std::vector<int32_t> node_topk_;
 };
 
 INSTANTIATE_TEST_SUITE_P(All, ForwardTest,
-                         ::testing::Values(Case{2, 2, 2}, Case{2, 2, 1}, Case{2, 3, 3},
-                                           Case{2, 3, 1}, Case{3, 2, 2}, Case{2, 4, 2},
-                                           Case{4, 1, 1}));
+                         ::testing::Values(Nodes{2, 2, 2}, Nodes{2, 2, 1}, Nodes{2, 3, 3},
+                                           Nodes{2, 3, 1}, Nodes{3, 2, 2}, Nodes{2, 4, 2},
+                                           Nodes{4, 1, 1}));
 
 TEST_P(ForwardTest, SortingKeepsNumbersThatNameNoExpert) {
   Source source = RandomSource(config_, config_.max_tokens, 0, 0, random_);
@@ -144,14 +138,14 @@ TEST_P(ForwardTest, NodeTopKHasTheRoutingOfEachRailMessage) {
 
   for (int32_t node = 0; node < here; ++node) {
     std::vector<int32_t> want = RoutingOf(config_, here, sources[node].topk());
-    const TopK rows = RailRows(config_, node, node_topk.data());
+    const TopK rows = std::get<TopK>(RailRows(config_, node, node_topk.data()));
     EXPECT_EQ(rows.num_tokens * config_.top_k, static_cast<int64_t>(want.size()));
     EXPECT_EQ(rows.idx, node_topk.data() + node * block);
     want.resize(block, -1);
     EXPECT_TRUE(std::equal(want.begin(), want.end(), rows.idx)) << "node " << node;
   }
-  EXPECT_EQ(RailRows(config_, 0, node_topk.data()).num_tokens, config_.max_tokens);
-  EXPECT_EQ(RailRows(config_, here, node_topk.data()).num_tokens, 0);
+  EXPECT_EQ(std::get<TopK>(RailRows(config_, 0, node_topk.data())).num_tokens, config_.max_tokens);
+  EXPECT_EQ(std::get<TopK>(RailRows(config_, here, node_topk.data())).num_tokens, 0);
   EXPECT_TRUE(std::all_of(node_topk.end() - block, node_topk.end(),
                           [](int32_t expert) { return expert == -1; }));
 }
@@ -263,8 +257,8 @@ class SumsTest : public ForwardTest {
 };
 
 INSTANTIATE_TEST_SUITE_P(All, SumsTest,
-                         ::testing::Values(Case{2, 2, 2}, Case{2, 3, 1}, Case{3, 2, 2},
-                                           Case{2, 4, 2}));
+                         ::testing::Values(Nodes{2, 2, 2}, Nodes{2, 3, 1}, Nodes{3, 2, 2},
+                                           Nodes{2, 4, 2}));
 
 TEST_P(SumsTest, SumsAreInTheOrderOfRanksAndAreCastOnce) {
   for (const Kind kind : {Kind::kCombine, Kind::kDispatchBackward}) {

@@ -10,6 +10,7 @@
 #include "cc/cpu/ops_testing.h"
 #include "cc/cpu/testing.h"
 #include "cc/tiers.h"
+#include "cc/tiers_testing.h"
 #include "gtest/gtest.h"
 
 namespace jax_sm_free {
@@ -26,6 +27,7 @@ using testing::Expert;
 using ::testing::IsSubstring;
 using testing::kMatrix;
 using testing::Layer;
+using testing::Nodes;
 using testing::OnEveryRank;
 using testing::Placement;
 using testing::PlacementOf;
@@ -36,29 +38,16 @@ using testing::Source;
 using testing::SourcesOf;
 using testing::Token;
 
-Config TiersConfig(int32_t num_nodes, int32_t node_size, int32_t node_stride) {
-  Config config = ConfigFor(num_nodes * node_size);
-  config.num_nodes = num_nodes;
-  config.node_stride = node_stride;
-  return config;
-}
-
-struct Case {
-  int32_t num_nodes;
-  int32_t node_size;
-  int32_t node_stride;
-};
-
-class TiersTest : public ::testing::TestWithParam<Case> {
+class TiersTest : public ::testing::TestWithParam<Nodes> {
  protected:
-  Config config_ = TiersConfig(GetParam().num_nodes, GetParam().node_size, GetParam().node_stride);
+  Config config_ = GetParam().AddTo(ConfigFor(GetParam().ep_size()));
   std::shared_ptr<HostBuffer> buffer_ = BufferOf(config_);
   std::shared_ptr<HostBuffer> flat_buffer_ = BufferOf(ConfigFor(config_.ep_size));
 };
 
 INSTANTIATE_TEST_SUITE_P(All, TiersTest,
-                         ::testing::Values(Case{2, 2, 2}, Case{2, 2, 1}, Case{2, 3, 3},
-                                           Case{2, 3, 1}, Case{3, 2, 2}, Case{3, 1, 1}));
+                         ::testing::Values(Nodes{2, 2, 2}, Nodes{2, 2, 1}, Nodes{2, 3, 3},
+                                           Nodes{2, 3, 1}, Nodes{3, 2, 2}, Nodes{3, 1, 1}));
 
 // The results of a rank by the contract: sums over k, cast; over the ranks of a node in their
 // order, cast; over nodes in their order, cast.
@@ -254,7 +243,7 @@ class TiersFaultsTest : public ::testing::Test {
     buffer_ = BufferOf(config_);
   }
 
-  Config config_ = TiersConfig(2, 2, 2);
+  Config config_ = Nodes{2, 2, 2}.AddTo(ConfigFor(4));
   std::shared_ptr<HostBuffer> buffer_ = BufferOf(config_);
   std::vector<Source> sources_ = SourcesOf(config_, 1);
 };

@@ -6,18 +6,15 @@
 #include <vector>
 
 #include "cc/tiers.h"
+#include "cc/tiers_testing.h"
 #include "gtest/gtest.h"
 
 namespace jax_sm_free {
 namespace {
 
-struct Case {
-  int32_t num_nodes;
-  int32_t node_size;
-  int32_t node_stride;
-};
+using testing::Nodes;
 
-class ParcelsTest : public ::testing::TestWithParam<Case> {
+class ParcelsTest : public ::testing::TestWithParam<Nodes> {
  protected:
   // Who carries each (number, destination) of a round, by what the ranks send.
   using Carriers = std::map<std::pair<int32_t, int32_t>, std::vector<int32_t>>;
@@ -43,9 +40,7 @@ class ParcelsTest : public ::testing::TestWithParam<Case> {
     }
   }
 
-  const Config config_{.ep_size = GetParam().num_nodes * GetParam().node_size,
-                       .num_nodes = GetParam().num_nodes,
-                       .node_stride = GetParam().node_stride};
+  const Config config_ = GetParam().AddTo({});
 };
 
 TEST_P(ParcelsTest, AllMessagesOfARoundAreCarriedOnce) {
@@ -78,8 +73,8 @@ TEST_P(ParcelsTest, OnlyRailsCrossNodes) {
 }
 
 INSTANTIATE_TEST_SUITE_P(All, ParcelsTest,
-                         ::testing::Values(Case{2, 4, 4}, Case{2, 4, 1}, Case{4, 2, 2},
-                                           Case{3, 1, 1}, Case{3, 2, 1}, Case{2, 6, 3}));
+                         ::testing::Values(Nodes{2, 4, 4}, Nodes{2, 4, 1}, Nodes{4, 2, 2},
+                                           Nodes{3, 1, 1}, Nodes{3, 2, 1}, Nodes{2, 6, 3}));
 
 TEST(ParcelsTest, ADirectRoundStartsBehindTheSender) {
   const Config config{.ep_size = 3};
