@@ -76,13 +76,17 @@ constexpr int32_t NumMessages(const Config& config, Hop hop) {
   return config.ep_size;
 }
 
+// Whether a rank carries several messages to each rank, one for each node. In other rounds, it
+// carries one.
+constexpr bool CarriesForOthers(Hop hop) { return hop == Hop::kSpread || hop == Hop::kGather; }
+
 // How many ranks carry messages to each rank.
 constexpr int32_t NumCarriers(const Config& config, Hop hop) {
-  return hop == Hop::kSpread || hop == Hop::kGather ? config.node_size() : NumMessages(config, hop);
+  return CarriesForOthers(hop) ? config.node_size() : NumMessages(config, hop);
 }
 
 constexpr int32_t CarrierOf(const Config& config, Hop hop, int32_t number, int32_t dst) {
-  if (hop != Hop::kSpread && hop != Hop::kGather) return number;
+  if (!CarriesForOthers(hop)) return number;
   return RankAt(config, NodeOf(config, dst), PlaceInNode(config, number));
 }
 

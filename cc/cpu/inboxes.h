@@ -103,6 +103,8 @@ class Inboxes : public Transport, public std::enable_shared_from_this<Inboxes> {
   }
   // The ranks that have messages for a receiver which have not come, ascending.
   std::vector<int32_t> MissingRanks(const ExchangeKey& key, const Inbox& inbox, int32_t rank) const;
+  // Whether the rank that has handed over a message with this number has more for the receiver.
+  bool OwesMore(const ExchangeKey& key, const Inbox& inbox, int32_t rank, int32_t number) const;
   void CountWait(const Inbox& inbox, int32_t member, int32_t carrier);
   std::vector<Message> TakeMessages(const ExchangeKey& key, int32_t member);
   void TakeFullInboxes(const ExchangeKey& key, int32_t group, std::vector<Delivery>& deliveries);
