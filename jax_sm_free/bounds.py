@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 MAX_TOP_K = 32
 MAX_NUM_SLOTS = 64
 MAX_TIMEOUT_S = 1e6
-# The dtypes of rows, each with its number in C++ (cc/operands.h).
+# The dtypes of rows, each with its number in C++ (cc/dtype.h).
 DTYPES = {"bfloat16": 1, "float16": 2, "float32": 0}
 
 # A kernel serves each rank of the group by one lane of a warp.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import aot
@@ -11,6 +12,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jax_sm_free as smf
+from jax_sm_free.reference.rows import sum_by_node
 
 NUM_RANKS, T, H, F, E, TOP_K, NUM_LAYERS = 8, 1024, 1024, 2048, 16, 2, 3
 SIZES = {"hidden": H, "num_experts": E, "top_k": TOP_K, "max_tokens": T, "capacity_factor": 1.25}
@@ -231,3 +233,12 @@ def test_gradient_of_some_weights_leaves_pairs_whole(
     assert not schedule.unmatched, str(schedule)
     assert all(pair.forward is not None for pair in schedule.pairs), str(schedule)
     assert schedule.num_slots <= buffer.config.num_slots
+
+
+def test_the_reference_rounds_the_sums_of_nodes() -> None:
+    """XLA drops a cast and its way back, also between two loops, if both are outside of them."""
+    aot.require_gpu_compiler()
+    mesh = aot.mesh(num_gpus=1)
+    addends = jax.ShapeDtypeStruct((4, T, H), jnp.bfloat16, sharding=jax.NamedSharding(mesh, P()))
+    compiled = jax.jit(lambda a: sum_by_node(a, 2, 2)).lower(addends).compile().as_text()
+    assert re.search(rf"bf16\[2,{T},{H}\]\S* convert\(", compiled), compiled
